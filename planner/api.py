@@ -1,0 +1,229 @@
+"""Everything the command line does, as functions. Nothing here prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from planner.advice import changes_that_fit, nearest_plan
+from planner.best_first import Found, find
+from planner.defaults import Job, resolve
+from planner.errors import InfeasibleError, InputError
+from planner.layouts import Choices, check_layout
+from planner.ledger import Entry, view
+from planner.plan import Plan, make_plan, stage_entries
+from planner.program import Solution, solve
+from planner.specs import ClusterSpec, ModelSpec, TrainingSpec
+from planner.stages import price
+from planner.units import gib
+from strategies.layout import Layout
+
+OBJECTIVES = ("time", "headroom")
+
+
+def proof_of(found: Found, objective: str) -> dict[str, Any]:
+    """The account of a search: what it looked at, and what is certain about its answer."""
+    refused = sorted(found.space.refused.items(), key=lambda item: -item[1])
+    return {
+        "status": "optimal" if found.optimal else "feasible",
+        "gap": found.gap,
+        "objective": objective,
+        "enumerated": found.enumerated,
+        "refused": found.refused,
+        "refused_because": dict(refused),
+        "does_not_fit": found.unfitting,
+        "pruned_by_bound": found.pruned,
+        "solved": found.solved,
+        "seconds": found.seconds,
+    }
+
+
+def search(
+    model: ModelSpec,
+    cluster: ClusterSpec,
+    training: TrainingSpec = TrainingSpec(),
+    *,
+    top: int = 5,
+    objective: str = "time",
+    choices: Choices = Choices(),
+    time_limit: float = 60.0,
+    progress: Callable[[int, int], Any] = lambda done, left: None,
+) -> list[Plan]:
+    """The ``top`` best layouts that fit, best first, each with the search's proof.
+
+    ``objective`` is ``time`` (seconds of a step) or ``headroom`` (bytes free on the fullest GPU);
+    ``choices`` restricts the layouts; after ``time_limit`` seconds the proof says ``feasible``
+    with its gap instead of ``optimal``. ``progress`` is told layouts solved and layouts left.
+
+    Raises InputError for inputs that cannot be, InfeasibleError (with the nearest plan and with
+    changes that would fit) if no layout fits.
+    """
+    job = resolve(model, cluster, training)
+    _check_choices(job, choices, objective, top)
+    found = find(job, choices, objective, top, time_limit, progress)
+    proof = proof_of(found, objective)
+    if not found.answers:
+        _nothing_found(job, choices, found, progress)
+    return [make_plan(job, solution, proof) for solution in found.answers]
+
+
+def _check_choices(job: Job, choices: Choices, objective: str, top: int) -> None:
+    if objective not in OBJECTIVES:
+        raise InputError(f"objective={objective!r}: use {' or '.join(OBJECTIVES)}")
+    if not 1 <= top <= 100:
+        raise InputError(f"top={top}: ask for 1 to 100 layouts")
+    offered: dict[str, tuple[str, ...]] = {
+        "sharding": tuple(job.stack.shardings),
+        "schedule": ("1f1b", "interleaved", "gpipe", "pipedream"),
+        "recompute": job.stack.policies,
+    }
+    for name, allowed in offered.items():
+        for value in getattr(choices, name) or ():
+            if value not in allowed:
+                raise InputError(
+                    f"{name}={value} is not offered by {job.stack.name}: use {', '.join(allowed)}"
+                )
+    for name in ("tensor_parallel", "pipeline_parallel", "data_parallel"):
+        for value in getattr(choices, name) or ():
+            if value < 1 or job.cluster.num_gpus % value:
+                raise InputError(f"{name}={value} does not divide the {job.cluster.num_gpus} GPUs")
+
+
+def _nothing_found(job: Job, choices: Choices, found: Found, progress: Callable[[int, int], Any]) -> None:
+    if not found.space.size:
+        reasons = sorted(found.space.refused, key=lambda reason: -found.space.refused[reason])
+        raise InputError(f"no layout of {job.cluster.num_gpus} GPUs can be: {'; '.join(reasons[:4])}")
+    if not found.optimal:
+        raise InfeasibleError("nothing was found within the time limit; give it more with --time-limit")
+    nearest = nearest_plan(job, choices)
+    stage = nearest.stages[nearest.fullest]
+    component = max(stage.components, key=lambda name: stage.components[name])
+    layout = nearest.layout.to_layout().describe()
+    message = (
+        f"{job.model.name} does not fit on {job.cluster.num_gpus} x {job.cluster.gpu.name}: none of "
+        f"{found.enumerated:,} layouts. Nearest is {layout}, {gib(-nearest.headroom_bytes, 2)} GiB over "
+        f"on stage {nearest.fullest} at {stage.moment}; its largest part is {component.replace('_', ' ')}, "
+        f"{gib(stage.components[component], 2)} GiB"
+    )
+    raise InfeasibleError(message, nearest, changes_that_fit(job, choices, progress))
+
+
+def solve_layout(job: Job, layout: Layout, recompute: str = "auto") -> Solution:
+    """Splits the layers of one layout over its stages, fitting or, if it must be, not.
+
+    Raises InputError if the layout or the recompute policy cannot be.
+    """
+    check_layout(job, layout)
+    policies = job.stack.policies if recompute == "auto" else (recompute,)
+    if not set(policies) <= set(job.stack.policies):
+        raise InputError(f"recompute={recompute!r}: use auto, {', '.join(job.stack.policies)}")
+    candidate = price(job, layout, policies).spread()
+    solution = solve([candidate])
+    if solution is None:  # show by how much: the least-memory split, without a limit
+        least = policies[-1:] if recompute == "auto" else policies
+        unlimited = replace(price(job, layout, least).spread(), capacity=1e15)
+        solution = solve([unlimited])
+    assert solution is not None
+    return solution
+
+
+def estimate(
+    model: ModelSpec,
+    cluster: ClusterSpec,
+    training: TrainingSpec = TrainingSpec(),
+    layout: Layout = Layout(),
+    *,
+    recompute: str = "none",
+) -> Plan:
+    """One given layout, fitting or not. Raises InputError if it cannot be.
+
+    ``recompute`` is a policy for all layers, or ``auto``: as much as memory forces, per stage.
+    """
+    job = resolve(model, cluster, training)
+    solution = solve_layout(job, layout, recompute)
+    return make_plan(job, solution, {"status": "given", "objective": "time"})
+
+
+def explain(
+    model: ModelSpec,
+    cluster: ClusterSpec,
+    training: TrainingSpec = TrainingSpec(),
+    layout: Layout = Layout(),
+    *,
+    recompute: str = "none",
+    stage: int | None = None,
+    moment: str | None = None,
+) -> tuple[Plan, int, str, list[Entry]]:
+    """The plan, and every entry of one stage at one moment; the fullest at its peak by default.
+
+    Raises InputError for a stage or moment that the plan does not have.
+    """
+    job = resolve(model, cluster, training)
+    solution = solve_layout(job, layout, recompute)
+    plan = make_plan(job, solution, {"status": "given", "objective": "time"})
+    index = plan.fullest if stage is None else stage
+    if not 0 <= index < len(plan.stages):
+        raise InputError(f"stage={stage}: the plan has stages 0 to {len(plan.stages) - 1}")
+    when = moment or plan.stages[index].moment
+    candidate = solution.candidate
+    prices = price(job, candidate.layout, candidate.policies)
+    ledgers = stage_entries(prices, view(candidate, solution.rows, index))
+    if when not in ledgers:
+        raise InputError(f"moment={when!r}: stage {index} has {', '.join(ledgers)}")
+    return plan, index, when, ledgers[when]
+
+
+def compare(
+    model: ModelSpec,
+    cluster: ClusterSpec,
+    training: TrainingSpec = TrainingSpec(),
+    *,
+    micro_batch_size: int = 1,
+    recompute: str = "auto",
+) -> list[tuple[str, Plan | str]]:
+    """One model under each strategy alone, on the same GPUs: a plan, or the reason for none.
+
+    DDP, ZeRO-1/2/3 and FSDP run over all GPUs; tensor parallelism fills a node, pipeline
+    parallelism uses as many stages as divide the GPUs and the layers, and data parallelism the rest.
+    """
+    job = resolve(model, cluster, training)
+    rows: list[tuple[str, Plan | str]] = []
+    for name, layout in _one_of_each(job, micro_batch_size):
+        try:
+            solution = solve_layout(job, layout, recompute)
+            rows.append((name, make_plan(job, solution, {"status": "given", "objective": "time"})))
+        except InputError as error:
+            rows.append((name, str(error)))
+    return rows
+
+
+def _one_of_each(job: Job, micro: int) -> list[tuple[str, Layout]]:
+    gpus, batch = job.cluster.num_gpus, job.global_batch_size
+    fast = job.cluster.gpus_per_node
+    heads, width = job.model.num_key_value_heads, job.model.intermediate_size
+    tensor = max(t for t in range(1, fast + 1) if not (gpus % t or heads % t or width % t))
+    depth = job.model.num_hidden_layers
+    stages = max(p for p in range(1, min(gpus, depth) + 1) if gpus % p == 0 and depth % p == 0)
+
+    def layout(data: int, **rest: Any) -> Layout:
+        accum = max(1, batch // (data * micro))
+        return Layout(data_parallel=data, micro_batch_size=micro, grad_accum=accum, data_shards=data, **rest)
+
+    rows = [(label, layout(gpus, sharding=name)) for label, name in _DATA_ONLY]
+    rows.append(("TP", layout(gpus // tensor, tensor_parallel=tensor)))
+    sp = {"tensor_parallel": tensor, "sequence_parallel": tensor > 1}
+    rows.append(("TP + SP", layout(gpus // tensor, **sp)))
+    rows.append(("TP + SP + ZeRO-1", layout(gpus // tensor, sharding="zero1", **sp)))
+    for label, schedule in (("PP (1F1B)", "1f1b"), ("PP (GPipe)", "gpipe"), ("PP (PipeDream)", "pipedream")):
+        rows.append((label, layout(gpus // stages, pipeline_parallel=stages, schedule=schedule)))
+    return rows
+
+
+_DATA_ONLY = (
+    ("DDP", "ddp"),
+    ("ZeRO-1", "zero1"),
+    ("ZeRO-2", "zero2"),
+    ("ZeRO-3", "zero3"),
+    ("FSDP", "fsdp"),
+)

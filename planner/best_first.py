@@ -1,0 +1,160 @@
+"""The search: every layout bounded, few of them solved, the best ones proved.
+
+Best bound first. A layout's quick bound is refined when its turn comes; a refined one is solved by
+the integer program when *its* turn comes; the search ends when no bound is left below the k-th best
+answer. What is never solved is therefore never better: that is the proof.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from planner.bounds import quick_bound, tight_bound
+from planner.defaults import Job
+from planner.errors import SolverError
+from planner.layouts import Choices, Space, enumerate_layouts
+from planner.program import RELATIVE_GAP, Solution, solve
+from planner.stages import Prices, price
+
+BATCH = 64
+"""Quick bounds refined at a time."""
+
+
+@dataclass
+class Found:
+    """What a search found: answers, best first, and the account of what it did."""
+
+    space: Space
+    answers: list[Solution] = field(default_factory=list)
+    optimal: bool = True
+    gap: float = 0.0
+    enumerated: int = 0
+    refused: int = 0
+    unfitting: int = 0  # proved not to fit, by states or by a bound or by the program
+    pruned: int = 0  # proved not to be among the best, by a bound
+    solved: int = 0
+    seconds: float = 0.0
+    policies: tuple[str, ...] = ()
+
+
+@dataclass
+class _Frontier:
+    """Layouts in order of what they may cost at best; bounds are tightened as they come up."""
+
+    prices: list[Prices]
+    objective: str
+    order: list[tuple[float, int, int]] = field(default_factory=list)
+    refined: list[tuple[float, int, int]] = field(default_factory=list)
+    unfitting: int = 0
+
+    def __post_init__(self) -> None:
+        for family, prices in enumerate(self.prices):
+            bound, possible = quick_bound(prices)
+            if self.objective == "headroom":
+                bound = np.full_like(bound, -np.inf)
+            self.unfitting += int(np.count_nonzero(possible == 0))
+            self.order += [(float(bound[i]), family, int(i)) for i in np.nonzero(possible)[0]]
+        self.order.sort(reverse=True)
+
+    def refine(self) -> None:
+        """Replaces the quick bounds of the next layouts by tight ones."""
+        batch = [self.order.pop() for _ in range(min(BATCH, len(self.order)))]
+        for family in {f for _, f, _ in batch}:
+            chosen = np.array(sorted(i for _, f, i in batch if f == family))
+            bounds = tight_bound(self.prices[family].take((chosen, None)), self.objective)
+            for index, bound in zip(chosen, bounds, strict=True):
+                if np.isfinite(bound):
+                    heapq.heappush(self.refined, (float(bound), family, int(index)))
+                else:
+                    self.unfitting += 1
+
+    def next_bound(self) -> float:
+        """The least cost that a layout still to come may have; infinite at the end."""
+        while self.order and (not self.refined or self.order[-1][0] < self.refined[0][0]):
+            self.refine()
+        return self.refined[0][0] if self.refined else float("inf")
+
+    def pop(self) -> Prices:
+        """The single layout whose bound is least."""
+        _, family, index = heapq.heappop(self.refined)
+        return self.prices[family].take(index)
+
+    def __len__(self) -> int:
+        return len(self.order) + len(self.refined)
+
+
+def find(
+    job: Job,
+    choices: Choices = Choices(),
+    objective: str = "time",
+    top: int = 5,
+    time_limit: float = 60.0,
+    progress: Callable[[int, int], Any] = lambda done, left: None,
+) -> Found:
+    """The ``top`` best layouts that fit, with proof.
+
+    ``objective`` is ``time`` (seconds of a step) or ``headroom`` (bytes free on the fullest GPU).
+    After ``time_limit`` seconds the search stops with what it has: ``optimal`` is then False and
+    ``gap`` says by which fraction something better may exist. ``progress`` is told how many
+    layouts were solved and how many are left.
+    """
+    start = time.perf_counter()
+    policies = choices.recompute or job.stack.policies
+    space = enumerate_layouts(job, choices)
+    frontier = _Frontier([price(job, family, policies) for family in space.families], objective)
+    found = Found(space, refused=sum(space.refused.values()), policies=tuple(policies))
+    found.enumerated = space.size + found.refused
+    worst = float("inf")
+    while (bound := frontier.next_bound()) < worst * (1 - RELATIVE_GAP) or _better(bound, worst):
+        left = time_limit - (time.perf_counter() - start)
+        if left <= 0:
+            found.optimal = False
+            break
+        prices = frontier.pop()
+        progress(found.solved, len(frontier))
+        found.solved += 1
+        try:
+            solution = solve([prices.spread()], objective, left)
+        except SolverError:
+            found.optimal = False
+            break
+        if solution is None:
+            frontier.unfitting += 1
+            continue
+        found.optimal &= solution.optimal
+        found.answers.append(solution)
+        found.answers.sort(key=lambda answer: answer.cost)
+        del found.answers[top:]
+        if len(found.answers) == top:
+            worst = found.answers[-1].cost
+    if not found.optimal and found.answers:
+        best = found.answers[0].cost
+        found.gap = max(0.0, (best - min(bound, best)) / abs(best))
+    found.unfitting = frontier.unfitting
+    found.pruned = len(frontier)
+    found.seconds = time.perf_counter() - start
+    return found
+
+
+def _better(bound: float, worst: float) -> bool:
+    # Negative costs (headroom) turn the relative test round.
+    return bound < 0 and bound < worst - RELATIVE_GAP * abs(worst)
+
+
+def exhaustive(job: Job, choices: Choices, objective: str, top: int) -> Sequence[Solution]:
+    """Every layout solved, none pruned: what :func:`find` must agree with. For tests."""
+    policies = choices.recompute or job.stack.policies
+    answers = []
+    for family in enumerate_layouts(job, choices).families:
+        prices = price(job, family, policies)
+        for index in range(len(family.data_parallel)):
+            solution = solve([prices.take(index).spread()], objective)
+            if solution:
+                answers.append(solution)
+    return sorted(answers, key=lambda answer: answer.cost)[:top]

@@ -1,0 +1,142 @@
+"""Fills in what a job leaves open, and lists every assumption it makes by doing so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import log2
+
+from planner.errors import InputError
+from planner.specs import ClusterSpec, ModelSpec, TrainingSpec
+from planner.stacks import stack_named
+from planner.stacks.base import Recipe, Stack
+
+WIDTHS = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0}
+USUAL_TOKENS = 4 * 2**20
+"""Tokens per step where none are given: LLaMA's 4M (Touvron et al. 2023, arXiv:2302.13971, 2.3)."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """The three inputs with nothing left open, and the stack's tables for them."""
+
+    model: ModelSpec
+    cluster: ClusterSpec
+    training: TrainingSpec
+    stack: Stack
+    recipe: Recipe
+    assumptions: tuple[str, ...]
+    stretch: float = 1.0  # the capacity is taken this many times: to find what comes nearest
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens of one sequence."""
+        assert self.training.seq_length is not None
+        return self.training.seq_length
+
+    @property
+    def global_batch_size(self) -> int:
+        """Sequences of one step."""
+        assert self.training.global_batch_size is not None
+        return self.training.global_batch_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one step."""
+        return self.seq_length * self.global_batch_size
+
+
+def usual_batch(seq_length: int, num_gpus: int) -> int:
+    """The number of sequences nearest to 4M tokens that divides well over that many GPUs.
+
+    On large clusters at least one sequence for every 8 GPUs (Llama 3 405B: 2,048 on 16,384). The
+    odd part of the GPU count times a power of two, so that every data-parallel degree divides.
+
+    >>> usual_batch(2048, 64), usual_batch(2048, 48)
+    (2048, 1536)
+    """
+    odd = num_gpus
+    while odd % 2 == 0:
+        odd //= 2
+    target = max(USUAL_TOKENS / seq_length, num_gpus / 8, 1)
+    return int(odd * 2 ** max(0, round(log2(max(target / odd, 1)))))
+
+
+def _precision(job_precision: str | None, peaks: dict[str, float], stack: Stack, gpu: str) -> str:
+    # fp32 runs anywhere; half precision needs a tensor-core peak of its own.
+    usable = [p for p in stack.recipes if p == "fp32" or p in peaks]
+    if job_precision is None:
+        return usable[0]
+    if job_precision not in stack.recipes:
+        raise InputError(
+            f"precision={job_precision} has no recipe in {stack.name}: use {' or '.join(stack.recipes)}"
+        )
+    if job_precision not in usable:
+        raise InputError(f"precision={job_precision}: {gpu} has no {job_precision} units: use {usable[0]}")
+    return job_precision
+
+
+def _option(stack: Stack, name: str, value: str | None) -> str | None:
+    allowed = stack.options.get(name)
+    if allowed is None:
+        if value is not None:
+            raise InputError(f"{name}={value} is not an option of {stack.name}")
+        return None
+    if value is not None and value not in allowed:
+        raise InputError(f"{name}={value} is not offered by {stack.name}: use {' or '.join(allowed)}")
+    return value or allowed[0]
+
+
+def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> Job:
+    """The job with every open choice made. Raises InputError for choices that cannot be."""
+    stack = stack_named(training.framework)
+    notes = list(cluster.assumptions)
+    precision = _precision(training.precision, cluster.gpu.peak_flops, stack, cluster.gpu.name)
+    seq = training.seq_length or min(model.max_position_embeddings, 8192)
+    if model.position_embedding == "learned" and seq > model.max_position_embeddings:
+        raise InputError(
+            f"seq_length={seq} exceeds the {model.max_position_embeddings} learned positions of "
+            f"{model.name}: use {model.max_position_embeddings} or less"
+        )
+    batch = training.global_batch_size or usual_batch(seq, cluster.num_gpus)
+    attention = _option(stack, "attention", training.attention)
+    if stack.name == "hf" and model.position_embedding == "alibi" and training.attention is None:
+        attention = "eager"  # transformers has no fused attention for ALiBi models
+    swiglu = _option(stack, "swiglu", training.swiglu if model.gated_mlp else None)
+    recipe = stack.recipes[precision]
+    if training.gradient_dtype:
+        recipe = replace(recipe, gradient=WIDTHS[training.gradient_dtype])
+    if training.optimizer_dtype:
+        recipe = replace(recipe, moment=WIDTHS[training.optimizer_dtype])
+    if training.master_weights is not None:
+        recipe = replace(recipe, master=4.0 if training.master_weights else 0.0)
+
+    given = training.model_dump(exclude_none=True)
+    if "seq_length" not in given:
+        notes.append(f"sequence length {seq}: the model's positions, 8192 at most")
+    if "global_batch_size" not in given:
+        notes.append(
+            f"global batch of {batch} sequences: about 4M tokens a step, a sequence per 8 GPUs at least"
+        )
+    if "precision" not in given:
+        notes.append(f"precision {precision}")
+    states = f"{recipe.weight:g} + {recipe.gradient:g} + {recipe.master:g} + moments of {recipe.moment:g}"
+    notes.append(f"{stack.version}; bytes per parameter (weight, gradient, master, moments): {states}")
+    notes.append(f"attention {attention}" + (f", SwiGLU {swiglu}" if swiglu and model.gated_mlp else ""))
+    if seq > model.max_position_embeddings:
+        notes.append(f"sequence length {seq} is beyond the model's {model.max_position_embeddings} positions")
+    if stack.hidden_transfers:
+        notes.append(f"data-parallel messages overlap with compute, as with {stack.hidden_transfers}")
+    overheads = (stack.context, stack.communicator, stack.allocator)
+    for overhead in overheads:
+        size = f"{overhead.value:.0%}" if overhead.value < 1 else f"{overhead.value / 2**30:g} GiB"
+        notes.append(f"{overhead.name}: {size} ({overhead.tag}: {overhead.source})")
+    filled = training.model_copy(
+        update={
+            "seq_length": seq,
+            "global_batch_size": batch,
+            "precision": precision,
+            "attention": attention,
+            "swiglu": swiglu,
+        }
+    )
+    return Job(model, cluster, filled, stack, recipe, tuple(notes))

@@ -1,0 +1,262 @@
+"""The layer graph: a decoder, built for a stack, as bills of terms.
+
+Three kinds of layer in a row, each a node of a :class:`networkx.DiGraph`: the embedding, the
+transformer block (with its count) and the head with the final norm and the loss. Weights are
+listed once, here; parameters, gradients, optimizer states and FLOPs all follow from that list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from planner.specs import ModelSpec, TrainingSpec
+from planner.stacks.base import ALWAYS, BYTE, COMPUTE, FP32, INT64, UNTIL_FULL, Recipe, Row, Stack
+from strategies.base import Layer, Quantity, Role, Term
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+MOMENTS = {"adamw": 2, "adam": 2, "momentum": 1, "sgd": 0}
+"""Optimizer states per parameter, besides a master copy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One kind of weight of a layer; a ``matrix`` is multiplied with every token."""
+
+    name: str
+    dims: dict[str, Quantity]
+    matrix: bool = False
+
+
+def block_weights(model: ModelSpec) -> Iterator[Weight]:
+    """Weights of one transformer block."""
+    hidden, ffn = {"hidden": model.hidden_size}, {"ffn": model.intermediate_size}
+    queries = {"heads": model.num_attention_heads, "head_dim": model.head_dim}
+    keys = {"kv_heads": model.num_key_value_heads, "head_dim": model.head_dim, "pair": 2}
+    yield Weight("query weight", hidden | queries, matrix=True)
+    yield Weight("key and value weights", hidden | keys, matrix=True)
+    yield Weight("attention output weight", queries | hidden, matrix=True)
+    if model.qkv_bias:
+        yield Weight("query bias", queries)
+        yield Weight("key and value biases", keys)
+    if model.attention_output_bias:
+        yield Weight("attention output bias", hidden)
+    if model.gated_mlp:
+        yield Weight("gate weight", hidden | ffn, matrix=True)
+    yield Weight("up weight", hidden | ffn, matrix=True)
+    yield Weight("down weight", ffn | hidden, matrix=True)
+    if model.mlp_bias:
+        yield Weight("up bias", ffn | {"pair": 2 if model.gated_mlp else 1})
+        yield Weight("down bias", hidden)
+    yield Weight("norm weights", hidden | {"pair": 2})
+    if model.norm == "layernorm":
+        yield Weight("norm biases", hidden | {"pair": 2})
+
+
+def embedding_weights(model: ModelSpec, vocab: Quantity) -> Iterator[Weight]:
+    """Weights before the first block."""
+    hidden = {"hidden": model.hidden_size}
+    yield Weight("word embedding", {"vocab": vocab} | hidden)
+    if model.position_embedding == "learned":
+        rows = model.max_position_embeddings + model.position_offset
+        yield Weight("position embedding", {"positions": rows} | hidden)
+    if model.embedding_norm:
+        yield Weight("embedding norm", hidden | {"pair": 2})
+
+
+def head_weights(model: ModelSpec, vocab: Quantity, copies: Quantity) -> Iterator[Weight]:
+    """Weights after the last block; a tied head has ``copies`` of the embedding (0 or 1)."""
+    hidden = {"hidden": model.hidden_size}
+    yield Weight("final norm", hidden | {"pair": 2 if model.norm == "layernorm" else 1})
+    dims = {"vocab": vocab} | hidden
+    yield Weight("head weight", dims | {"copies": copies} if model.tie_word_embeddings else dims)
+
+
+def _elements(weights: Iterator[Weight], matrices_only: bool = False) -> int:
+    total = 0
+    for weight in weights:
+        if weight.matrix or not matrices_only:
+            size = 1
+            for length in weight.dims.values():
+                size *= length
+            total += size
+    return total
+
+
+def count_parameters(model: ModelSpec) -> int:
+    """Parameters of the whole model: ``L(12h^2 + 13h) + Vh`` and its relatives, exactly."""
+    around = _elements(embedding_weights(model, model.vocab_size))
+    around += _elements(head_weights(model, model.vocab_size, copies=0))
+    return model.num_hidden_layers * _elements(block_weights(model)) + around
+
+
+def count_matrix_parameters(model: ModelSpec) -> int:
+    """Parameters that every token is multiplied with: the blocks' matrices and the head."""
+    blocks = model.num_hidden_layers * _elements(block_weights(model), matrices_only=True)
+    return blocks + model.vocab_size * model.hidden_size
+
+
+def features(model: ModelSpec, training: TrainingSpec) -> frozenset[str]:
+    """The words that rows of a stack are selected by."""
+    words = {model.norm, model.model_type, f"act:{model.hidden_act}", model.position_embedding}
+    words |= {str(training.attention), f"swiglu:{training.swiglu}"}
+    dropout = model.dropout if training.dropout is None else training.dropout
+    attention_dropout = model.attention_dropout if training.dropout is None else training.dropout
+    chosen = {
+        "gated": model.gated_mlp,
+        "parallel": model.parallel_residual,
+        "embedding_norm": model.embedding_norm,
+        "fused_qkv": model.model_type in ("gpt2", "gpt_neox"),
+        "embedding_dropout": model.model_type in ("gpt2", "gpt_neox") and dropout > 0,
+        "dropout": dropout > 0,
+        "attention_dropout": attention_dropout > 0,
+    }
+    return frozenset(words | {word for word, holds in chosen.items() if holds})
+
+
+def _row(name: str, dims: str, count: float, dtype: str = COMPUTE, when: str = "") -> Row:
+    return Row(name, dims, count, dtype, UNTIL_FULL, when, Role.TRAFFIC)
+
+
+# Elements read and written by memory-bound kernels, forward and backward, each kernel reading its
+# inputs and writing its outputs once. A norm: x in, y out; backward x and dy in, dx out.
+BLOCK_TRAFFIC = (
+    _row("norms", "batch seq residual", 10),
+    _row("residual additions", "batch seq residual", 12),
+    _row("dropout", "batch seq residual", 8, when="dropout"),
+    _row("rotary embedding of queries", "batch seq heads head_dim", 4, when="rotary"),
+    _row("rotary embedding of keys", "batch seq kv_heads head_dim", 4, when="rotary"),
+    _row("gated activation", "batch seq ffn", 8, when="gated !swiglu:unfused"),
+    _row("gated activation, unfused", "batch seq ffn", 13, when="gated swiglu:unfused"),
+    _row("activation", "batch seq ffn", 5, when="!gated"),
+    _row("softmax of the scores", "batch heads seq seq_k", 5, when="eager"),
+    _row("dropout of the scores", "batch heads seq seq_k", 4, when="eager attention_dropout"),
+)
+AROUND_TRAFFIC = {
+    "embedding": (_row("look-up", "batch seq residual", 4),),
+    "head": (
+        _row("final norm", "batch seq residual", 5),
+        _row("loss", "batch seq vocab", 5, FP32),
+    ),
+}
+ATTENTION_FLOPS = {"eager": 12.0, "sdpa": 7.0, "flash": 7.0}
+"""FLOPs per batch x seq x seq_k x head x head_dim, forward and backward: two products of 2 FLOPs
+forward, four backward; flash skips the causal half and runs five products backward, which is
+half of 4 + 10 (Dao 2023, arXiv:2307.08691, section 4.1)."""
+
+
+class Builder:
+    """Turns weights and a stack's rows into terms, for given micro-batches and degrees.
+
+    ``batch``, ``tensor_parallel`` and ``pipeline_parallel`` may be arrays: one bill for a family
+    of layouts. The vocabulary is padded to the stack's multiple times ``tensor_parallel``.
+    """
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        training: TrainingSpec,
+        stack: Stack,
+        recipe: Recipe,
+        batch: Quantity = 1,
+        tensor_parallel: Quantity = 1,
+        pipeline_parallel: Quantity = 1,
+    ) -> None:
+        self.model, self.training, self.stack, self.recipe = model, training, stack, recipe
+        multiple = stack.vocabulary_multiple * tensor_parallel
+        self.vocab = -(-model.vocab_size // multiple) * multiple
+        self.copies = (pipeline_parallel > 1) * 1
+        self.dims: dict[str, Quantity] = {
+            "batch": batch,
+            "seq": training.seq_length,
+            "seq_k": training.seq_length,
+            "residual": model.hidden_size,
+            "heads": model.num_attention_heads,
+            "kv_heads": model.num_key_value_heads,
+            "head_dim": model.head_dim,
+            "ffn": model.intermediate_size,
+            "vocab": self.vocab,
+        }
+        self.width = {COMPUTE: recipe.compute, FP32: 4.0, BYTE: 1.0, INT64: 8.0}
+        self.features = features(model, training)
+
+    def states(self, weight: Weight) -> Iterator[Term]:
+        """Parameter, gradient and optimizer states of one weight."""
+        recipe = self.recipe
+        yield Term(weight.name, Role.PARAMETER, weight.dims, recipe.weight)
+        yield Term(weight.name, Role.GRADIENT, weight.dims, recipe.gradient)
+        states = recipe.master + recipe.moment * MOMENTS[self.training.optimizer]
+        yield Term(weight.name, Role.OPTIMIZER, weight.dims, states)
+
+    def product(self, name: str, dims: dict[str, Quantity], kept_by: tuple[str, ...]) -> Term:
+        """FLOPs of a matrix product with every token: 2 forward, 4 backward."""
+        tokens = {"batch": self.dims["batch"], "seq": self.dims["seq"]}
+        return Term(name, Role.FLOPS, tokens | dims, 6.0, kept_by)
+
+    def rows(self, rows: tuple[Row, ...]) -> Iterator[Term]:
+        """The rows that apply, with lengths in place of names."""
+        for row in rows:
+            if row.applies(self.features):
+                dims: dict[str, Quantity] = {}
+                for word in row.dims.split():
+                    name, _, length = word.partition(":")
+                    dims[name] = int(length) if length else self.dims[name]
+                yield Term(row.name, row.role, dims, row.count * self.width[row.dtype], row.kept_by)
+
+    def regions(self, crossings: int, kept_by: tuple[str, ...] = ALWAYS) -> Term:
+        """The residual stream as it crosses tensor-parallel regions, forward and backward."""
+        dims = {name: self.dims[name] for name in ("batch", "seq", "residual")}
+        name = "residual stream across regions"
+        return Term(name, Role.MESSAGE, dims | {"crossings": crossings}, self.recipe.compute, kept_by)
+
+    def block(self) -> Layer:
+        """One transformer block."""
+        terms: list[Term] = []
+        for weight in block_weights(self.model):
+            terms += self.states(weight)
+            if weight.matrix:
+                kept = self.stack.rerun.get(weight.name, UNTIL_FULL)
+                terms.append(self.product(weight.name, weight.dims, kept))
+        names = ("batch", "seq", "seq_k", "heads", "head_dim")
+        core = {name: self.dims[name] for name in names}
+        per_pair = ATTENTION_FLOPS[str(self.training.attention)]
+        kept = self.stack.rerun.get("attention core", UNTIL_FULL)
+        terms.append(Term("attention core", Role.FLOPS, core, per_pair, kept))
+        terms += self.rows(self.stack.rows["block"] + BLOCK_TRAFFIC)
+        terms.append(self.regions(4, UNTIL_FULL))
+        return Layer("block", tuple(terms), self.model.num_hidden_layers)
+
+    def embedding(self) -> Layer:
+        """Word and position embedding."""
+        terms = [t for w in embedding_weights(self.model, self.vocab) for t in self.states(w)]
+        terms += self.rows(self.stack.rows["embedding"] + AROUND_TRAFFIC["embedding"])
+        return Layer("embedding", (*terms, self.regions(1)))
+
+    def head(self) -> Layer:
+        """Final norm, head and loss."""
+        weights = head_weights(self.model, self.vocab, self.copies)
+        terms = [t for w in weights for t in self.states(w)]
+        dims = {"vocab": self.vocab, "hidden": self.model.hidden_size}
+        terms.append(self.product("head weight", dims, ALWAYS))
+        terms += self.rows(self.stack.rows["head"] + AROUND_TRAFFIC["head"])
+        return Layer("head", (*terms, self.regions(1)))
+
+    def graph(self) -> nx.DiGraph[str]:
+        """The layers in the order in which a token meets them."""
+        import networkx as nx
+
+        graph: nx.DiGraph[str] = nx.DiGraph()
+        for layer in (self.embedding(), self.block(), self.head()):
+            graph.add_node(layer.kind, layer=layer)
+        nx.add_path(graph, ("embedding", "block", "head"))
+        return graph
+
+    def layers(self) -> list[Layer]:
+        """The graph's layers, in topological order."""
+        import networkx as nx
+
+        graph = self.graph()
+        return [graph.nodes[node]["layer"] for node in nx.topological_sort(graph)]

@@ -1,0 +1,235 @@
+"""Every layout of the GPUs, as families of arrays, and why the others are refused.
+
+A family shares its sharding and its schedule and holds one array per degree: it is a
+:class:`~strategies.layout.Layout` whose numbers are arrays. A refusal covers everything below the
+point where it was found (a tensor-parallel degree that cannot be is refused once).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from planner.defaults import Job
+from planner.errors import InputError
+from planner.layers import Builder
+from planner.network import fast_domain
+from strategies.base import Layer
+from strategies.layout import SHARDINGS, Layout
+from strategies.pipeline_parallel import SCHEDULES, PipelineParallel
+from strategies.sequence_parallel import SequenceParallel
+from strategies.tensor_parallel import TensorParallel
+
+MAX_MICRO_BATCH = 64
+NUMBERS = (
+    "data_parallel",
+    "tensor_parallel",
+    "pipeline_parallel",
+    "chunks",
+    "micro_batch_size",
+    "grad_accum",
+    "data_shards",
+)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the search may choose from. None means everything the stack and cluster offer."""
+
+    tensor_parallel: tuple[int, ...] | None = None
+    pipeline_parallel: tuple[int, ...] | None = None
+    data_parallel: tuple[int, ...] | None = None
+    micro_batch_size: tuple[int, ...] | None = None
+    chunks: tuple[int, ...] | None = None
+    sharding: tuple[str, ...] | None = None
+    schedule: tuple[str, ...] | None = None
+    recompute: tuple[str, ...] | None = None
+    sequence_parallel: bool = True
+    across_nodes: bool = False  # may a tensor-parallel group leave its node?
+
+
+@dataclass
+class Space:
+    """The layouts to price, by family, and the refused ones by reason."""
+
+    families: list[Layout] = field(default_factory=list)
+    refused: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+    @property
+    def size(self) -> int:
+        """Layouts that were not refused."""
+        return sum(len(family.data_parallel) for family in self.families)
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, in order.
+
+    >>> divisors(12)
+    [1, 2, 3, 4, 6, 12]
+    """
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
+
+
+def _allowed(value: Any, allowed: tuple[Any, ...] | None) -> bool:
+    return allowed is None or value in allowed
+
+
+def short_chunks(layers: int, chunks: int) -> int:
+    """Layers that the first and last chunk lack, so that all others are equal: 0, 1 or 2.
+
+    Megatron's ``--account-for-embedding-in-pipeline-split`` and its twin for the loss; Llama 3
+    405B's 126 layers in 16 x 8 chunks (Grattafiori et al. 2024, arXiv:2407.21783, section 3.3.2).
+    """
+    return -layers % chunks
+
+
+def _tensor_degrees(job: Job, choices: Choices, layers: list[Layer], space: Space) -> Iterator[int]:
+    domain, gpus = fast_domain(job.cluster), job.cluster.num_gpus
+    for tensor in divisors(gpus):
+        if not _allowed(tensor, choices.tensor_parallel):
+            continue
+        if tensor > 1 and not job.stack.tensor_parallel:
+            space.refused[f"{job.stack.name} is planned without tensor parallelism"] += 1
+            continue
+        if not choices.across_nodes and (tensor > domain or (gpus > domain and domain % tensor)):
+            space.refused[f"a tensor-parallel group would leave its node of {domain} GPUs"] += 1
+            continue
+        reasons = list(TensorParallel(tensor).objections(layers))
+        if tensor > 1 and choices.sequence_parallel:
+            reasons += SequenceParallel(tensor).objections(layers)
+        if reasons:
+            space.refused[reasons[0]] += 1
+            continue
+        yield tensor
+
+
+def _shardings(
+    job: Job, choices: Choices, data: int, pipeline: int, space: Space
+) -> Iterator[tuple[str, int, bool]]:
+    """Sharding, shards and reshard_after_forward that a data-parallel degree can have."""
+    for name, with_pipeline in job.stack.shardings.items():
+        if not _allowed(name, choices.sharding):
+            continue
+        if pipeline > 1 and not with_pipeline:
+            space.refused[f"{job.stack.name} runs {name} without a pipeline only"] += 1
+        elif data == 1 and name != next(iter(job.stack.shardings)) and choices.sharding is None:
+            continue  # one replica shares nothing out: the same layout under another name
+        elif name == "fsdp":
+            for shards in divisors(data)[1:] or [1]:
+                yield name, shards, True
+                yield name, shards, False
+        else:
+            yield name, data, True
+
+
+def _schedules(job: Job, choices: Choices, pipeline: int, layers: int) -> Iterator[tuple[str, int]]:
+    names = choices.schedule or job.stack.schedules
+    if pipeline == 1:
+        yield (choices.schedule or ("1f1b",))[0], 1
+        return
+    for name in names:
+        if name != "interleaved":
+            if _allowed(1, choices.chunks):
+                yield name, 1
+            continue
+        for chunks in range(2, (layers + 2) // pipeline + 1):
+            short = short_chunks(layers, chunks)
+            if _allowed(chunks, choices.chunks) and short <= 2 and layers + short >= pipeline * chunks:
+                yield name, chunks
+
+
+def enumerate_layouts(job: Job, choices: Choices = Choices()) -> Space:
+    """All layouts of the cluster's GPUs that the stack can run and the batch divides over."""
+    space = Space()
+    layers = Builder(job.model, job.training, job.stack, job.recipe).layers()
+    depth, batch = job.model.num_hidden_layers, job.global_batch_size
+    gpus = job.cluster.num_gpus
+    rows: dict[tuple[str, bool, bool, str], list[tuple[int, ...]]] = defaultdict(list)
+    for tensor in _tensor_degrees(job, choices, layers, space):
+        sequence_parallel = tensor > 1 and choices.sequence_parallel
+        for pipeline in divisors(gpus // tensor):
+            data = gpus // tensor // pipeline
+            if not _allowed(pipeline, choices.pipeline_parallel) or not _allowed(data, choices.data_parallel):
+                continue
+            if list(PipelineParallel(pipeline).objections(layers)):
+                space.refused[f"pipeline_parallel is more than the {depth} layers"] += 1
+                continue
+            if batch % data:
+                space.refused[f"data_parallel does not divide global_batch_size={batch}"] += 1
+                continue
+            shardings = list(_shardings(job, choices, data, pipeline, space))
+            schedules = list(_schedules(job, choices, pipeline, depth))
+            for micro in _micro_batches(batch // data, choices):
+                accum = batch // data // micro
+                for schedule, chunks in schedules:
+                    if schedule == "interleaved" and accum % pipeline:
+                        space.refused["interleaved schedule: grad_accum is no multiple of the stages"] += 1
+                        continue
+                    for sharding, shards, reshard in shardings:
+                        row = (data, tensor, pipeline, chunks, micro, accum, shards)
+                        rows[sharding, reshard, sequence_parallel, schedule].append(row)
+    for (sharding, reshard, sequence_parallel, schedule), numbers in rows.items():
+        columns = np.array(numbers, dtype=np.int64).T
+        space.families.append(
+            Layout(
+                **dict(zip(NUMBERS, columns, strict=True)),
+                sequence_parallel=sequence_parallel,
+                sharding=sharding,
+                reshard_after_forward=reshard,
+                schedule=schedule,
+            )
+        )
+    return space
+
+
+def _micro_batches(per_replica: int, choices: Choices) -> list[int]:
+    sizes = [d for d in divisors(per_replica) if d <= MAX_MICRO_BATCH]
+    if choices.micro_batch_size is None:
+        return sizes
+    return [size for size in choices.micro_batch_size if per_replica % size == 0]
+
+
+def check_layout(job: Job, layout: Layout) -> None:
+    """Raises InputError if a layout given by hand cannot be, with the first reason."""
+    layers = Builder(job.model, job.training, job.stack, job.recipe).layers()
+    if layout.world_size != job.cluster.num_gpus:
+        raise InputError(
+            f"data {layout.data_parallel} x tensor {layout.tensor_parallel} x pipeline "
+            f"{layout.pipeline_parallel} = {layout.world_size}, but there are {job.cluster.num_gpus} GPUs"
+        )
+    if layout.global_batch_size != job.global_batch_size:
+        raise InputError(
+            f"data_parallel {layout.data_parallel} x micro_batch_size {layout.micro_batch_size} does not "
+            f"divide global_batch_size {job.global_batch_size}: use a multiple of "
+            f"{layout.data_parallel * layout.micro_batch_size}"
+        )
+    if layout.sharding not in SHARDINGS or layout.schedule not in SCHEDULES:
+        raise InputError(
+            f"sharding={layout.sharding!r}, schedule={layout.schedule!r}: use one of "
+            f"{', '.join(SHARDINGS)} and one of {', '.join(SCHEDULES)}"
+        )
+    if layout.data_parallel % layout.data_shards:
+        raise InputError(
+            f"data_shards={layout.data_shards} does not divide data_parallel={layout.data_parallel}"
+        )
+    depth = job.model.num_hidden_layers
+    reasons = list(TensorParallel(layout.tensor_parallel).objections(layers))
+    if layout.sequence_parallel:
+        reasons += SequenceParallel(layout.tensor_parallel).objections(layers)
+    reasons += PipelineParallel(
+        layout.pipeline_parallel,
+        microbatches=layout.grad_accum,
+        chunks=layout.chunks,
+        schedule=layout.schedule,
+    ).objections(layers)
+    if layout.chunks > 1 and layout.schedule != "interleaved":
+        reasons.append(f"chunks={layout.chunks} need the interleaved schedule")
+    if short_chunks(depth, layout.chunks) > 2:
+        reasons.append(f"{depth} layers do not fill {layout.chunks} equal chunks, even two layers short")
+    if reasons:
+        raise InputError(reasons[0])

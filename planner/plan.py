@@ -1,0 +1,183 @@
+"""The answer: a Plan, its stages, and where it came from. JSON in, JSON out.
+
+Sizes in bytes, times in seconds. Fields may be added; none of these goes away within a version.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from planner.defaults import Job
+from planner.ledger import Entry, StageView, components, entries, view
+from planner.program import Solution
+from planner.schedule import step_seconds
+from planner.specs import TrainingSpec
+from planner.stages import Prices, price
+from strategies.layout import Layout
+
+SCHEMA = "planner.plan/1"
+MODEL = ConfigDict(frozen=True, extra="forbid")
+
+
+class StagePlan(BaseModel):
+    """One pipeline stage: what it holds, and its peak with the moment and the components of it."""
+
+    model_config = MODEL
+
+    layers: int
+    recompute: dict[str, int]
+    in_flight: float
+    peak_bytes: int
+    capacity_bytes: int
+    moment: str
+    moments: dict[str, int]
+    components: dict[str, int]
+    seconds: float
+    embedding: bool
+    head: bool
+
+
+class LayoutPlan(BaseModel):
+    """The degrees, in the field's names."""
+
+    model_config = MODEL
+
+    data_parallel: int
+    tensor_parallel: int
+    pipeline_parallel: int
+    chunks: int
+    micro_batch_size: int
+    grad_accum: int
+    data_shards: int
+    sequence_parallel: bool
+    sharding: str
+    reshard_after_forward: bool
+    schedule: str
+
+    def to_layout(self) -> Layout:
+        """The layout that the strategies are made from."""
+        return Layout(**self.model_dump())
+
+
+class Plan(BaseModel):
+    """A layout with its memory, its time and its proof."""
+
+    model_config = MODEL
+
+    schema_version: str = SCHEMA
+    model: str
+    num_parameters: int
+    gpu: str
+    num_gpus: int
+    training: TrainingSpec
+    layout: LayoutPlan
+    fits: bool
+    peak_bytes: int
+    capacity_bytes: int
+    step_time_s: float
+    critical_path_s: float
+    tokens_per_s: float
+    mfu: float
+    days: float | None
+    bubble_fraction: float
+    stages: tuple[StagePlan, ...]
+    assumptions: tuple[str, ...]
+    proof: dict[str, Any]
+
+    @property
+    def headroom_bytes(self) -> int:
+        """Bytes left on the fullest GPU; negative where it does not fit."""
+        return self.capacity_bytes - self.peak_bytes
+
+    @property
+    def fullest(self) -> int:
+        """Index of the stage with the highest peak."""
+        return max(range(len(self.stages)), key=lambda j: self.stages[j].peak_bytes)
+
+
+def stage_moments(stage: StageView) -> list[str]:
+    """The moments that a stage goes through, in order."""
+    return [
+        "forward end",
+        *(["loss"] if stage.last else []),
+        "backward",
+        "gradients complete",
+        "optimizer step",
+    ]
+
+
+def stage_entries(prices: Prices, stage: StageView) -> dict[str, list[Entry]]:
+    """The ledger of a stage at each of its moments."""
+    return {moment: list(entries(prices, stage, moment)) for moment in stage_moments(stage)}
+
+
+def plan_stage(prices: Prices, solution: Solution, index: int) -> StagePlan:
+    """One stage of a plan; its figures are sums of the ledger's entries."""
+    candidate = solution.candidate
+    stage = view(candidate, solution.rows, index)
+    ledgers = stage_entries(prices, stage)
+    sizes = {moment: sum(entry.held for entry in items) for moment, items in ledgers.items()}
+    moment = max(sizes, key=lambda name: sizes[name])
+    return StagePlan(
+        layers=sum(stage.layers.values()),
+        recompute={policy: count for policy, count in stage.layers.items() if count},
+        in_flight=float(prices.pipeline_at(index).in_flight),
+        peak_bytes=round(sizes[moment]),
+        capacity_bytes=prices.job.cluster.capacity_bytes,
+        moment=moment,
+        moments={name: round(size) for name, size in sizes.items()},
+        components={name: round(size) for name, size in components(ledgers[moment]).items()},
+        seconds=candidate.stage_seconds(index, solution.rows[index]),
+        embedding=stage.first,
+        head=stage.last,
+    )
+
+
+def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
+    """A plan from a solved candidate: stages, time on the schedule graph, proof."""
+    candidate = solution.candidate
+    layout = candidate.layout
+    prices = price(job, layout, candidate.policies)
+    alike: dict[Any, StagePlan] = {}
+    stages = []
+    for j, rows in enumerate(solution.rows):
+        key = (rows, j == 0, j == len(solution.rows) - 1, float(prices.pipeline_at(j).in_flight))
+        if key not in alike:
+            alike[key] = plan_stage(prices, solution, j)
+        stages.append(alike[key])
+    plain = candidate.policies.index("none") if "none" in candidate.policies else 0
+    forward = [
+        sum(rows) * own.seconds[plain] / 3 + own.fixed_seconds / 3
+        for rows, own in zip(solution.rows, candidate.stages, strict=True)
+    ]
+    total = [candidate.stage_seconds(j, rows) for j, rows in enumerate(solution.rows)]
+    backward = [whole - part for whole, part in zip(total, forward, strict=True)]
+    step = candidate.cost(solution.rows)
+    tokens_per_s = job.tokens_per_step / step
+    flops = job.model.flops_per_token(job.seq_length) * tokens_per_s
+    peak_flops = job.cluster.gpu.peak_flops[
+        job.recipe.unit if job.recipe.unit in job.cluster.gpu.peak_flops else "fp32"
+    ]
+    peak = max(stage.peak_bytes for stage in stages)
+    return Plan(
+        model=job.model.name,
+        num_parameters=job.model.num_parameters,
+        gpu=job.cluster.gpu.name,
+        num_gpus=job.cluster.num_gpus,
+        training=job.training,
+        layout=LayoutPlan(**{name: getattr(layout, name) for name in LayoutPlan.model_fields}),
+        fits=peak <= job.cluster.capacity_bytes,
+        peak_bytes=peak,
+        capacity_bytes=job.cluster.capacity_bytes,
+        step_time_s=step,
+        critical_path_s=step_seconds(layout, forward, backward) + candidate.step_seconds,
+        tokens_per_s=tokens_per_s,
+        mfu=flops / (job.cluster.num_gpus * peak_flops),
+        days=job.training.tokens / tokens_per_s / 86400 if job.training.tokens else None,
+        bubble_fraction=float(prices.pipeline.bubble),
+        stages=tuple(stages),
+        assumptions=job.assumptions,
+        proof=proof,
+    )

@@ -1,0 +1,176 @@
+"""The integer program: which layout, how many layers on each stage, under which recompute policy.
+
+For candidates c with stages j and policies r:
+
+    choose[c] in {0, 1}      rows[c,j,r] integer >= 0      uses[c,j,r] in {0, 1}      slowest[c] >= 0
+
+    one_layout       sum_c choose[c] = 1
+    every_layer      sum_{j,r} rows[c,j,r] = R[c] choose[c]
+    no_empty_stage   sum_r rows[c,j,r] >= choose[c]
+    working_set      rows[c,j,r] <= R[c] uses[c,j,r]
+    memory           sum_r bytes rows + working uses + fixed choose <= capacity choose
+    slowest_stage    sum_r seconds rows + fixed choose <= slowest[c]
+    fullest_stage    slowest[c] >= (seconds of ceil(R/p) rows) choose[c]
+
+    min  sum_c fill sum_j seconds[c,j] + repeat slowest[c] + step choose[c]
+
+A row is one layer in each chunk of a stage (one layer, without interleaving). ``working uses``
+adds a policy's working set to a stage only where a layer runs under it. ``fullest_stage`` follows
+from the others for integers; it closes most of the relaxation's gap. No big M is needed: every
+constant is multiplied by ``choose``.
+
+Only this module imports pulp. Branching on ``choose`` first turns the joint program into one
+program per candidate; :mod:`planner.best_first` does that, best bound first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from planner.errors import SolverError
+from planner.stages import Candidate
+
+RELATIVE_GAP = 1e-6
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The chosen candidate and its rows[stage][policy]; ``optimal`` if the solver proved it."""
+
+    candidate: Candidate
+    rows: tuple[tuple[int, ...], ...]
+    cost: float
+    optimal: bool
+
+
+class _Model:
+    """One pulp problem under construction: coefficients go in as plain (variable, number) pairs."""
+
+    def __init__(self, objective: str) -> None:
+        import pulp
+
+        self.pulp, self.objective = pulp, objective
+        self.problem = pulp.LpProblem("layout", pulp.LpMinimize)
+        self.cost: list[tuple[Any, float]] = []
+
+    def integer(self, name: str, upper: int) -> Any:
+        return self.problem.add_variable(name, 0, upper, self.pulp.LpInteger)
+
+    def require(self, name: str, pairs: list[tuple[Any, float]], sense: str, right: float = 0.0) -> None:
+        left = self.pulp.LpAffineExpression(pairs)
+        constraint = {"<=": left <= right, "==": left == right, ">=": left >= right}[sense]
+        self.problem += constraint, name
+
+    def add(self, index: int, candidate: Candidate) -> tuple[Any, list[list[Any]]]:
+        """The variables and constraints of one candidate; its ``choose`` and ``rows``."""
+        choose = self.integer(f"choose_{index}", 1)
+        rows = [
+            [self.integer(f"rows_{index}_{j}_{r}", candidate.rows) for r in range(len(candidate.policies))]
+            for j in range(len(candidate.stages))
+        ]
+        self.every_layer(index, candidate, choose, rows)
+        self.memory(index, candidate, choose, rows)
+        self.time(index, candidate, choose, rows)
+        return choose, rows
+
+    def every_layer(self, index: int, candidate: Candidate, choose: Any, rows: list[list[Any]]) -> None:
+        """``sum_{j,r} rows = R choose`` and ``sum_r rows[j] >= choose``."""
+        everything = [(x, 1.0) for stage in rows for x in stage]
+        self.require(f"every_layer_{index}", [*everything, (choose, -candidate.rows)], "==")
+        for j, stage in enumerate(rows):
+            pairs = [(x, 1.0) for x in stage]
+            self.require(f"no_empty_stage_{index}_{j}", [*pairs, (choose, -1.0)], ">=")
+
+    def memory(self, index: int, candidate: Candidate, choose: Any, rows: list[list[Any]]) -> None:
+        """``sum bytes rows + working uses + fixed choose <= capacity choose``, in capacities."""
+        scale = candidate.capacity
+        spare = []
+        if self.objective == "headroom":
+            headroom = self.problem.add_variable(f"headroom_{index}", 0, None)
+            spare = [(headroom, 1.0)]
+            self.cost.append((headroom, -scale))
+        for j, (stage, own) in enumerate(zip(rows, candidate.stages, strict=True)):
+            least = min(own.working)
+            extra = []
+            for r, (x, working) in enumerate(zip(stage, own.working, strict=True)):
+                if working > least:
+                    uses = self.integer(f"uses_{index}_{j}_{r}", 1)
+                    self.require(f"working_set_{index}_{j}_{r}", [(x, 1.0), (uses, -candidate.rows)], "<=")
+                    extra.append((uses, working - least))
+            # The heaviest policy in use counts: with two or more above the least, each alone.
+            options: list[tuple[Any, float] | None] = [*extra] or [None]
+            for number, heaviest in enumerate(options):
+                for moment, (per_row, fixed, works) in own.moments.items():
+                    if number and not works:
+                        continue
+                    pairs = [(x, b / scale) for x, b in zip(stage, per_row, strict=True)]
+                    if works and heaviest:
+                        pairs.append((heaviest[0], heaviest[1] / scale))
+                    constant = (fixed + least * works) / scale - 1.0
+                    name = f"memory_{index}_{j}_{moment.replace(' ', '_')}_{number}"
+                    self.require(name, [*pairs, *spare, (choose, constant)], "<=")
+
+    def time(self, index: int, candidate: Candidate, choose: Any, rows: list[list[Any]]) -> None:
+        """``sum seconds rows + fixed choose <= slowest``, and the candidate's cost."""
+        if self.objective == "headroom":
+            return
+        slowest = self.problem.add_variable(f"slowest_{index}", 0, None)
+        for j, (stage, own) in enumerate(zip(rows, candidate.stages, strict=True)):
+            pairs = list(zip(stage, own.seconds, strict=True))
+            self.require(
+                f"slowest_stage_{index}_{j}", [*pairs, (choose, own.fixed_seconds), (slowest, -1.0)], "<="
+            )
+            self.cost += [(x, candidate.fill * seconds) for x, seconds in pairs]
+        depth = len(candidate.stages)
+        fullest = min(
+            -(-candidate.rows // depth) * min(own.seconds) + own.fixed_seconds for own in candidate.stages
+        )
+        self.require(f"fullest_stage_{index}", [(slowest, 1.0), (choose, -fullest)], ">=")
+        fixed = candidate.fill * sum(own.fixed_seconds for own in candidate.stages)
+        self.cost += [(slowest, candidate.repeat), (choose, fixed + candidate.step_seconds)]
+
+
+def solve(
+    candidates: Sequence[Candidate], objective: str = "time", time_limit: float | None = None
+) -> Solution | None:
+    """The best of the candidates, or None if none fits.
+
+    ``objective`` is ``time`` (seconds of a step) or ``headroom`` (bytes free on the fullest
+    stage, as a negative cost). With a ``time_limit`` in seconds the solution may be feasible
+    only: read ``optimal``. Raises SolverError if the solver gives neither.
+    """
+    model = _Model(objective)
+    pulp = model.pulp
+    added = [model.add(index, candidate) for index, candidate in enumerate(candidates)]
+    model.require("one_layout", [(choose, 1.0) for choose, _ in added], "==", 1.0)
+    model.problem.setObjective(pulp.LpAffineExpression(_merged(model.cost)))
+    solver = pulp.HiGHS(msg=False, gapRel=RELATIVE_GAP, timeLimit=time_limit, threads=1)
+    model.problem.solve(solver)
+    # The status alone says Optimal at a time limit too: the solution's status decides.
+    if model.problem.sol_status in (pulp.LpSolutionInfeasible, pulp.LpSolutionNoSolutionFound):
+        if model.problem.status == pulp.LpStatusInfeasible:
+            return None
+        if time_limit is not None:
+            raise SolverError(f"no layout found within {time_limit:.3g} s")
+        raise SolverError(f"the solver stopped with {pulp.LpStatus[model.problem.status]}")
+    winner = max(range(len(candidates)), key=lambda i: added[i][0].varValue or 0.0)
+    candidate = candidates[winner]
+    rows = tuple(tuple(round(x.varValue or 0.0) for x in stage) for stage in added[winner][1])
+    optimal = model.problem.sol_status == pulp.LpSolutionOptimal
+    return Solution(candidate, rows, cost_of(candidate, rows, objective), optimal)
+
+
+def _merged(pairs: list[tuple[Any, float]]) -> list[tuple[Any, float]]:
+    merged: dict[Any, float] = {}
+    for variable, coefficient in pairs:
+        merged[variable] = merged.get(variable, 0.0) + coefficient
+    return list(merged.items())
+
+
+def cost_of(candidate: Candidate, rows: Sequence[Sequence[int]], objective: str = "time") -> float:
+    """The program's objective, computed from the rows rather than read from the solver."""
+    if objective == "time":
+        return candidate.cost(rows)
+    return max(candidate.peak(j, own)[0] for j, own in enumerate(rows)) - candidate.capacity

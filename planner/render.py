@@ -1,0 +1,445 @@
+"""Plans as tables for a terminal. Only this module imports rich.
+
+Tables fit 80 columns and use more where there is more; colour only marks what does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Any
+
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from planner.advice import Change
+from planner.ledger import COMPONENTS, Entry
+from planner.plan import Plan, StagePlan
+from planner.specs import Gpu, ModelSpec
+from planner.units import gib, human_bytes, human_count, human_seconds
+
+SHORT = {
+    "parameters": "params",
+    "gradients": "grads",
+    "optimizer_states": "optim",
+    "activations": "activ",
+    "workspace": "work",
+    "logits": "logits",
+    "communication_buffers": "comm",
+    "framework_overhead": "overhd",
+}
+BARS = {
+    "parameters": ("█", "blue"),
+    "gradients": ("▓", "cyan"),
+    "optimizer_states": ("▒", "magenta"),
+    "activations": ("█", "green"),
+    "workspace": ("▓", "yellow"),
+    "logits": ("▒", "yellow"),
+    "communication_buffers": ("▓", "red"),
+    "framework_overhead": ("░", "white"),
+}
+
+
+def grid(*headings: str, title: str = "", left: Iterable[str] = ()) -> Table:
+    """A plain table: numbers right, the named columns left."""
+    table = Table(box=None, pad_edge=False, title=title or None, title_justify="left", padding=(0, 1, 0, 0))
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in left else "right", no_wrap=heading not in left)
+    return table
+
+
+def policies(stage: StagePlan) -> str:
+    """Recompute of a stage: ``none``, or how many layers run under which policy."""
+    if len(stage.recompute) == 1:
+        return next(iter(stage.recompute))
+    return " ".join(f"{count} {policy}" for policy, count in stage.recompute.items())
+
+
+def recompute_of(plan: Plan) -> str:
+    """Recompute of a whole plan, in few words."""
+    totals: dict[str, int] = {}
+    for stage in plan.stages:
+        for policy, count in stage.recompute.items():
+            totals[policy] = totals.get(policy, 0) + count
+    if len(totals) == 1:
+        return next(iter(totals))
+    return " ".join(f"{count} {policy}" for policy, count in totals.items() if policy != "none")
+
+
+def layers_of(plan: Plan) -> str:
+    """Layers per stage, equal neighbours together: ``8x16`` is 8 layers on each of 16 stages."""
+    runs = [(count, len(list(run))) for count, run in groupby(s.layers for s in plan.stages)]
+    return " ".join(f"{count}x{times}" if times > 1 else f"{count}" for count, times in runs)
+
+
+def headline(plan: Plan) -> Text:
+    """The answer in words."""
+    free = plan.headroom_bytes
+    verdict = "fits" if plan.fits else "does not fit"
+    text = Text(f"{plan.model} {verdict} ", style="bold" if plan.fits else "bold red")
+    text.append(f"on {plan.num_gpus} x {plan.gpu} ", style="bold")
+    text.append(f"as {plan.layout.to_layout().describe()}: peak {gib(plan.peak_bytes)} of ")
+    text.append(f"{gib(plan.capacity_bytes)} GiB, {gib(abs(free))} GiB {'free' if free >= 0 else 'over'}; ")
+    text.append(
+        f"{human_seconds(plan.step_time_s)} a step, {plan.tokens_per_s:,.0f} tokens/s, MFU {plan.mfu:.0%}"
+    )
+    if plan.days:
+        text.append(f"; {human_count(float(plan.training.tokens or 0))} tokens in {plan.days:,.1f} days")
+    return text
+
+
+def ranking(plans: Sequence[Plan], wide: bool) -> Table:
+    """The ranked layouts, one a row."""
+    names = [
+        "#",
+        "TP",
+        "PP",
+        "DP",
+        "sharding",
+        "mb",
+        "peak GiB",
+        "free",
+        "bubble",
+        "step",
+        "MFU",
+        "recompute",
+    ]
+    if wide:
+        names = ["#", "TP", "PP", "DP", "chunks", "sharding", "schedule", "micro-batch", "grad accum"]
+        names += ["peak GiB", "free", "bubble", "step", "tokens/s", "MFU", "layers per stage", "recompute"]
+    table = grid(*names, left=("sharding", "schedule", "layers per stage", "recompute"))
+    for number, plan in enumerate(plans, 1):
+        layout = plan.layout
+        label = layout.to_layout().sharding_label
+        pipeline = f"{layout.pipeline_parallel}" + ("" if wide or layout.chunks == 1 else f"v{layout.chunks}")
+        cells = [str(number), str(layout.tensor_parallel), pipeline, str(layout.data_parallel)]
+        cells += [str(layout.chunks), label, layout.schedule] if wide else [label]
+        cells += [str(layout.micro_batch_size), *([str(layout.grad_accum)] if wide else [])]
+        cells += [gib(plan.peak_bytes), gib(plan.headroom_bytes), f"{plan.bubble_fraction:.1%}"]
+        cells += [human_seconds(plan.step_time_s), *([f"{plan.tokens_per_s:,.0f}"] if wide else [])]
+        cells += [f"{plan.mfu:.0%}", *([layers_of(plan)] if wide else []), recompute_of(plan)]
+        table.add_row(*cells, style="" if plan.fits else "red")
+    return table
+
+
+def stage_groups(plan: Plan) -> list[tuple[str, StagePlan]]:
+    """Stages with the same figures together, under a label such as ``1-6``."""
+
+    def figures(index: int) -> Any:
+        stage = plan.stages[index]
+        return (stage.layers, tuple(stage.recompute.items()), stage.peak_bytes, stage.head)
+
+    groups = []
+    for _, members in groupby(range(len(plan.stages)), key=figures):
+        indexes = list(members)
+        label = str(indexes[0]) if len(indexes) == 1 else f"{indexes[0]}-{indexes[-1]}"
+        groups.append((label, plan.stages[indexes[0]]))
+    return groups
+
+
+def stage_table(plan: Plan, most: int = 12) -> Table:
+    """Every stage at its peak, by component; long pipelines show their two ends and the fullest."""
+    table = grid("stage", "layers", *SHORT.values(), "peak", "at", left=("at",))
+    groups = stage_groups(plan)
+    shown = (
+        groups
+        if len(groups) <= most
+        else [*groups[: most // 2], ("...", groups[0][1]), *groups[-most // 2 :]]
+    )
+    for label, stage in shown:
+        if label == "...":
+            table.add_row("...")
+            continue
+        sizes = [gib(stage.components[name]) for name in COMPONENTS]
+        over = stage.peak_bytes > stage.capacity_bytes
+        table.add_row(
+            label, str(stage.layers), *sizes, gib(stage.peak_bytes), stage.moment, style="red" if over else ""
+        )
+    return table
+
+
+def bars(plan: Plan, width: int, most: int = 8) -> Group:
+    """A stacked bar per stage against the budget line."""
+    groups = stage_groups(plan)
+    if len(groups) > most:
+        groups = [*groups[: most // 2], *groups[-most // 2 :]]
+    room = max(20, min(width, 120) - 22)
+    full = max(plan.capacity_bytes, *(stage.peak_bytes for _, stage in groups))
+    limit = round(room * plan.capacity_bytes / full)
+    lines: list[Text] = []
+    for label, stage in groups:
+        line = Text(f"{label:>7} ")
+        cells: list[tuple[str, str]] = []
+        done = 0.0
+        for name in COMPONENTS:
+            done += stage.components[name]
+            symbol, colour = BARS[name]
+            cells += [(symbol, colour)] * (round(room * done / full) - len(cells))
+        for position in range(room + 1):
+            if position == limit:
+                line.append("|", style="bold")
+            if position < len(cells):
+                line.append(cells[position][0], style=cells[position][1])
+            elif position < room:
+                line.append(" ")
+        line.append(f" {gib(stage.peak_bytes)} GiB")
+        lines.append(line)
+    legend = Text("        ")
+    for name in COMPONENTS:
+        symbol, colour = BARS[name]
+        legend.append(f"{symbol} ", style=colour)
+        legend.append(f"{SHORT[name]}  ")
+    legend.append("| budget")
+    return Group(*lines, legend)
+
+
+def proof_line(plan: Plan) -> Text:
+    """What the search did, and how certain its answer is."""
+    proof = plan.proof
+    if proof.get("status") == "given":
+        return Text("One given layout: nothing was searched.")
+    certain = "proved optimal" if proof["status"] == "optimal" else f"feasible, gap {proof['gap']:.2%}"
+    return Text(
+        f"{proof['enumerated']:,} layouts: {proof['refused']:,} refused, "
+        f"{proof['does_not_fit']:,} do not fit, "
+        f"{proof['pruned_by_bound']:,} pruned by bound, {proof['solved']:,} solved; best by "
+        f"{proof['objective']} {certain}, in {human_seconds(proof['seconds'])}."
+    )
+
+
+def assumption_list(plan: Plan, verbose: bool) -> Group:
+    """What was assumed; sources only when asked for."""
+    lines = [Text("Assumed (each can be given):", style="bold")]
+    for note in plan.assumptions:
+        if not verbose and "(assumed: " in note:
+            note = note.split(": ", 2)[0] + ": " + note.split(": ", 1)[1].split(" (assumed")[0] + " (assumed)"
+        lines.append(Text(f"  {note}"))
+    return Group(*lines)
+
+
+def refusals(plan: Plan) -> Table:
+    """Why layouts were refused, most frequent first."""
+    table = grid("refused", "because", left=("because",))
+    for reason, count in plan.proof.get("refused_because", {}).items():
+        table.add_row(str(count), escape(reason))
+    return table
+
+
+def show_search(console: Console, plans: Sequence[Plan], verbose: bool = False, quiet: bool = False) -> None:
+    """The answer of a search: words, ranking, the winner's stages, assumptions, proof."""
+    best = plans[0]
+    console.print(headline(best))
+    console.print()
+    console.print(ranking(plans, wide=console.width >= 140))
+    if quiet:
+        return
+    console.print()
+    show_stages(console, best, title=f"#1 per stage, GiB per GPU: {layout_words(best)}")
+    console.print()
+    console.print(assumption_list(best, verbose))
+    if verbose and best.proof.get("refused_because"):
+        console.print()
+        console.print(refusals(best))
+    console.print()
+    console.print(proof_line(best))
+
+
+def layout_words(plan: Plan) -> str:
+    """Layers, recompute and schedule of a plan in words."""
+    layout = plan.layout
+    words = f"layers {layers_of(plan)}, recompute {recompute_of(plan)}"
+    if layout.pipeline_parallel > 1:
+        words += f", {layout.schedule}" + (f" with {layout.chunks} chunks" if layout.chunks > 1 else "")
+    return words
+
+
+def show_stages(console: Console, plan: Plan, title: str) -> None:
+    """A plan's stages as a table and as bars."""
+    console.print(Text(title, style="bold"))
+    console.print(stage_table(plan))
+    console.print()
+    console.print(bars(plan, console.width))
+
+
+def show_plan(console: Console, plan: Plan, verbose: bool = False) -> None:
+    """One given layout."""
+    console.print(headline(plan))
+    console.print()
+    show_stages(console, plan, title=f"Per stage, GiB per GPU: {layout_words(plan)}")
+    console.print()
+    table = grid("moment", *(label for label, _ in stage_groups(plan)[:10]), left=("moment",))
+    for moment in ("forward end", "loss", "backward", "gradients complete", "optimizer step"):
+        sizes = [stage.moments.get(moment) for _, stage in stage_groups(plan)[:10]]
+        table.add_row(moment, *("-" if size is None else gib(size) for size in sizes))
+    console.print(Text("Every moment of a step, GiB per GPU, by stage", style="bold"))
+    console.print(table)
+    console.print()
+    console.print(assumption_list(plan, verbose))
+
+
+def formula(entry: Entry) -> str:
+    """A term with its numbers: ``2 x batch 1 x seq 2048 x residual 8192``."""
+    if not entry.dims:
+        return entry.source
+    return " x ".join([f"{entry.unit:g}", *(f"{name} {size:,}" for name, size in entry.dims.items())])
+
+
+def show_entries(
+    console: Console, plan: Plan, stage: int, moment: str, items: Sequence[Entry], unfold: bool
+) -> None:
+    """Where every byte of one stage comes from: terms in rows, strategies in columns."""
+    console.print(Text(f"Stage {stage} of {plan.layout.to_layout().describe()}, at {moment}", style="bold"))
+    labels = list(dict.fromkeys(label for entry in items for label in entry.shares))
+    labels = [label for label in labels if any(entry.shares.get(label, 1) != 1 for entry in items)]
+    table = grid(
+        "component / term", "layer", "count", "whole", *labels, "held", left=("component / term", "layer")
+    )
+    for component in COMPONENTS:
+        own = [entry for entry in items if entry.component == component]
+        total = sum(entry.held for entry in own)
+        table.add_row(
+            Text(component.replace("_", " "), style="bold"),
+            "",
+            "",
+            "",
+            *("" for _ in labels),
+            Text(human_bytes(total), style="bold"),
+        )
+        for entry in sorted(own, key=lambda e: -e.held):
+            shares = [share_text(entry.shares.get(label)) for label in labels]
+            name = f"  {entry.name}" + (f" ({entry.tag})" if entry.tag != "exact" else "")
+            table.add_row(
+                name,
+                entry.layer,
+                f"{entry.count:g}",
+                human_bytes(entry.whole),
+                *shares,
+                human_bytes(entry.held),
+            )
+            if unfold and entry.dims:
+                table.add_row(Text(f"    = {formula(entry)}", style="dim"))
+    table.add_row(
+        Text("total", style="bold"),
+        "",
+        "",
+        "",
+        *("" for _ in labels),
+        Text(human_bytes(sum(e.held for e in items)), style="bold"),
+    )
+    console.print(table)
+
+
+def share_text(share: float | None) -> str:
+    """A share as a fraction people recognise: ``1/8``, ``0``, ``x 2``."""
+    if share is None or share == 1:
+        return ""
+    if 0 < share < 1 and abs(1 / share - round(1 / share)) < 1e-9:
+        return f"1/{round(1 / share)}"
+    return f"x {share:g}" if share > 1 else f"{share:g}"
+
+
+def show_compare(console: Console, rows: Sequence[tuple[str, Plan | str]]) -> None:
+    """Strategies side by side."""
+    table = grid(
+        "strategy", "layout", "fits", *SHORT.values(), "peak", "step", left=("strategy", "layout", "fits")
+    )
+    for name, plan in rows:
+        if isinstance(plan, str):
+            table.add_row(name, Text(plan, style="dim"), "-")
+            continue
+        stage = plan.stages[plan.fullest]
+        layout = plan.layout
+        where = f"TP{layout.tensor_parallel} PP{layout.pipeline_parallel} DP{layout.data_parallel}"
+        sizes = [gib(stage.components[part]) for part in COMPONENTS]
+        table.add_row(
+            name,
+            where,
+            "yes" if plan.fits else "no",
+            *sizes,
+            gib(plan.peak_bytes),
+            human_seconds(plan.step_time_s),
+            style="" if plan.fits else "red",
+        )
+    console.print(table)
+    console.print(Text("GiB per GPU on the fullest stage at its peak."))
+
+
+def show_changes(console: Console, changes: Sequence[Change]) -> None:
+    """Changes that would fit, each checked by a search."""
+    if not changes:
+        console.print("No single change that was tried makes it fit.")
+        return
+    table = grid(
+        "change",
+        "option",
+        "best layout then",
+        "peak GiB",
+        "step",
+        left=("change", "option", "best layout then"),
+    )
+    for change in changes:
+        table.add_row(
+            change.what,
+            change.option,
+            change.layout.describe(),
+            gib(change.peak_bytes),
+            human_seconds(change.step_time_s),
+        )
+    console.print(Text("What would fit, each checked by a search; cheapest in GPU time first:", style="bold"))
+    console.print(table)
+
+
+def show_models(console: Console, models: Sequence[ModelSpec]) -> None:
+    """The catalog's models."""
+    table = grid(
+        "model", "parameters", "layers", "hidden", "heads", "kv", "ffn", "vocab", "positions", left=("model",)
+    )
+    for m in models:
+        table.add_row(
+            m.name,
+            human_count(m.num_parameters),
+            str(m.num_hidden_layers),
+            str(m.hidden_size),
+            str(m.num_attention_heads),
+            str(m.num_key_value_heads),
+            str(m.intermediate_size),
+            str(m.vocab_size),
+            str(m.max_position_embeddings),
+        )
+    console.print(table)
+
+
+def show_gpus(console: Console, gpus: Sequence[Gpu]) -> None:
+    """The catalog's GPU kinds."""
+    table = grid(
+        "GPU",
+        "usable GiB",
+        "bf16 TFLOP/s",
+        "HBM TB/s",
+        "in node GB/s",
+        "network GB/s",
+        "per node",
+        left=("GPU",),
+    )
+    for gpu in gpus:
+        peak = gpu.peak_flops.get("bf16")
+        table.add_row(
+            gpu.name,
+            gib(gpu.usable_bytes),
+            f"{peak / 1e12:,.0f}" if peak else "-",
+            f"{gpu.hbm_bytes_per_s / 1e12:.2f}",
+            f"{gpu.intra_node.bytes_per_s / 1e9:,.0f}",
+            f"{gpu.network.bytes_per_s / 1e9:,.1f}",
+            str(gpu.gpus_per_node),
+        )
+    console.print(table)
+
+
+def console_for(stream: Any = None) -> Console:
+    """A console that is plain when piped, and never narrower than 80 columns then."""
+    console = Console(file=stream, highlight=False, soft_wrap=False)
+    if not console.is_terminal:
+        console = Console(file=stream, highlight=False, width=max(console.width, 100))
+    return console

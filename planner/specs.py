@@ -1,0 +1,235 @@
+"""The three inputs: what is trained (ModelSpec), on what (ClusterSpec), how (TrainingSpec).
+
+They are pydantic models, frozen, and refuse unknown fields. Lengths are in elements, sizes in
+bytes. Anything left out of a TrainingSpec is filled in by :func:`planner.defaults.resolve`,
+which lists what it assumed.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from planner.errors import InputError
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+Length = Field(ge=1, le=10_000_000)
+FROZEN = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSpec(BaseModel):
+    """A decoder's shape, in Hugging Face's names. Every number is a length in elements."""
+
+    model_config = FROZEN
+
+    name: str = Field(min_length=1, max_length=200)
+    model_type: str = Field(max_length=50)
+    hidden_size: int = Length
+    num_hidden_layers: int = Field(ge=1, le=10_000)
+    num_attention_heads: int = Length
+    num_key_value_heads: int = Length
+    head_dim: int = Length
+    intermediate_size: int = Length
+    vocab_size: int = Length
+    max_position_embeddings: int = Field(ge=1, le=1_000_000_000)
+    tie_word_embeddings: bool = False
+    hidden_act: str = Field("silu", max_length=50)
+    gated_mlp: bool = True
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    position_embedding: Literal["rotary", "learned", "alibi"] = "rotary"
+    position_offset: int = Field(0, ge=0, le=1000)  # rows of the learned table before position 0
+    qkv_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    embedding_norm: bool = False
+    parallel_residual: bool = False
+    dropout: float = Field(0.0, ge=0, lt=1)
+    attention_dropout: float = Field(0.0, ge=0, lt=1)
+    source: str = Field("", max_length=2000)
+
+    @model_validator(mode="after")
+    def _heads(self) -> ModelSpec:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads={self.num_key_value_heads} does not divide "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
+        return self
+
+    @staticmethod
+    def from_catalog(name: str) -> ModelSpec:
+        """The catalog's model of that name or alias. Raises InputError with the nearest names."""
+        from planner.catalog import load_model
+
+        return load_model(name)
+
+    @staticmethod
+    def from_hugging_face(path: str | PathLike[str]) -> ModelSpec:
+        """A model from a ``config.json`` or its folder. Raises InputError; executes nothing."""
+        from planner.families import read_config
+
+        return read_config(path)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the real implementation, to the last one; vocabulary unpadded."""
+        from planner.layers import count_parameters
+
+        return count_parameters(self)
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Parameters that one token passes through: all of them, in a dense model."""
+        return self.num_parameters
+
+    def flops_per_token(self, seq_length: int) -> float:
+        """Model FLOPs of one token, forward and backward: ``6 N + 12 L s a d``.
+
+        ``N`` counts the matrices that a token is multiplied with (blocks and head, not the
+        embedding look-up); attention is counted in full, as if not causal. Chowdhery et al.
+        2022, arXiv:2204.02311, appendix B, which is what most published MFU use.
+        """
+        from planner.layers import count_matrix_parameters
+
+        width = self.num_attention_heads * self.head_dim
+        attention = 12 * self.num_hidden_layers * seq_length * width
+        return float(6 * count_matrix_parameters(self) + attention)
+
+
+class Link(BaseModel):
+    """A way out of a GPU: bytes per second per direction, and how many GPUs it joins."""
+
+    model_config = FROZEN
+
+    kind: str
+    bytes_per_s: float = Field(gt=0)
+    gpus: int = Field(1, ge=1)
+
+
+class Figure(BaseModel):
+    """A measured or assumed number with its source."""
+
+    model_config = FROZEN
+
+    value: float = Field(gt=0)
+    source: str
+
+
+class Gpu(BaseModel):
+    """One kind of GPU, from the catalog. Bytes, bytes/s, FLOP/s (dense), watts."""
+
+    model_config = FROZEN
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    vendor: str
+    marketed_gb: int
+    memory_bytes: int = Field(gt=0)
+    usable_bytes: int = Field(gt=0)
+    peak_flops: dict[str, float]
+    hbm_bytes_per_s: float = Field(gt=0)
+    intra_node: Link
+    pcie_bytes_per_s: float = Field(gt=0)
+    network: Link
+    gpus_per_node: int = Field(ge=1)
+    power_w: float = Field(gt=0)
+    achievable: dict[str, Figure]
+    latency_s: dict[str, Figure]
+    source: dict[str, str]
+
+
+class ClusterSpec(BaseModel):
+    """One pool of equal GPUs. ``capacity_bytes`` is what one process may fill, of its GPU."""
+
+    model_config = FROZEN
+
+    gpu: Gpu
+    num_gpus: int = Field(ge=1, le=10_000_000)
+    gpus_per_node: int = Field(ge=1, le=100_000)
+    budget_bytes: int | None = Field(None, gt=0)
+    headroom: float = Field(0.0, ge=0, lt=1)
+    assumptions: tuple[str, ...] = ()
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes that one process may use: the GPU's, or the budget if smaller, less headroom."""
+        usable = self.gpu.usable_bytes
+        budget = usable if self.budget_bytes is None else min(usable, self.budget_bytes)
+        return int(budget * (1 - self.headroom))
+
+    @staticmethod
+    def parse(text: str) -> ClusterSpec:
+        """A cluster from ``64x80G``, ``64xH100``, ``64xH100-80G`` or ``8x8xH100``.
+
+        The last is nodes x GPUs per node x kind. Raises InputError, naming the nearest kinds.
+        """
+        from planner.catalog import gpu_of_memory, load_gpu
+
+        shape = re.fullmatch(r"\s*(\d{1,9})\s*x\s*(?:(\d{1,6})\s*x\s*)?([\w. -]{1,60}?)\s*", text, re.I)
+        if "," in text:
+            raise InputError(f"--gpus {text!r}: several pools are not supported; plan one pool at a time")
+        if not shape:
+            raise InputError(
+                f"--gpus {text!r} is not a cluster: write count x kind, as in 64x80G, 64xH100 or "
+                "8x8xH100 (nodes x GPUs per node x kind)"
+            )
+        first, second, kind = int(shape[1]), shape[2], shape[3]
+        notes: list[str] = []
+        if memory := re.fullmatch(r"(\d{1,4})\s*g(?:i?b)?", kind, re.I):
+            gpu = gpu_of_memory(int(memory[1]))
+            notes.append(f"GPU kind: {gpu.name}, as --gpus {text} names only its memory")
+        else:
+            gpu = load_gpu(kind)
+        nodes, per_node = (first, int(second)) if second else (None, gpu.gpus_per_node)
+        count = first * per_node if nodes is not None else first
+        if count < 1 or per_node < 1:
+            raise InputError(f"--gpus {text!r}: a cluster needs at least 1 GPU")
+        if nodes is None:
+            per_node = min(per_node, count)
+            notes.append(
+                f"{per_node} GPUs per node, {gpu.intra_node.kind} within, {gpu.network.kind} between"
+            )
+            if count % per_node:
+                notes.append(f"the last node holds {count % per_node} GPUs only")
+        try:
+            return ClusterSpec(gpu=gpu, num_gpus=count, gpus_per_node=per_node, assumptions=tuple(notes))
+        except ValidationError as error:
+            raise InputError(f"--gpus {text!r}: {first_problem(error)}") from None
+
+
+class TrainingSpec(BaseModel):
+    """How a model is trained. None means: the usual value, which the plan lists as assumed.
+
+    ``gradient_dtype``, ``master_weights`` and ``optimizer_dtype`` change the precision's recipe;
+    ``tokens`` is what the whole training sees, for its duration.
+    """
+
+    model_config = FROZEN
+
+    seq_length: int | None = Field(None, ge=1, le=100_000_000)
+    global_batch_size: int | None = Field(None, ge=1, le=100_000_000)
+    precision: Literal["bf16", "fp16", "fp32"] | None = None
+    optimizer: Literal["adamw", "adam", "momentum", "sgd"] = "adamw"
+    framework: str = "megatron"
+    attention: Literal["flash", "sdpa", "eager"] | None = None
+    swiglu: Literal["fused", "unfused", "recomputed"] | None = None
+    dropout: float | None = Field(None, ge=0, lt=1)
+    gradient_dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    optimizer_dtype: Literal["fp32", "bf16"] | None = None
+    master_weights: bool | None = None
+    tokens: float | None = Field(None, gt=0, le=1e18)
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first problem of a pydantic error in one line: value, rule, field."""
+    problem: Any = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in problem["loc"])
+    value = repr(problem.get("input"))
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if not field:
+        return message
+    return f"{field}={value if len(value) < 60 else value[:57] + '...'}: {message}"

@@ -1,0 +1,163 @@
+"""The words that every strategy is written in: Role, Term, Layer, Collective, AbstractStrategy.
+
+A paper's formula such as Korthikanti et al.'s ``sbh(34 + 5as/h)`` is a *sum of terms*; a
+parallelism strategy says which *share* of a term one GPU holds. What one GPU holds of a term is
+
+    held(term) = term.amount * product of strategy.share(term) over the strategies
+
+and that is the whole of composition. Quantities may be numbers, or numpy arrays that hold one
+number per layout: shares are arithmetic without branches on a degree, so that the same four
+answers price one layout or a million.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from math import prod
+from typing import Any, ClassVar
+
+Quantity = Any
+"""A number, or a numpy array with one number per layout."""
+
+POLICIES = ("none", "selective", "full")
+"""Recompute policies of a layer, from the one that keeps most to the one that keeps least."""
+
+
+class Role(StrEnum):
+    """What a term is, and so which strategies share it out."""
+
+    PARAMETER = "parameter"
+    GRADIENT = "gradient"
+    OPTIMIZER = "optimizer"
+    ACTIVATION = "activation"  # kept from forward to backward, of one micro-batch
+    TRANSIENT = "transient"  # exists only while its own layer runs backward (or the loss)
+    MESSAGE = "message"  # crosses a tensor-parallel region or a stage boundary
+    FLOPS = "flops"  # forward and backward, of one micro-batch
+    TRAFFIC = "traffic"  # bytes through the GPU's memory in memory-bound work, one micro-batch
+
+
+STATES = (Role.PARAMETER, Role.GRADIENT, Role.OPTIMIZER)
+"""Model states, in the ZeRO paper's words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One product of a formula: ``2 s b h`` is dims ``{batch: b, seq: s, residual: h}``, unit 2.
+
+    ``dims`` maps dimension names (``batch seq seq_k residual hidden heads kv_heads head_dim ffn
+    vocab``) to their lengths; ``unit`` is bytes (or FLOPs) per element. ``residual`` is the
+    residual stream of an activation, ``hidden`` the same length in a weight: only the first is
+    cut by sequence parallelism. ``kept_by`` lists the recompute policies under which the term is
+    kept after the forward (activations) or not run again (work and messages).
+    """
+
+    name: str
+    role: Role
+    dims: Mapping[str, Quantity]
+    unit: float
+    kept_by: tuple[str, ...] = POLICIES
+
+    @property
+    def elements(self) -> Quantity:
+        """Number of elements before any strategy shares them out."""
+        return prod(self.dims.values())
+
+    @property
+    def amount(self) -> Quantity:
+        """Bytes (or FLOPs) before any strategy shares them out."""
+        return self.elements * self.unit
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A bill of terms: the embedding, one transformer block, or the head with its loss."""
+
+    kind: str
+    terms: tuple[Term, ...]
+    count: int = 1
+    by_role: Mapping[Role, tuple[Term, ...]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        grouped: dict[Role, tuple[Term, ...]] = dict.fromkeys(Role, ())
+        for term in self.terms:
+            grouped[term.role] += (term,)
+        object.__setattr__(self, "by_role", grouped)
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """A message: its kind, the group it runs in, the buffer's bytes, how often, what hides it.
+
+    ``size`` is the whole buffer in bytes (what an all-gather ends with, what a reduce-scatter
+    starts from). ``per`` is ``micro-batch`` or ``step``. ``behind`` names the computation that
+    it overlaps with (``layer``: its own layer's compute; ``forward``/``backward``: one
+    micro-batch's pass through the stage); empty means that it is exposed.
+    """
+
+    kind: str
+    axis: str
+    size: Quantity
+    times: Quantity = 1
+    per: str = "micro-batch"
+    behind: str = ""
+
+
+Size = Callable[[Term], Quantity]
+"""Bytes of a term that the strategies on *other* axes, pipeline aside, leave on this GPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """Bytes a strategy allocates besides the terms, at one moment of a step (or at ``any``)."""
+
+    name: str
+    size: Quantity
+    moment: str = "any"
+
+
+@dataclass(frozen=True)
+class AbstractStrategy(ABC):
+    """Four answers about terms. The defaults are those of a strategy that does nothing."""
+
+    axis: ClassVar[str]
+    """The group it works in: data, tensor, pipeline, or recompute (a group of one)."""
+    label: ClassVar[str]
+    """The column heading that ``planner explain`` gives it."""
+    degree: Quantity = 1
+
+    def share(self, term: Term) -> Quantity:
+        """What part of this term does one GPU hold?"""
+        return 1
+
+    def collectives(self, layer: Layer, size: Size) -> Iterable[Collective]:
+        """What do the GPUs send each other for this layer?"""
+        return ()
+
+    def workspace(self, layers: Sequence[Layer], size: Size) -> Iterable[Buffer]:
+        """What more must one GPU allocate for these layers, in bytes?"""
+        return ()
+
+    def objections(self, layers: Sequence[Layer]) -> Iterable[str]:
+        """Why can this degree not be used for these layers?"""
+        return ()
+
+
+def held(term: Term, strategies: Iterable[AbstractStrategy]) -> Quantity:
+    """Bytes (or FLOPs) of ``term`` on one GPU: its amount times every strategy's share."""
+    amount = term.amount
+    for strategy in strategies:
+        amount = amount * strategy.share(term)
+    return amount
+
+
+def size_seen_by(strategy: AbstractStrategy, strategies: Sequence[AbstractStrategy]) -> Size:
+    """The ``size`` that ``strategy`` may see: what strategies on other axes leave, pipeline aside.
+
+    Of three rules this is the one that does not depend on the order of the strategies and that
+    gives the papers' message sizes.
+    """
+    others = [s for s in strategies if s.axis not in (strategy.axis, "pipeline")]
+    return lambda term: held(term, others)

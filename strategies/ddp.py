@@ -1,0 +1,40 @@
+"""Distributed data parallelism: every GPU holds everything and averages gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from strategies.base import (
+    AbstractStrategy,
+    Collective,
+    Layer,
+    Quantity,
+    Role,
+    Size,
+    Term,
+)
+
+
+@dataclass(frozen=True)
+class DataParallel(AbstractStrategy):
+    """Replicas that all-reduce their gradients once per step.
+
+    Li et al. 2020, arXiv:2006.15704, section 3.2: gradients are reduced in buckets while the
+    backward pass runs. Where the framework copies gradients into buckets of its own (torch DDP
+    without ``gradient_as_bucket_view``), those cost ``bucket_fraction`` of the gradients.
+    """
+
+    axis: ClassVar[str] = "data"
+    label: ClassVar[str] = "DDP"
+    bucket_fraction: float = 0.0
+
+    def share(self, term: Term) -> Quantity:
+        if term.role is Role.GRADIENT:
+            return 1 + self.bucket_fraction * (self.degree > 1)
+        return 1
+
+    def collectives(self, layer: Layer, size: Size) -> Iterable[Collective]:
+        gradients = sum(size(term) for term in layer.by_role[Role.GRADIENT])
+        yield Collective("all_reduce", self.axis, gradients, per="step", behind="backward")

@@ -1,0 +1,127 @@
+"""Layout: the degrees that a search is over, and the one list of strategies they stand for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from strategies.base import AbstractStrategy, Quantity
+from strategies.ddp import DataParallel
+from strategies.fsdp import FullyShardedDataParallel
+from strategies.pipeline_parallel import PipelineParallel
+from strategies.recompute import Recompute
+from strategies.sequence_parallel import SequenceParallel
+from strategies.tensor_parallel import TensorParallel
+from strategies.zero1 import Zero1
+from strategies.zero2 import Zero2
+from strategies.zero3 import Zero3
+
+SHARDINGS = ("ddp", "zero1", "zero2", "zero3", "fsdp")
+"""What the data-parallel group does with model states. HSDP is ``fsdp`` with fewer shards."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """What a framework sends for data parallelism: bytes per element, and its buckets."""
+
+    gather_bytes: float = 2.0  # per parameter all-gathered
+    reduce_bytes: float = 2.0  # per gradient reduce-scattered, by ZeRO-3 and FSDP
+    bucket_bytes: float = 0.0  # of one ZeRO-1/2 bucket
+    bucket_fraction: float = 0.0  # of DDP's buckets, in copies of the gradients
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where everything runs. Every number may be a numpy array: a family of layouts at once.
+
+    ``data_shards`` is the group that FSDP shards over (all of ``data_parallel`` unless hybrid);
+    ``chunks`` is Megatron's virtual pipeline size; ``grad_accum`` the micro-batches per step.
+    """
+
+    data_parallel: Quantity = 1
+    tensor_parallel: Quantity = 1
+    pipeline_parallel: Quantity = 1
+    chunks: Quantity = 1
+    micro_batch_size: Quantity = 1
+    grad_accum: Quantity = 1
+    data_shards: Quantity = 1
+    sequence_parallel: bool = False
+    sharding: str = "ddp"
+    reshard_after_forward: bool = True
+    schedule: str = "1f1b"
+
+    @property
+    def world_size(self) -> Quantity:
+        """GPUs in all."""
+        return self.data_parallel * self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def global_batch_size(self) -> Quantity:
+        """Sequences per step."""
+        return self.data_parallel * self.micro_batch_size * self.grad_accum
+
+    def plain(self) -> Layout:
+        """The same single layout with Python's own numbers in place of array elements."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain: dict[str, Any] = {k: v if isinstance(v, str | bool) else int(v) for k, v in values.items()}
+        return Layout(**plain)
+
+    def describe(self) -> str:
+        """The layout in one line, as in ``TP8 PP2 DP4 zero1 mb1``."""
+        parts = [f"TP{self.tensor_parallel}", f"PP{self.pipeline_parallel}", f"DP{self.data_parallel}"]
+        if self.chunks > 1:
+            parts.append(f"v{self.chunks}")
+        parts.append(self.sharding_label)
+        return " ".join([*parts, f"mb{self.micro_batch_size}"])
+
+    @property
+    def sharding_label(self) -> str:
+        """``ddp``, ``zero1`` ... ``fsdp``, ``hsdp8``, with ``+keep`` where units stay gathered."""
+        name = self.sharding
+        if name == "fsdp" and self.data_shards != self.data_parallel:
+            name = f"hsdp{self.data_shards}"
+        return name if self.reshard_after_forward else f"{name}+keep"
+
+
+def data_strategy(layout: Layout, wire: Wire) -> AbstractStrategy:
+    """The strategy of the data-parallel group."""
+    degree = layout.data_parallel
+    gathered: dict[str, Any] = {"gather_bytes": wire.gather_bytes, "reduce_bytes": wire.reduce_bytes}
+    match layout.sharding:
+        case "ddp":
+            return DataParallel(degree, wire.bucket_fraction)
+        case "zero1":
+            return Zero1(degree, wire.bucket_bytes)
+        case "zero2":
+            return Zero2(degree, wire.bucket_bytes)
+        case "zero3":
+            return Zero3(degree, **gathered)
+        case "fsdp":
+            return FullyShardedDataParallel(
+                degree,
+                shards=layout.data_shards,
+                reshard_after_forward=layout.reshard_after_forward,
+                **gathered,
+            )
+    raise ValueError(f"sharding={layout.sharding!r}: use one of {', '.join(SHARDINGS)}")
+
+
+def strategies_of(
+    layout: Layout, wire: Wire, stage: Quantity = 0, policy: str = "none"
+) -> tuple[AbstractStrategy, ...]:
+    """The one list of strategies that a layout stands for, seen from one stage and one policy."""
+    tensor: tuple[AbstractStrategy, ...] = (TensorParallel(layout.tensor_parallel, layout.sequence_parallel),)
+    if layout.sequence_parallel:
+        tensor += (SequenceParallel(layout.tensor_parallel),)
+    return (
+        data_strategy(layout, wire),
+        *tensor,
+        Recompute(policy=policy),
+        PipelineParallel(
+            layout.pipeline_parallel,
+            stage=stage,
+            microbatches=layout.grad_accum,
+            chunks=layout.chunks,
+            schedule=layout.schedule,
+        ),
+    )

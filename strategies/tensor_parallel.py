@@ -1,0 +1,66 @@
+"""Tensor parallelism: heads, MLP columns and vocabulary are cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from strategies.base import (
+    AbstractStrategy,
+    Collective,
+    Layer,
+    Quantity,
+    Role,
+    Size,
+    Term,
+)
+
+CUT = frozenset(("heads", "kv_heads", "ffn", "vocab"))
+"""The dimensions that tensor parallelism cuts."""
+
+
+@dataclass(frozen=True)
+class TensorParallel(AbstractStrategy):
+    """1/t of everything with heads, MLP width or vocabulary; the residual stream is repeated.
+
+    Shoeybi et al. 2019, arXiv:1909.08053, section 3: one all-reduce of the residual stream per
+    region and direction, so four per block. Korthikanti et al. 2022, arXiv:2205.05198, section
+    4.2.2: with sequence parallelism each becomes a reduce-scatter and an all-gather of the same
+    buffer, and the backward gathers the region's input once more, behind the matrix products.
+    """
+
+    axis: ClassVar[str] = "tensor"
+    label: ClassVar[str] = "TP"
+    sequence_parallel: bool = False
+
+    def share(self, term: Term) -> Quantity:
+        return 1 if CUT.isdisjoint(term.dims) else 1 / self.degree
+
+    def collectives(self, layer: Layer, size: Size) -> Iterable[Collective]:
+        for term in layer.by_role[Role.MESSAGE]:
+            crossings = term.dims["crossings"]
+            region = size(term) / crossings
+            if not self.sequence_parallel:
+                yield Collective("all_reduce", self.axis, region, times=crossings)
+                continue
+            yield Collective("all_gather", self.axis, region, times=crossings)
+            yield Collective("reduce_scatter", self.axis, region, times=crossings)
+            if layer.kind == "block":
+                yield Collective("all_gather", self.axis, region, times=crossings / 2, behind="layer")
+
+    def objections(self, layers: Sequence[Layer]) -> Iterable[str]:
+        lengths = {
+            name: length
+            for layer in layers
+            for term in layer.by_role[Role.PARAMETER]
+            for name, length in term.dims.items()
+            if name in CUT - {"vocab"}  # a vocabulary that does not divide is padded in the layer
+        }
+        for name, length in lengths.items():
+            if length % self.degree:
+                fits = [str(d) for d in range(1, length + 1) if length % d == 0 and d <= 64]
+                yield (
+                    f"tensor_parallel={self.degree} does not divide {name}={length}: "
+                    f"use {', '.join(fits[:-1])} or {fits[-1]}"
+                )

@@ -110,6 +110,9 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     if training.master_weights is not None:
         recipe = replace(recipe, master=4.0 if training.master_weights else 0.0)
 
+    if stack.gradient_copies and recipe.master and recipe.gradient < 4:
+        recipe = replace(recipe, master=recipe.master + 4)
+
     given = training.model_dump(exclude_none=True)
     if "seq_length" not in given:
         notes.append(f"sequence length {seq}: the model's positions, 8192 at most")

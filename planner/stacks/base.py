@@ -49,7 +49,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Bytes per parameter at rest: weight, gradient, master copy, one optimizer moment."""
+    """Bytes per parameter at rest: weight, gradient, master copies, one optimizer moment."""
 
     weight: float
     gradient: float
@@ -83,6 +83,7 @@ class Stack:
     options: Mapping[str, tuple[str, ...]]  # option -> its values, the default first
     vocabulary_multiple: int = 1  # the vocabulary is padded to a multiple of this times t
     gradients_resident: bool = False  # one buffer for the whole step
+    gradient_copies: bool = False  # half-precision gradients are copied to fp32 beside the master
     tensor_parallel: bool = True
     policies: tuple[str, ...] = POLICIES  # the recompute policies it knows
     rerun: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -89,5 +89,6 @@ MEGATRON = Stack(
     rerun={"attention core": NONE},
     vocabulary_multiple=128,
     gradients_resident=True,
+    gradient_copies=True,
     hidden_transfers="--overlap-grad-reduce --overlap-param-gather",
 )

@@ -187,6 +187,8 @@ def compare(
     DDP, ZeRO-1/2/3 and FSDP run over all GPUs; tensor parallelism fills a node, pipeline
     parallelism uses as many stages as divide the GPUs and the layers, and data parallelism the rest.
     """
+    if not 1 <= micro_batch_size <= 10**6:
+        raise InputError(f"micro_batch_size={micro_batch_size}: use a whole number, 1 or more")
     job = resolve(model, cluster, training)
     rows: list[tuple[str, Plan | str]] = []
     for name, layout in _one_of_each(job, micro_batch_size):

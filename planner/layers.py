@@ -174,11 +174,13 @@ class Builder:
             "seq": training.seq_length,
             "seq_k": training.seq_length,
             "residual": model.hidden_size,
+            "hidden": model.hidden_size,
             "heads": model.num_attention_heads,
             "kv_heads": model.num_key_value_heads,
             "head_dim": model.head_dim,
             "ffn": model.intermediate_size,
             "vocab": self.vocab,
+            "tensor_group": (tensor_parallel > 1) * 1,
         }
         self.width = {COMPUTE: recipe.compute, FP32: 4.0, BYTE: 1.0, INT64: 8.0}
         self.features = features(model, training)

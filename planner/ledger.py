@@ -111,6 +111,8 @@ def _tensor_entries(prices: Prices, stage: StageView, moment: str) -> Iterator[E
         if present:
             for role in STATES:
                 copies = count * (gradients if role is Role.GRADIENT else 1.0)
+                if layer is embedding and role is Role.GRADIENT and moment == "gradients complete":
+                    copies = float(prices.resident)  # it comes after the first block's backward
                 share = float(pipeline.share(Term("", role, {}, 1.0)))
                 yield from _entries(prices, layer, role, "none", copies, share if share != 1 else None)
     if moment in ("forward end", "loss", "backward"):
@@ -132,8 +134,9 @@ def _tensor_entries(prices: Prices, stage: StageView, moment: str) -> Iterator[E
         yield from _entries(prices, block, Role.TRANSIENT, policy, 1, None)
         if policy != "none":
             yield from _entries(prices, block, Role.ACTIVATION, "none", 1, None, freed_by=policy)
+    during = "backward" if moment == "gradients complete" else moment
     for buffer in prices.buffers(stage.first, stage.last):
-        if (buffer.moment in ("any", moment) and moment != "forward end") or buffer.moment == "any":
+        if buffer.moment in ("any", during):
             size = float(buffer.size)
             yield Entry("communication_buffers", buffer.name, "", {}, 1, 1, size, {}, size)
 

@@ -366,6 +366,16 @@ def show_compare(console: Console, rows: Sequence[tuple[str, Plan | str]]) -> No
     console.print(Text("GiB per GPU on the fullest stage at its peak."))
 
 
+def show_infeasible(console: Console, message: str, nearest: Plan | None, changes: Sequence[Change]) -> None:
+    """Why nothing fits: the nearest layout, and what would."""
+    console.print(Text(f"Does not fit: {message}", style="bold red"))
+    if nearest:
+        console.print()
+        show_stages(console, nearest, title="The nearest layout, GiB per GPU")
+        console.print()
+        show_changes(console, changes)
+
+
 def show_changes(console: Console, changes: Sequence[Change]) -> None:
     """Changes that would fit, each checked by a search."""
     if not changes:

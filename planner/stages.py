@@ -9,7 +9,7 @@ The peak of a stage is the maximum over the moments of a step, each linear in th
 - ``backward``: model states, activations in flight, the working set of one layer's backward
   (its gradients of activations, and what it recomputes);
 - ``gradients complete``, where gradients arrive during the only backward of a step: model states
-  with all gradients and one layer's working set, activations gone;
+  with all gradients but the embedding's and one layer's working set, activations gone;
 - ``optimizer step``: model states and the optimizer's buckets.
 """
 
@@ -303,12 +303,14 @@ class Prices:
         if last:
             waiting = self.layout.grad_accum if self.layout.schedule == "gpipe" else 1
             kept = kept + self.head.saved * waiting
+        # The embedding's gradient comes last, when no block is at work any more.
+        late = self.embedding.states[Role.GRADIENT] * (1.0 - self.resident) * first
         running = [rows(self.resident) + flight * price.saved for price in self.blocks]
         result = {
             "backward": (running, fixed(self.resident) + kept + sizes["backward"], True),
             "gradients complete": (
                 [rows(1.0)] * len(self.blocks),
-                fixed(1.0) + sizes["backward"],
+                fixed(1.0) - late + sizes["backward"],
                 True,
             ),
             "optimizer step": (

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from strategies.base import STATES, Collective, Layer, Quantity, Role, Size, Term
+from strategies.base import STATES, Buffer, Collective, Layer, Quantity, Role, Size, Term
 from strategies.zero3 import Zero3, unit_elements
 
 
@@ -31,8 +31,14 @@ class FullyShardedDataParallel(Zero3):
             return cut + self.gather_bytes / term.unit
         return cut
 
+    def workspace(self, layers: Sequence[Layer], size: Size) -> Iterable[Buffer]:
+        # What is never resharded is in the share already; only gradients come on top.
+        for buffer in super().workspace(layers, size):
+            if self.reshard_after_forward or buffer.name == "unsharded gradients":
+                yield buffer
+
     def collectives(self, layer: Layer, size: Size) -> Iterable[Collective]:
-        elements = unit_elements([layer], size, block=layer.kind == "block")
+        elements = unit_elements([layer], size, layer.kind)
         gathered, reduced = elements * self.gather_bytes, elements * self.reduce_bytes
         gathers = 2 if self.reshard_after_forward else 1
         yield Collective("all_gather", "data_shard", gathered, times=gathers, behind="layer")

@@ -28,6 +28,7 @@ class Wire:
     reduce_bytes: float = 2.0  # per gradient reduce-scattered, by ZeRO-3 and FSDP
     bucket_bytes: float = 0.0  # of one ZeRO-1/2 bucket
     bucket_fraction: float = 0.0  # of DDP's buckets, in copies of the gradients
+    separate_root: bool = False  # embedding and head are ZeRO-3/FSDP units of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,11 @@ class Layout:
 def data_strategy(layout: Layout, wire: Wire) -> AbstractStrategy:
     """The strategy of the data-parallel group."""
     degree = layout.data_parallel
-    gathered: dict[str, Any] = {"gather_bytes": wire.gather_bytes, "reduce_bytes": wire.reduce_bytes}
+    gathered: dict[str, Any] = {
+        "gather_bytes": wire.gather_bytes,
+        "reduce_bytes": wire.reduce_bytes,
+        "separate_root": wire.separate_root,
+    }
     match layout.sharding:
         case "ddp":
             return DataParallel(degree, wire.bucket_fraction)

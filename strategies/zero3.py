@@ -19,13 +19,14 @@ from strategies.base import (
 )
 
 
-def unit_elements(layers: Sequence[Layer], size: Size, block: bool) -> Quantity:
-    """Parameters of the block unit, or of the root unit (embedding, final norm, head) around it."""
-    total: Quantity = 0
-    for layer in layers:
-        if (layer.kind == "block") is block:
-            total = total + sum(size(t) / t.unit for t in layer.by_role[Role.PARAMETER])
-    return total
+def unit_elements(layers: Iterable[Layer], size: Size, *kinds: str) -> Quantity:
+    """Parameters of the layers of those kinds, one of each."""
+    return sum(
+        size(term) / term.unit
+        for layer in layers
+        if layer.kind in kinds
+        for term in layer.by_role[Role.PARAMETER]
+    )
 
 
 @dataclass(frozen=True)
@@ -41,21 +42,35 @@ class Zero3(AbstractStrategy):
     label: ClassVar[str] = "ZeRO-3"
     gather_bytes: float = 2.0
     reduce_bytes: float = 2.0
+    separate_root: bool = False
 
     def share(self, term: Term) -> Quantity:
         return 1 / self.degree if term.role in STATES else 1
 
     def collectives(self, layer: Layer, size: Size) -> Iterable[Collective]:
-        elements = unit_elements([layer], size, block=layer.kind == "block")
+        elements = unit_elements([layer], size, layer.kind)
         gathered, reduced = elements * self.gather_bytes, elements * self.reduce_bytes
         yield Collective("all_gather", self.axis, gathered, times=2, behind="layer")
         yield Collective("reduce_scatter", self.axis, reduced, behind="layer")
 
     def workspace(self, layers: Sequence[Layer], size: Size) -> Iterable[Buffer]:
-        block = unit_elements(layers, size, block=True)
-        root = unit_elements(layers, size, block=False)
-        yield Buffer("gathered root unit", root * self.gather_bytes)
-        yield Buffer("gathered layers, in use and prefetched", 2 * block * self.gather_bytes)
-        # The gradients of the layer, and the reduce-scatter's input of the one before it.
+        """Units that exist whole: the root, the layers at work, their gradients.
+
+        The root unit (embedding, final norm and head) stays gathered from the forward to the end
+        of the backward; where embedding and head are units of their own, only the head's does,
+        through the loss. At the loss the last block is gathered ahead of its backward; within the
+        backward, one block is in use and one gathered ahead, this block's gradients are whole and
+        the previous one's are the reduce-scatter's input.
+        """
+        block = unit_elements(layers, size, "block")
+        if self.separate_root:
+            head = unit_elements(layers, size, "head")
+            yield Buffer("gathered head unit", head * self.gather_bytes, "loss")
+        else:
+            root = unit_elements(layers, size, "embedding", "head")
+            yield Buffer("gathered root unit", root * self.gather_bytes)
+            yield Buffer("gathered layer, prefetched", block * self.gather_bytes, "loss")
+        gathered = 2 * block * self.gather_bytes
+        yield Buffer("gathered layers, in use and prefetched", gathered, "backward")
         gradients = block * (self.gather_bytes + self.reduce_bytes)
         yield Buffer("unsharded gradients", gradients, "backward")

@@ -89,6 +89,7 @@ class Stack:
     rerun: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Products that a policy milder than ``full`` runs again: name -> policies that do not."""
     reduce_bytes: float | None = None  # of ZeRO-3/FSDP's reduce-scatter; None: the gradient's
+    separate_root: bool = False  # FSDP units: embedding and head each one of their own
     bucket_elements: float = 0.0
     bucket_fraction: float = 0.0
     hidden_transfers: str = ""  # the flags behind the overlap that is assumed
@@ -124,4 +125,5 @@ class Stack:
             reduce_bytes=self.reduce_bytes or recipe.gradient,
             bucket_bytes=self.bucket_elements * recipe.compute,
             bucket_fraction=self.bucket_fraction,
+            separate_root=self.separate_root,
         )

@@ -25,20 +25,22 @@ BLOCK = (
     Row("block input", "batch seq residual", 1, COMPUTE, ALWAYS),
     Row("norm statistics", "batch seq residual:1", 2, FP32, NONE, "rmsnorm"),
     Row("norm statistics", "batch seq residual:1", 4, FP32, NONE, "layernorm"),
-    Row("attention input (norm output)", "batch seq residual", 1, COMPUTE, NONE),
+    # DTensor keeps a column-parallel product's input as gathered: whole, not cut by the sequence.
+    Row("attention input (norm output)", "batch seq hidden", 1, COMPUTE, NONE),
     Row("query", "batch seq heads head_dim", 1, COMPUTE, UNTIL_FULL),
     Row("key and value", "batch seq kv_heads head_dim", 2, COMPUTE, UNTIL_FULL),
     Row("rotary angles", "batch seq head_dim", 1, FP32, NONE, "rotary"),
     Row("attention output", "batch seq heads head_dim", 1, COMPUTE, UNTIL_FULL),
     Row("log-sum-exp of the scores", "batch seq heads", 1, FP32, UNTIL_FULL),
     Row("input of the second norm", "batch seq residual", 1, COMPUTE, NONE),
-    Row("MLP input (norm output)", "batch seq residual", 1, COMPUTE, NONE),
+    Row("MLP input (norm output)", "batch seq hidden", 1, COMPUTE, NONE),
     Row("gate (first product's output)", "batch seq ffn", 1, COMPUTE, UNTIL_FULL),
     Row("up", "batch seq ffn", 1, COMPUTE, NONE, "gated"),
     Row("activated gate", "batch seq ffn", 1, COMPUTE, NONE),
     Row("gated product", "batch seq ffn", 1, COMPUTE, NONE, "gated"),
     # Kept only because op-level selective checkpointing keeps every second product's output.
-    Row("MLP output", "batch seq residual", 1, COMPUTE, ("selective",)),
+    Row("MLP output", "batch seq hidden", 1, COMPUTE, ("selective",)),
+    Row("reduce-scattered outputs", "batch seq residual tensor_group", 2, COMPUTE, ("selective",)),
     Row("gradients within the MLP", "batch seq ffn", 2, role=Role.TRANSIENT),
     Row("gradient of the block's output", "batch seq residual", 1, role=Role.TRANSIENT),
 )
@@ -49,9 +51,9 @@ HEAD = (
     Row("input of the final norm", "batch seq residual", 1),
     Row("final norm statistics", "batch seq residual:1", 1, FP32),
     Row("head input (norm output)", "batch seq residual", 1),
-    Row("logits", "batch seq vocab", 1),
     Row("log-probabilities", "batch seq vocab", 1, FP32),
     Row("gradients of the logits", "batch seq vocab", 2, FP32, role=Role.TRANSIENT),
+    Row("copy in loss parallel", "batch seq vocab tensor_group", 1, FP32, role=Role.TRANSIENT),
 )
 
 TORCHTITAN = Stack(
@@ -68,6 +70,7 @@ TORCHTITAN = Stack(
     options={"attention": ("flash",)},
     rerun={"attention output weight": NONE, "up weight": NONE},
     reduce_bytes=4,
+    separate_root=True,
     bucket_fraction=1.0,
     allocator=Overhead(
         "allocator: reserved over allocated",

@@ -1,0 +1,81 @@
+"""The command line's options, a line each, shared by its commands."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+
+def option(*flags: str, help: str, **more: Any) -> Any:
+    """An option with its flags and its help."""
+    return typer.Option(*flags, help=help, **more)
+
+
+SP = "--sequence-parallel/--no-sequence-parallel"
+
+# The job.
+Model = Annotated[str, option("--model", "-m", help="A catalog name, a config.json, or its folder.")]
+Gpus = Annotated[
+    str, option("--gpus", "-g", help="64x80G, 64xH100 or 8x8xH100 (nodes x GPUs per node x kind).")
+]
+Seq = Annotated[int | None, option("--seq-length", "-s", help="Tokens per sequence.")]
+Batch = Annotated[int | None, option("--global-batch-size", "-b", help="Sequences per step.")]
+Tokens = Annotated[str | None, option("--tokens", help="Tokens of the whole training, as in 1.4T.")]
+Budget = Annotated[str | None, option("--memory-budget", help="Bytes per GPU to plan for, as in 72GiB.")]
+Headroom = Annotated[str | None, option("--headroom", help="Fraction of each GPU to leave free, as in 10%.")]
+
+# The stack.
+Framework = Annotated[str, option("--framework", help="megatron, torchtitan or hf.")]
+Precision = Annotated[str | None, option("--precision", help="bf16, fp16 or fp32.")]
+Optimizer = Annotated[str, option("--optimizer", help="adamw, adam, momentum or sgd.")]
+Attention = Annotated[str | None, option("--attention", help="flash, sdpa or eager.")]
+Swiglu = Annotated[str | None, option("--swiglu", help="fused, unfused or recomputed.")]
+Dropout = Annotated[float | None, option("--dropout", help="Dropout, if not the model's own.")]
+GradientType = Annotated[str | None, option("--gradient-dtype", help="fp32, bf16 or fp16.")]
+OptimizerType = Annotated[str | None, option("--optimizer-dtype", help="fp32 or bf16.")]
+Master = Annotated[
+    bool | None, option("--master-weights/--no-master-weights", help="An fp32 copy of the weights.")
+]
+
+# One layout.
+TP = Annotated[int, option("--tensor-parallel", "-tp", help="Tensor-parallel degree.")]
+PP = Annotated[int, option("--pipeline-parallel", "-pp", help="Pipeline stages.")]
+DP = Annotated[
+    int | None, option("--data-parallel", "-dp", help="Replicas; the rest of the GPUs by default.")
+]
+Micro = Annotated[int, option("--micro-batch-size", "-mb", help="Sequences per forward pass.")]
+Chunks = Annotated[int, option("--chunks", help="Model chunks per stage (interleaving).")]
+Sharding = Annotated[str, option("--sharding", help="ddp, zero1, zero2, zero3 or fsdp.")]
+Shards = Annotated[int | None, option("--data-shards", help="FSDP's group, if hybrid (HSDP).")]
+Reshard = Annotated[
+    bool,
+    option("--reshard-after-forward/--keep-gathered", help="FSDP frees gathered units after the forward."),
+]
+Schedule = Annotated[str | None, option("--schedule", help="1f1b, interleaved, gpipe or pipedream.")]
+SequenceParallel = Annotated[bool | None, option(SP, help="Cut the residual stream too; on with TP.")]
+Recompute = Annotated[str, option("--recompute", help="none, selective, full, or auto: as memory forces.")]
+
+# The layouts to search.
+OnlyTP = Annotated[str | None, option("--tensor-parallel", "-tp", help="Only these degrees, as in 4,8.")]
+OnlyPP = Annotated[str | None, option("--pipeline-parallel", "-pp", help="Only these degrees.")]
+OnlyDP = Annotated[str | None, option("--data-parallel", "-dp", help="Only these degrees.")]
+OnlyMicro = Annotated[str | None, option("--micro-batch-size", "-mb", help="Only these sizes.")]
+OnlyChunks = Annotated[str | None, option("--chunks", help="Only these numbers of model chunks.")]
+OnlySharding = Annotated[str | None, option("--sharding", help="Only these: ddp, zero1, zero2, zero3, fsdp.")]
+OnlySchedule = Annotated[
+    str | None, option("--schedule", help="Only these: 1f1b, interleaved, gpipe, pipedream.")
+]
+OnlyRecompute = Annotated[str | None, option("--recompute", help="Only these: none, selective, full.")]
+WithSP = Annotated[bool, option(SP, help="Sequence parallelism wherever there is TP.")]
+AcrossNodes = Annotated[bool, option("--across-nodes", help="Tensor-parallel groups may leave their node.")]
+Objective = Annotated[str, option("--objective", help="time or headroom.")]
+Top = Annotated[int, option("--top", "-n", help="Layouts to show.")]
+TimeLimit = Annotated[float, option("--time-limit", help="Seconds to search at most.")]
+
+# The output.
+Json = Annotated[bool, option("--json", help="JSON on standard output, and nothing else there.")]
+Verbose = Annotated[bool, option("--verbose", "-v", help="Sources and refusals too.")]
+Quiet = Annotated[bool, option("--quiet", "-q", help="The answer and the ranking only.")]
+Stage = Annotated[int | None, option("--stage", help="Which stage; the fullest by default.")]
+Moment = Annotated[str | None, option("--moment", help="As estimate lists them; the peak by default.")]

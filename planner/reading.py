@@ -1,0 +1,123 @@
+"""Text from a command line to the three inputs, with errors that name the option."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from planner.defaults import resolve
+from planner.errors import InputError
+from planner.specs import ClusterSpec, ModelSpec, TrainingSpec, first_problem
+from planner.units import GIB, gib, parse_bytes, parse_fraction
+from strategies.layout import Layout
+
+LAYOUT_OPTIONS = (
+    "tensor_parallel",
+    "pipeline_parallel",
+    "data_parallel",
+    "micro_batch_size",
+    "chunks",
+    "sharding",
+    "data_shards",
+    "reshard_after_forward",
+    "schedule",
+    "sequence_parallel",
+)
+
+
+def read_model(text: str) -> ModelSpec:
+    """A model from a path, if there is one or the text looks like one, or from the catalog."""
+    try:
+        is_path = text.endswith(".json") or Path(text).exists()
+    except (OSError, ValueError):
+        raise InputError(f"--model {text[:60]!r} is neither a path nor a catalog name") from None
+    return ModelSpec.from_hugging_face(text) if is_path else ModelSpec.from_catalog(text)
+
+
+def read_cluster(gpus: str, memory_budget: str | None, headroom: str | None) -> ClusterSpec:
+    """A cluster with its memory budget."""
+    cluster = ClusterSpec.parse(gpus)
+    update: dict[str, Any] = {}
+    if memory_budget is not None:
+        update["budget_bytes"] = budget = parse_bytes(memory_budget)
+        if budget < GIB:
+            raise InputError(f"--memory-budget {memory_budget}: less than 1 GiB holds no training job")
+        if budget > cluster.gpu.memory_bytes:
+            have = f"{cluster.gpu.name} has {gib(cluster.gpu.usable_bytes)} GiB usable"
+            raise InputError(f"--memory-budget {memory_budget} is more than there is: {have}")
+    if headroom is not None:
+        update["headroom"] = parse_fraction(headroom)
+    return cluster.model_copy(update=update)
+
+
+def read_training(given: dict[str, Any]) -> TrainingSpec:
+    """A TrainingSpec of those of its fields that were given; ``tokens`` may be text."""
+    values = {name: given[name] for name in TrainingSpec.model_fields if given.get(name) is not None}
+    if "tokens" in values:
+        values["tokens"] = read_count(values["tokens"])
+    try:
+        return TrainingSpec(**values)
+    except ValidationError as error:
+        field, _, rest = first_problem(error).partition("=")
+        raise InputError(f"--{field.replace('_', '-')} {rest}") from None
+
+
+def read_count(text: str) -> float:
+    """Tokens of a text.
+
+    >>> read_count("1.4T")
+    1400000000000.0
+    """
+    scale = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1:].upper(), 1.0)
+    try:
+        value = float(text[:-1] if scale > 1 else text) * scale
+    except ValueError:
+        value = 0.0
+    if not 1 <= value <= 1e18:
+        raise InputError(f"--tokens {text[:40]!r} is not a number of tokens: write 300B or 1.4T")
+    return value
+
+
+def numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    """Degrees of ``2,4,8``. Raises InputError."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text[:1000].split(",")]
+    if not all(part.isascii() and part.isdigit() and 0 < int(part[:20]) <= 10**7 for part in parts):
+        raise InputError(f"{option} {text[:40]!r}: write whole numbers, 1 or more, as in 4 or 2,4,8")
+    return tuple(int(part) for part in parts)
+
+
+def words(text: str | None) -> tuple[str, ...] | None:
+    """Names of ``ddp,zero1``."""
+    return None if text is None else tuple(part.strip() for part in text.split(","))
+
+
+def read_layout(
+    model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, given: dict[str, Any]
+) -> Layout:
+    """A Layout from options: the GPUs left over are data parallel, the batch sets ``grad_accum``."""
+    for name in LAYOUT_OPTIONS:
+        value = given[name]
+        if isinstance(value, int) and not isinstance(value, bool) and not 1 <= value <= 10**7:
+            raise InputError(f"--{name.replace('_', '-')} {value}: use a whole number, 1 or more")
+    job = resolve(model, cluster, training)
+    tensor, pipeline, chunks = given["tensor_parallel"], given["pipeline_parallel"], given["chunks"]
+    data = given["data_parallel"] or max(1, cluster.num_gpus // (tensor * pipeline))
+    micro = given["micro_batch_size"]
+    sequence = given["sequence_parallel"]
+    return Layout(
+        data_parallel=data,
+        tensor_parallel=tensor,
+        pipeline_parallel=pipeline,
+        chunks=chunks,
+        micro_batch_size=micro,
+        grad_accum=max(1, job.global_batch_size // (data * micro)),
+        data_shards=given["data_shards"] or data,
+        sequence_parallel=tensor > 1 if sequence is None else sequence,
+        sharding=given["sharding"],
+        reshard_after_forward=given["reshard_after_forward"],
+        schedule=given["schedule"] or ("interleaved" if chunks > 1 else "1f1b"),
+    )

@@ -46,10 +46,23 @@ def reported(as_json: bool = False) -> Iterator[None]:
 
     try:
         yield
+        sys.stdout.flush()
     except InfeasibleError as error:
         report_infeasible(error, as_json)
     except PlannerError as error:
         fail(str(error), 2, as_json)
+    except OSError as error:
+        leave_output(error)
+
+
+def leave_output(error: OSError) -> NoReturn:
+    """Standard output is gone: say so, unless its reader simply went away, and stop writing to it."""
+    import os
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+        raise typer.Exit(0)
+    fail(f"the output cannot be written: {error.strerror}", 2)
 
 
 def report_infeasible(error: Any, as_json: bool) -> NoReturn:

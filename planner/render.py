@@ -5,6 +5,7 @@ Tables fit 80 columns and use more where there is more; colour only marks what d
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
@@ -448,8 +449,8 @@ def show_gpus(console: Console, gpus: Sequence[Gpu]) -> None:
 
 
 def console_for(stream: Any = None) -> Console:
-    """A console that is plain when piped, and never narrower than 80 columns then."""
-    console = Console(file=stream, highlight=False, soft_wrap=False)
-    if not console.is_terminal:
-        console = Console(file=stream, highlight=False, width=max(console.width, 100))
+    """A console as wide as the terminal; 100 columns and plain when piped, unless COLUMNS says."""
+    console = Console(file=stream, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(file=stream, highlight=False, width=100)
     return console

@@ -327,7 +327,7 @@ def test_the_order_of_strategies_does_not_matter(sharding: str, policy: str) -> 
 
 
 def test_what_a_gpu_holds_is_the_amount_times_all_shares() -> None:
-    # 7.5B parameters in 2 bytes over 4 stages is not a matter of shares: stages hold other layers.
+    # A pipeline gives stages other layers; it takes no share of a layer's parameters.
     term = Term("up weight", Role.OPTIMIZER, {"hidden": 100, "ffn": 400}, 12.0)
     together = strategies_of(Layout(8, 4, 2, data_shards=8, sharding="zero1"), Wire())
     assert held(term, together) == pytest.approx(100 * 400 * 12 / 8 / 4)
@@ -410,9 +410,9 @@ def test_an_objection_names_the_value_the_rule_and_the_fix(
 @pytest.mark.parametrize(("kv_heads", "heads"), [(1, 32), (71, 71)])
 def test_an_objection_with_one_fix_offers_no_empty_alternative(kv_heads: int, heads: int) -> None:
     # Multi-query attention has one head for keys; Falcon-7B (arXiv:2311.16867) has 71 for queries.
-    for said in TensorParallel(2).objections([decoder(heads=heads, kv_heads=kv_heads)]):
-        assert "use  or" not in said
-        assert "use 1" in said
+    objections = list(TensorParallel(2).objections([decoder(heads=heads, kv_heads=kv_heads)]))
+    assert objections
+    assert [said for said in objections if "use 1" not in said] == []
 
 
 @pytest.mark.parametrize("degree", [1, 2, 4, 8])

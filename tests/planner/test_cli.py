@@ -1,0 +1,330 @@
+"""The command line as people and pipelines meet it: answers, exit status, and wrong inputs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from planner.cli import app
+
+RUNNER = CliRunner()
+SMALL = ["--model", "gpt2-small", "--gpus", "2xA100", "--global-batch-size", "8"]
+
+
+def run(*arguments: str) -> Any:
+    result = RUNNER.invoke(app, list(arguments))
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert "Traceback" not in result.output
+    return result
+
+
+def test_search_says_the_answer_first_and_the_proof_last() -> None:
+    result = run("search", *SMALL)
+    assert result.exit_code == 0
+    lines = result.output.strip().splitlines()
+    assert lines[0].startswith("gpt2-small fits on 2 x A100-SXM-80GB as TP")
+    assert "proved optimal" in " ".join(lines[-2:])
+    assert "Assumed" in result.output
+
+
+@pytest.mark.parametrize("command", ["search", "estimate", "explain", "compare"])
+def test_json_is_alone_on_standard_output(command: str) -> None:
+    document = json.loads(run(command, *SMALL, "--json").stdout)
+    assert document["schema"].startswith("planner.")
+
+
+def test_json_of_search_has_the_promised_fields() -> None:
+    document = json.loads(run("search", *SMALL, "--json").stdout)
+    assert {"schema", "model", "cluster", "training", "assumptions", "plans", "proof"} <= set(document)
+    assert document["model"]["num_parameters"] == 124_439_808
+    plan = document["plans"][0]
+    wanted = {
+        "layout",
+        "fits",
+        "peak_bytes",
+        "capacity_bytes",
+        "step_time_s",
+        "tokens_per_s",
+        "mfu",
+        "bubble_fraction",
+        "stages",
+    }
+    assert wanted <= set(plan)
+    stage = plan["stages"][0]
+    assert {"layers", "recompute", "peak_bytes", "moment", "components"} <= set(stage)
+    parts = [
+        "parameters",
+        "gradients",
+        "optimizer_states",
+        "activations",
+        "workspace",
+        "logits",
+        "communication_buffers",
+        "framework_overhead",
+    ]
+    assert list(stage["components"]) == parts
+
+
+def test_explain_lists_terms_whose_sum_is_the_peak() -> None:
+    document = json.loads(run("explain", *SMALL, "--json").stdout)
+    held = sum(entry["held"] for entry in document["entries"])
+    assert held == pytest.approx(document["plan"]["peak_bytes"], abs=2)
+    text = run("explain", *SMALL, "-v").output
+    assert "x batch 1 x seq 1,024" in text
+    assert "1/2" in text  # ZeRO-1 on two GPUs
+
+
+def test_compare_has_every_strategy() -> None:
+    names = [row["strategy"] for row in json.loads(run("compare", *SMALL, "--json").stdout)["rows"]]
+    for name in (
+        "DDP",
+        "ZeRO-1",
+        "ZeRO-2",
+        "ZeRO-3",
+        "FSDP",
+        "TP",
+        "PP (1F1B)",
+        "PP (GPipe)",
+        "PP (PipeDream)",
+    ):
+        assert name in names
+
+
+def test_catalog_lists_and_shows_sources() -> None:
+    assert "llama-65b" in run("catalog", "models").output
+    assert "H100-SXM-80GB" in run("catalog", "gpus").output
+    assert json.loads(run("catalog", "gpus", "h100").stdout)["gpus"][0]["source"]["peak_flops"]
+
+
+def test_estimate_exits_1_when_the_layout_does_not_fit() -> None:
+    result = run("estimate", "--model", "llama-65b", "--gpus", "8x80G", "-b", "8")
+    assert result.exit_code == 1
+    assert "does not fit" in result.output
+
+
+def test_nothing_fits_exits_1_with_the_nearest_layout_and_three_changes_that_do_fit() -> None:
+    result = run("search", "--model", "llama-65b", "--gpus", "8x80G", "--json")
+    assert result.exit_code == 1
+    document = json.loads(result.stdout)
+    assert "GiB over on stage 0 at backward" in document["error"]
+    assert "optimizer states" in document["error"]
+    assert document["nearest"]["fits"] is False
+    assert len(document["changes"]) >= 3
+    for change in document["changes"]:
+        option, value = change["option"].split(" ", 1)
+        arguments = {"--gpus": "8x80G", option: value}
+        flat = [part for pair in arguments.items() for part in pair]
+        again = run("search", "--model", "llama-65b", *flat, "--json", "-n", "1")
+        assert again.exit_code == 0, change
+        best = json.loads(again.stdout)["plans"][0]
+        assert best["fits"]
+        assert best["step_time_s"] == pytest.approx(change["step_time_s"], rel=0.2)
+
+
+def test_nothing_fits_in_words_too() -> None:
+    result = run("search", "--model", "llama-65b", "--gpus", "8x80G")
+    assert result.exit_code == 1
+    assert result.output.startswith("Does not fit: llama-65b")
+    assert "What would fit" in result.output
+
+
+BAD = {
+    "unknown model": (["--model", "lama-65", "--gpus", "8xH100"], ["'lama-65'", "llama-65b"]),
+    "unknown GPU": (["--model", "gpt2", "--gpus", "8xH10O"], ["'H10O'", "did you mean"]),
+    "memory nobody sells": (["--model", "gpt2", "--gpus", "8x81G"], ["81 GB", "80G"]),
+    "no cluster": (["--model", "gpt2", "--gpus", "H100"], ["'H100'", "64x80G"]),
+    "zero GPUs": (["--model", "gpt2", "--gpus", "0xH100"], ["at least 1 GPU"]),
+    "absurdly many GPUs": (["--model", "gpt2", "--gpus", "999999999xH100"], ["num_gpus"]),
+    "two pools": (["--model", "gpt2", "--gpus", "8xH100,8xA100"], ["one pool"]),
+    "zero sequence": (
+        ["--model", "gpt2", "--gpus", "1xH100", "--seq-length", "0"],
+        ["--seq-length 0", "greater"],
+    ),
+    "negative batch": (["--model", "gpt2", "--gpus", "1xH100", "-b", "-4"], ["--global-batch-size -4"]),
+    "absurd sequence": (["--model", "gpt2", "--gpus", "1xH100", "-s", "999999999999"], ["--seq-length"]),
+    "too long for its positions": (["--model", "gpt2", "--gpus", "1xH100", "-s", "4096"], ["4096", "1024"]),
+    "impossible batch": (
+        ["--model", "gpt2", "--gpus", "7xH100", "-b", "3", "-tp", "1", "-pp", "1"],
+        ["global_batch_size=3"],
+    ),
+    "a degree that does not divide": (
+        ["--model", "gpt2", "--gpus", "8xH100", "-tp", "3"],
+        ["tensor_parallel=3", "8 GPUs"],
+    ),
+    "degrees that are no numbers": (
+        ["--model", "gpt2", "--gpus", "8xH100", "-tp", "two"],
+        ["'two'", "whole numbers"],
+    ),
+    "unknown sharding": (["--model", "gpt2", "--gpus", "8xH100", "--sharding", "zero4"], ["zero4", "zero1"]),
+    "unknown framework": (
+        ["--model", "gpt2", "--gpus", "8xH100", "--framework", "megatorn"],
+        ["megatorn", "megatron"],
+    ),
+    "unknown precision": (["--model", "gpt2", "--gpus", "8xH100", "--precision", "fp12"], ["fp12", "bf16"]),
+    "no units for it": (["--model", "gpt2", "--gpus", "8xV100", "--precision", "bf16"], ["bf16", "fp16"]),
+    "not an option of the stack": (
+        ["--model", "gpt2", "--gpus", "8xH100", "--attention", "sdpa"],
+        ["sdpa", "flash"],
+    ),
+    "a bare number of bytes": (
+        ["--model", "gpt2", "--gpus", "8xH100", "--memory-budget", "72"],
+        ["'72'", "72GiB"],
+    ),
+    "more than the card": (
+        ["--model", "gpt2", "--gpus", "8xH100", "--memory-budget", "800GB"],
+        ["800GB", "usable"],
+    ),
+    "all headroom": (["--model", "gpt2", "--gpus", "8xH100", "--headroom", "100%"], ["100%", "99%"]),
+    "tokens in words": (["--model", "gpt2", "--gpus", "8xH100", "--tokens", "many"], ["'many'", "1.4T"]),
+    "no objective": (["--model", "gpt2", "--gpus", "8xH100", "--objective", "joy"], ["joy", "headroom"]),
+    "no layouts wanted": (["--model", "gpt2", "--gpus", "8xH100", "-n", "0"], ["top=0"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_exits_2_naming_value_rule_and_fix(case: str) -> None:
+    arguments, parts = BAD[case]
+    result = run("search", *arguments)
+    assert result.exit_code == 2, result.output
+    for part in parts:
+        assert part in result.output, result.output
+    assert result.stdout == ""
+
+
+BAD_LAYOUTS = {
+    "more GPUs than there are": (["-tp", "4", "-pp", "4"], "8 GPUs"),
+    "a degree that heads refuse": (["-tp", "8"], "use 1, 2, 3, 4, 6 or 12"),
+    "a batch that does not divide": (["-mb", "3", "-b", "8"], "micro_batch_size 3"),
+    "interleaving without stages": (["--schedule", "interleaved"], "pipeline_parallel 2 or more"),
+    "more stages than layers": (["-pp", "8", "--chunks", "4"], "layers"),
+    "unknown schedule": (["--schedule", "zigzag"], "zigzag"),
+    "unknown sharding": (["--sharding", "zero9"], "zero9"),
+    "unknown recompute": (["--recompute", "half"], "half"),
+    "zero degrees": (["-tp", "0"], "1 or more"),
+    "shards that do not divide": (["--sharding", "fsdp", "--data-shards", "3"], "data_shards=3"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LAYOUTS)
+def test_a_bad_layout_exits_2_with_the_reason(case: str) -> None:
+    arguments, part = BAD_LAYOUTS[case]
+    result = run("estimate", "--model", "gpt2", "--gpus", "8xH100", *arguments)
+    assert result.exit_code == 2, result.output
+    assert part in result.output
+
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
+    "vocab_size": 1000,
+}
+HOSTILE: dict[str, tuple[Any, str]] = {
+    "wrong type": (LLAMA | {"hidden_size": "256"}, "hidden_size"),
+    "a bool for a number": (LLAMA | {"hidden_size": True}, "hidden_size"),
+    "a list for a number": (LLAMA | {"num_key_value_heads": [4]}, "num_key_value_heads"),
+    "huge number": (LLAMA | {"hidden_size": 10**30}, "hidden_size"),
+    "negative number": (LLAMA | {"num_hidden_layers": -1}, "num_hidden_layers"),
+    "zero heads": (LLAMA | {"num_attention_heads": 0}, "num_attention_heads"),
+    "heads that do not divide": (LLAMA | {"num_attention_heads": 7}, "7 heads"),
+    "kv heads that do not divide": (LLAMA | {"num_key_value_heads": 3}, "num_key_value_heads=3"),
+    "missing key": ({k: v for k, v in LLAMA.items() if k != "vocab_size"}, "vocab_size is missing"),
+    "unknown family": (LLAMA | {"model_type": "lllama"}, "lllama"),
+    "family of another kind": (LLAMA | {"model_type": 7}, "model_type"),
+    "no family": ({"hidden_size": 4}, "model_type"),
+    "mixture of experts": (LLAMA | {"num_local_experts": 8}, "mixtures of experts"),
+    "not an object": ([1, 2], "JSON object"),
+    "infinity": (LLAMA | {"attention_dropout": float("inf")}, "attention_dropout"),
+    "head size zero": (LLAMA | {"head_dim": 0}, "head_dim"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_config_exits_2_naming_the_key(case: str, tmp_path: Path) -> None:
+    content, part = HOSTILE[case]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    result = run("search", "--model", str(tmp_path), "--gpus", "1xH100")
+    assert result.exit_code == 2, result.output
+    assert part in result.output, result.output
+    assert len(result.output) < 1500
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("{", "not JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ("\x00\xff", "not JSON"),
+        (" " * 2_000_000, "at most"),
+    ],
+)
+def test_what_is_not_json_exits_2(text: str, part: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    result = run("search", "--model", str(path), "--gpus", "1xH100")
+    assert result.exit_code == 2
+    assert part in result.output
+
+
+def test_missing_files_and_folders_exit_2(tmp_path: Path) -> None:
+    assert run("search", "--model", str(tmp_path / "no.json"), "--gpus", "1xH100").exit_code == 2
+    assert run("search", "--model", str(tmp_path), "--gpus", "1xH100").exit_code == 2
+    assert run("search", "--model", "x" * 5000, "--gpus", "1xH100").exit_code == 2
+
+
+def test_a_good_config_and_its_folder_are_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"auto_map": {"AutoModel": "evil.py"}}))
+    for path in (tmp_path, tmp_path / "config.json"):
+        assert run("search", "--model", str(path), "--gpus", "1xH100", "-b", "4").exit_code == 0
+
+
+def planner(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from planner.cli import app; app()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
+
+
+def test_output_that_cannot_be_written_is_no_traceback() -> None:
+    command = f"{sys.executable} -c 'from planner.cli import app; app()' search {' '.join(SMALL)} > /dev/full"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "cannot be written" in result.stderr
+
+
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    command = f"{sys.executable} -c 'from planner.cli import app; app()' catalog models | head -n 1"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert "Traceback" not in result.stderr
+
+
+def test_tables_fit_80_columns() -> None:
+    for arguments in (["search", *SMALL], ["estimate", *SMALL], ["compare", *SMALL]):
+        lines = planner(*arguments, COLUMNS="80").stdout.splitlines()
+        assert max(map(len, lines)) <= 80, arguments
+
+
+def test_no_colour_when_piped() -> None:
+    assert "\x1b[" not in planner("search", *SMALL).stdout
+
+
+def test_the_same_input_gives_the_same_output() -> None:
+    first, second = (json.loads(planner("search", *SMALL, "--json").stdout) for _ in range(2))
+    for document in (first, second):
+        document["proof"].pop("seconds")
+        for plan in document["plans"]:
+            plan["proof"].pop("seconds")
+    assert first == second
+
+
+def test_help_teaches_with_examples() -> None:
+    for command in ("search", "estimate", "explain", "compare", "catalog"):
+        assert f"Example: planner {command}" in run(command, "--help").output

@@ -9,8 +9,8 @@ from typing import Any
 from planner.advice import changes_that_fit, nearest_plan
 from planner.best_first import Found, find
 from planner.defaults import Job, resolve
-from planner.errors import InfeasibleError, InputError
-from planner.layouts import Choices, check_layout
+from planner.errors import InfeasibleError, InputError, SolverError
+from planner.layouts import Choices, check_layout, unsupported
 from planner.ledger import Entry, view
 from planner.plan import Plan, make_plan, stage_entries
 from planner.program import Solution, solve
@@ -18,6 +18,7 @@ from planner.specs import ClusterSpec, ModelSpec, TrainingSpec
 from planner.stages import price
 from planner.units import gib
 from strategies.layout import Layout
+from strategies.pipeline_parallel import SCHEDULES
 
 OBJECTIVES = ("time", "headroom")
 
@@ -75,7 +76,7 @@ def _check_choices(job: Job, choices: Choices, objective: str, top: int) -> None
         raise InputError(f"top={top}: ask for 1 to 100 layouts")
     offered: dict[str, tuple[str, ...]] = {
         "sharding": tuple(job.stack.shardings),
-        "schedule": ("1f1b", "interleaved", "gpipe", "pipedream"),
+        "schedule": SCHEDULES,
         "recompute": job.stack.policies,
     }
     for name, allowed in offered.items():
@@ -95,7 +96,7 @@ def _nothing_found(job: Job, choices: Choices, found: Found, progress: Callable[
         reasons = sorted(found.space.refused, key=lambda reason: -found.space.refused[reason])
         raise InputError(f"no layout of {job.cluster.num_gpus} GPUs can be: {'; '.join(reasons[:4])}")
     if not found.optimal:
-        raise InfeasibleError("nothing was found within the time limit; give it more with --time-limit")
+        raise SolverError("nothing was found within the time limit: give it more with --time-limit")
     nearest = nearest_plan(job, choices)
     stage = nearest.stages[nearest.fullest]
     component = max(stage.components, key=lambda name: stage.components[name])
@@ -120,10 +121,8 @@ def solve_layout(job: Job, layout: Layout, recompute: str = "auto") -> Solution:
         raise InputError(f"recompute={recompute!r}: use auto, {', '.join(job.stack.policies)}")
     candidate = price(job, layout, policies).spread()
     solution = solve([candidate])
-    if solution is None:  # show by how much: the least-memory split, without a limit
-        least = policies[-1:] if recompute == "auto" else policies
-        unlimited = replace(price(job, layout, least).spread(), capacity=1e15)
-        solution = solve([unlimited])
+    if solution is None:  # show by how much: the split that needs least, without a limit
+        solution = solve([replace(candidate, capacity=1000.0 * job.cluster.capacity_bytes)], "headroom")
     assert solution is not None
     return solution
 
@@ -141,7 +140,13 @@ def estimate(
     ``recompute`` is a policy for all layers, or ``auto``: as much as memory forces, per stage.
     """
     job = resolve(model, cluster, training)
-    solution = solve_layout(job, layout, recompute)
+    return given_plan(job, solve_layout(job, layout, recompute))
+
+
+def given_plan(job: Job, solution: Solution) -> Plan:
+    """The plan of a layout that was given; what its framework would not run is noted."""
+    notes = unsupported(job, solution.candidate.layout)
+    job = replace(job, assumptions=(*job.assumptions, *notes))
     return make_plan(job, solution, {"status": "given", "objective": "time"})
 
 
@@ -161,7 +166,7 @@ def explain(
     """
     job = resolve(model, cluster, training)
     solution = solve_layout(job, layout, recompute)
-    plan = make_plan(job, solution, {"status": "given", "objective": "time"})
+    plan = given_plan(job, solution)
     index = plan.fullest if stage is None else stage
     if not 0 <= index < len(plan.stages):
         raise InputError(f"stage={stage}: the plan has stages 0 to {len(plan.stages) - 1}")
@@ -194,7 +199,7 @@ def compare(
     for name, layout in _one_of_each(job, micro_batch_size):
         try:
             solution = solve_layout(job, layout, recompute)
-            rows.append((name, make_plan(job, solution, {"status": "given", "objective": "time"})))
+            rows.append((name, given_plan(job, solution)))
         except InputError as error:
             rows.append((name, str(error)))
     return rows
@@ -213,12 +218,13 @@ def _one_of_each(job: Job, micro: int) -> list[tuple[str, Layout]]:
         return Layout(data_parallel=data, micro_batch_size=micro, grad_accum=accum, data_shards=data, **rest)
 
     rows = [(label, layout(gpus, sharding=name)) for label, name in _DATA_ONLY]
-    rows.append(("TP", layout(gpus // tensor, tensor_parallel=tensor)))
+    rows.append((f"TP{tensor}", layout(gpus // tensor, tensor_parallel=tensor)))
     sp = {"tensor_parallel": tensor, "sequence_parallel": tensor > 1}
-    rows.append(("TP + SP", layout(gpus // tensor, **sp)))
-    rows.append(("TP + SP + ZeRO-1", layout(gpus // tensor, sharding="zero1", **sp)))
-    for label, schedule in (("PP (1F1B)", "1f1b"), ("PP (GPipe)", "gpipe"), ("PP (PipeDream)", "pipedream")):
-        rows.append((label, layout(gpus // stages, pipeline_parallel=stages, schedule=schedule)))
+    rows.append((f"TP{tensor}+SP", layout(gpus // tensor, **sp)))
+    rows.append((f"TP{tensor}+SP+ZeRO-1", layout(gpus // tensor, sharding="zero1", **sp)))
+    for label, schedule in (("1F1B", "1f1b"), ("GPipe", "gpipe"), ("PipeDream", "pipedream")):
+        rest = layout(gpus // stages, pipeline_parallel=stages, schedule=schedule)
+        rows.append((f"PP{stages} {label}", rest))
     return rows
 
 

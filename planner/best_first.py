@@ -23,7 +23,7 @@ from planner.program import RELATIVE_GAP, Solution, solve
 from planner.stages import Prices, price
 
 BATCH = 64
-"""Quick bounds refined at a time."""
+"""Quick bounds refined first; each further batch is twice the last."""
 
 
 @dataclass
@@ -34,13 +34,20 @@ class Found:
     answers: list[Solution] = field(default_factory=list)
     optimal: bool = True
     gap: float = 0.0
-    enumerated: int = 0
-    refused: int = 0
-    unfitting: int = 0  # proved not to fit, by states or by a bound or by the program
+    unfitting: int = 0  # proved not to fit: by its states, by a bound or by the program
     pruned: int = 0  # proved not to be among the best, by a bound
-    solved: int = 0
+    solved: int = 0  # split over its stages by the program
     seconds: float = 0.0
-    policies: tuple[str, ...] = ()
+
+    @property
+    def enumerated(self) -> int:
+        """Layouts that were looked at: those that do not fit, were pruned or were solved."""
+        return self.space.size
+
+    @property
+    def refused(self) -> int:
+        """Combinations of degrees and choices that were refused before they became layouts."""
+        return sum(self.space.refused.values())
 
 
 @dataclass
@@ -52,6 +59,7 @@ class _Frontier:
     order: list[tuple[float, int, int]] = field(default_factory=list)
     refined: list[tuple[float, int, int]] = field(default_factory=list)
     unfitting: int = 0
+    batch: int = BATCH
 
     def __post_init__(self) -> None:
         for family, prices in enumerate(self.prices):
@@ -64,7 +72,8 @@ class _Frontier:
 
     def refine(self) -> None:
         """Replaces the quick bounds of the next layouts by tight ones."""
-        batch = [self.order.pop() for _ in range(min(BATCH, len(self.order)))]
+        batch = [self.order.pop() for _ in range(min(self.batch, len(self.order)))]
+        self.batch = min(2 * self.batch, 32 * BATCH)
         for family in {f for _, f, _ in batch}:
             chosen = np.array(sorted(i for _, f, i in batch if f == family))
             bounds = tight_bound(self.prices[family].take((chosen, None)), self.objective)
@@ -105,28 +114,26 @@ def find(
     layouts were solved and how many are left.
     """
     start = time.perf_counter()
-    policies = choices.recompute or job.stack.policies
+    policies = choices.policies(job)
     space = enumerate_layouts(job, choices)
     frontier = _Frontier([price(job, family, policies) for family in space.families], objective)
-    found = Found(space, refused=sum(space.refused.values()), policies=tuple(policies))
-    found.enumerated = space.size + found.refused
+    found = Found(space)
     worst = float("inf")
-    while (bound := frontier.next_bound()) < worst * (1 - RELATIVE_GAP) or _better(bound, worst):
+    while _beats(bound := frontier.next_bound(), worst):
         left = time_limit - (time.perf_counter() - start)
         if left <= 0:
             found.optimal = False
             break
-        prices = frontier.pop()
         progress(found.solved, len(frontier))
-        found.solved += 1
         try:
-            solution = solve([prices.spread()], objective, left)
+            solution = solve([frontier.pop().spread()], objective, left)
         except SolverError:
             found.optimal = False
             break
         if solution is None:
             frontier.unfitting += 1
             continue
+        found.solved += 1
         found.optimal &= solution.optimal
         found.answers.append(solution)
         found.answers.sort(key=lambda answer: answer.cost)
@@ -135,21 +142,23 @@ def find(
             worst = found.answers[-1].cost
     if not found.optimal and found.answers:
         best = found.answers[0].cost
-        found.gap = max(0.0, (best - min(bound, best)) / abs(best))
+        found.gap = max(0.0, best - bound) / (abs(best) or 1.0)
     found.unfitting = frontier.unfitting
     found.pruned = len(frontier)
     found.seconds = time.perf_counter() - start
     return found
 
 
-def _better(bound: float, worst: float) -> bool:
-    # Negative costs (headroom) turn the relative test round.
-    return bound < 0 and bound < worst - RELATIVE_GAP * abs(worst)
+def _beats(bound: float, worst: float) -> bool:
+    """May a cost be better than the worst answer that is kept, by more than the solver's gap?"""
+    if worst == float("inf"):
+        return bound < worst
+    return bound < worst - RELATIVE_GAP * abs(worst)
 
 
 def exhaustive(job: Job, choices: Choices, objective: str, top: int) -> Sequence[Solution]:
     """Every layout solved, none pruned: what :func:`find` must agree with. For tests."""
-    policies = choices.recompute or job.stack.policies
+    policies = choices.policies(job)
     answers = []
     for family in enumerate_layouts(job, choices).families:
         prices = price(job, family, policies)

@@ -110,7 +110,7 @@ def as_document(model: ModelSpec, cluster: ClusterSpec, plans: list[Plan]) -> di
     """The JSON of a command that answers with plans."""
     dumped = [plan.model_dump(mode="json") for plan in plans]
     return {
-        "schema": "planner.search/1",
+        "schema": "planner.plans/1",
         "model": {"num_parameters": model.num_parameters, **model.model_dump(mode="json")},
         "cluster": {
             "gpu": cluster.gpu.name,
@@ -216,7 +216,7 @@ def estimate(
     data_parallel: o.DP = None,
     micro_batch_size: o.Micro = 1,
     chunks: o.Chunks = 1,
-    sharding: o.Sharding = "zero1",
+    sharding: o.Sharding = None,
     data_shards: o.Shards = None,
     reshard_after_forward: o.Reshard = True,
     schedule: o.Schedule = None,
@@ -267,7 +267,7 @@ def explain(
     data_parallel: o.DP = None,
     micro_batch_size: o.Micro = 1,
     chunks: o.Chunks = 1,
-    sharding: o.Sharding = "zero1",
+    sharding: o.Sharding = None,
     data_shards: o.Shards = None,
     reshard_after_forward: o.Reshard = True,
     schedule: o.Schedule = None,

@@ -89,6 +89,11 @@ def _option(stack: Stack, name: str, value: str | None) -> str | None:
 def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> Job:
     """The job with every open choice made. Raises InputError for choices that cannot be."""
     stack = stack_named(training.framework)
+    if stack.families and model.model_type not in stack.families:
+        raise InputError(
+            f"framework={stack.name} has no {model.model_type} models, only {', '.join(stack.families)}: "
+            "use --framework megatron or hf"
+        )
     notes = list(cluster.assumptions)
     precision = _precision(training.precision, cluster.gpu.peak_flops, stack, cluster.gpu.name)
     seq = training.seq_length or min(model.max_position_embeddings, 8192)

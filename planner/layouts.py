@@ -51,6 +51,11 @@ class Choices:
     sequence_parallel: bool = True
     across_nodes: bool = False  # may a tensor-parallel group leave its node?
 
+    def policies(self, job: Job) -> tuple[str, ...]:
+        """The recompute policies to choose from, from the one that keeps most."""
+        wanted = self.recompute or job.stack.policies
+        return tuple(policy for policy in job.stack.policies if policy in wanted)
+
 
 @dataclass
 class Space:
@@ -233,3 +238,15 @@ def check_layout(job: Job, layout: Layout) -> None:
         reasons.append(f"{depth} layers do not fill {layout.chunks} equal chunks, even two layers short")
     if reasons:
         raise InputError(reasons[0])
+
+
+def unsupported(job: Job, layout: Layout) -> list[str]:
+    """What of a layout its framework is not known to run; the search leaves such layouts out."""
+    stack, notes = job.stack, []
+    if layout.sharding not in stack.shardings:
+        notes.append(f"{stack.name} does not run {layout.sharding}: shown as if it did")
+    elif layout.pipeline_parallel > 1 and not stack.shardings[layout.sharding]:
+        notes.append(f"{stack.name} runs {layout.sharding} without a pipeline only: shown as if it did")
+    if layout.tensor_parallel > 1 and not stack.tensor_parallel:
+        notes.append(f"{stack.name} is planned without tensor parallelism: shown as if it had it")
+    return notes

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from planner.stages import Candidate, Prices
+from planner.stages import Candidate, Prices, groups
 from strategies.base import STATES, Layer, Role, Term
 from strategies.layout import strategies_of
 from strategies.recompute import Recompute
@@ -90,11 +90,9 @@ def entries(prices: Prices, stage: StageView, moment: str) -> Iterator[Entry]:
         tensors += entry.held
         yield entry
     stack, layout = prices.job.stack, prices.layout
-    degrees = (layout.data_parallel, layout.tensor_parallel, layout.pipeline_parallel)
-    groups = sum(degree > 1 for degree in degrees)
     for overhead, size in (
         (stack.context, stack.context.value),
-        (stack.communicator, stack.communicator.value * groups),
+        (stack.communicator, stack.communicator.value * groups(layout)),
         (stack.allocator, stack.allocator.value * tensors),
     ):
         yield Entry(
@@ -160,7 +158,7 @@ def _entries(
         if role is Role.ACTIVATION:
             shares[recompute.label] = float(recompute.share(term))
         if flight is not None:
-            shares["PP in flight"] = flight
+            shares["in flight"] = flight
         whole = float(term.amount)
         held = whole * count
         for share in shares.values():

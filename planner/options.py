@@ -46,7 +46,7 @@ DP = Annotated[
 ]
 Micro = Annotated[int, option("--micro-batch-size", "-mb", help="Sequences per forward pass.")]
 Chunks = Annotated[int, option("--chunks", help="Model chunks per stage (interleaving).")]
-Sharding = Annotated[str, option("--sharding", help="ddp, zero1, zero2, zero3 or fsdp.")]
+Sharding = Annotated[str | None, option("--sharding", help="ddp, zero1, zero2, zero3 or fsdp.")]
 Shards = Annotated[int | None, option("--data-shards", help="FSDP's group, if hybrid (HSDP).")]
 Reshard = Annotated[
     bool,

@@ -48,10 +48,12 @@ class Solution:
 class _Model:
     """One pulp problem under construction: coefficients go in as plain (variable, number) pairs."""
 
-    def __init__(self, objective: str) -> None:
+    def __init__(self, objective: str, unit: float) -> None:
         import pulp
 
-        self.pulp, self.objective = pulp, objective
+        # Memory counts in capacities and time in ``unit`` seconds: the solver's tolerances are
+        # absolute, so that numbers of the order of one are what they are meant for.
+        self.pulp, self.objective, self.unit = pulp, objective, unit
         self.problem = pulp.LpProblem("layout", pulp.LpMinimize)
         self.cost: list[tuple[Any, float]] = []
 
@@ -117,19 +119,22 @@ class _Model:
         if self.objective == "headroom":
             return
         slowest = self.problem.add_variable(f"slowest_{index}", 0, None)
+        unit = self.unit
         for j, (stage, own) in enumerate(zip(rows, candidate.stages, strict=True)):
-            pairs = list(zip(stage, own.seconds, strict=True))
-            self.require(
-                f"slowest_stage_{index}_{j}", [*pairs, (choose, own.fixed_seconds), (slowest, -1.0)], "<="
-            )
+            pairs = [(x, seconds / unit) for x, seconds in zip(stage, own.seconds, strict=True)]
             self.cost += [(x, candidate.fill * seconds) for x, seconds in pairs]
-        depth = len(candidate.stages)
-        fullest = min(
-            -(-candidate.rows // depth) * min(own.seconds) + own.fixed_seconds for own in candidate.stages
-        )
-        self.require(f"fullest_stage_{index}", [(slowest, 1.0), (choose, -fullest)], ">=")
+            pairs += [(choose, own.fixed_seconds / unit), (slowest, -1.0)]
+            self.require(f"slowest_stage_{index}_{j}", pairs, "<=")
+        bound = fullest_stage(candidate) / unit
+        self.require(f"fullest_stage_{index}", [(slowest, 1.0), (choose, -bound)], ">=")
         fixed = candidate.fill * sum(own.fixed_seconds for own in candidate.stages)
-        self.cost += [(slowest, candidate.repeat), (choose, fixed + candidate.step_seconds)]
+        self.cost += [(slowest, candidate.repeat), (choose, (fixed + candidate.step_seconds) / unit)]
+
+
+def fullest_stage(candidate: Candidate) -> float:
+    """Seconds that the slowest stage takes at least: one holds the average of the rows, rounded up."""
+    most = -(-candidate.rows // len(candidate.stages))
+    return min(most * min(own.seconds) + own.fixed_seconds for own in candidate.stages)
 
 
 def solve(
@@ -141,7 +146,10 @@ def solve(
     stage, as a negative cost). With a ``time_limit`` in seconds the solution may be feasible
     only: read ``optimal``. Raises SolverError if the solver gives neither.
     """
-    model = _Model(objective)
+    candidates = [candidate for candidate in candidates if candidate.capacity > 0]
+    if not candidates:
+        return None
+    model = _Model(objective, unit=min(fullest_stage(candidate) for candidate in candidates))
     pulp = model.pulp
     added = [model.add(index, candidate) for index, candidate in enumerate(candidates)]
     model.require("one_layout", [(choose, 1.0) for choose, _ in added], "==", 1.0)

@@ -117,7 +117,7 @@ def read_layout(
         grad_accum=max(1, job.global_batch_size // (data * micro)),
         data_shards=given["data_shards"] or data,
         sequence_parallel=tensor > 1 if sequence is None else sequence,
-        sharding=given["sharding"],
+        sharding=given["sharding"] or ("zero1" if "zero1" in job.stack.shardings else "fsdp"),
         reshard_after_forward=given["reshard_after_forward"],
         schedule=given["schedule"] or ("interleaved" if chunks > 1 else "1f1b"),
     )

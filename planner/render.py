@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console, Group
 from rich.markup import escape
@@ -43,11 +43,12 @@ BARS = {
 }
 
 
-def grid(*headings: str, title: str = "", left: Iterable[str] = ()) -> Table:
-    """A plain table: numbers right, the named columns left."""
-    table = Table(box=None, pad_edge=False, title=title or None, title_justify="left", padding=(0, 1, 0, 0))
+def grid(*headings: str, left: Iterable[str] = (), wrap: Iterable[str] = ()) -> Table:
+    """A plain table: numbers right, the columns ``left`` left, only the columns ``wrap`` wrapped."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in headings:
-        table.add_column(heading, justify="left" if heading in left else "right", no_wrap=heading not in left)
+        justify: Literal["left", "right"] = "left" if heading in left else "right"
+        table.add_column(heading, justify=justify, no_wrap=heading not in wrap)
     return table
 
 
@@ -110,7 +111,7 @@ def ranking(plans: Sequence[Plan], wide: bool) -> Table:
     if wide:
         names = ["#", "TP", "PP", "DP", "chunks", "sharding", "schedule", "micro-batch", "grad accum"]
         names += ["peak GiB", "free", "bubble", "step", "tokens/s", "MFU", "layers per stage", "recompute"]
-    table = grid(*names, left=("sharding", "schedule", "layers per stage", "recompute"))
+    table = grid(*names, left=("sharding", "schedule", "layers per stage", "recompute"), wrap=("recompute",))
     for number, plan in enumerate(plans, 1):
         layout = plan.layout
         label = layout.to_layout().sharding_label
@@ -187,13 +188,14 @@ def bars(plan: Plan, width: int, most: int = 8) -> Group:
                 line.append(" ")
         line.append(f" {gib(stage.peak_bytes)} GiB")
         lines.append(line)
-    legend = Text("        ")
+    legends = [Text("        ")]
     for name in COMPONENTS:
+        if legends[-1].cell_len > width - 12:
+            legends.append(Text("        "))
         symbol, colour = BARS[name]
-        legend.append(f"{symbol} ", style=colour)
-        legend.append(f"{SHORT[name]}  ")
-    legend.append("| budget")
-    return Group(*lines, legend)
+        legends[-1].append(f"{symbol} ", style=colour)
+        legends[-1].append(f"{SHORT[name]}  ")
+    return Group(*lines, *legends[:-1], legends[-1].append("| budget"))
 
 
 def proof_line(plan: Plan) -> Text:
@@ -203,10 +205,10 @@ def proof_line(plan: Plan) -> Text:
         return Text("One given layout: nothing was searched.")
     certain = "proved optimal" if proof["status"] == "optimal" else f"feasible, gap {proof['gap']:.2%}"
     return Text(
-        f"{proof['enumerated']:,} layouts: {proof['refused']:,} refused, "
-        f"{proof['does_not_fit']:,} do not fit, "
-        f"{proof['pruned_by_bound']:,} pruned by bound, {proof['solved']:,} solved; best by "
-        f"{proof['objective']} {certain}, in {human_seconds(proof['seconds'])}."
+        f"{proof['enumerated']:,} layouts: {proof['does_not_fit']:,} do not fit, "
+        f"{proof['pruned_by_bound']:,} pruned by bound, {proof['solved']:,} solved; "
+        f"{proof['refused']:,} combinations refused before.\n"
+        f"Best by {proof['objective']}, {certain}, in {human_seconds(proof['seconds'])}."
     )
 
 
@@ -222,7 +224,7 @@ def assumption_list(plan: Plan, verbose: bool) -> Group:
 
 def refusals(plan: Plan) -> Table:
     """Why layouts were refused, most frequent first."""
-    table = grid("refused", "because", left=("because",))
+    table = grid("refused", "because", left=("because",), wrap=("because",))
     for reason, count in plan.proof.get("refused_because", {}).items():
         table.add_row(str(count), escape(reason))
     return table
@@ -294,42 +296,28 @@ def show_entries(
     console.print(Text(f"Stage {stage} of {plan.layout.to_layout().describe()}, at {moment}", style="bold"))
     labels = list(dict.fromkeys(label for entry in items for label in entry.shares))
     labels = [label for label in labels if any(entry.shares.get(label, 1) != 1 for entry in items)]
-    table = grid(
-        "component / term", "layer", "count", "whole", *labels, "held", left=("component / term", "layer")
-    )
+    table = grid("term", "in", "whole", *labels, "held", left=("term", "in"), wrap=("term",))
+
+    def line(name: str, held: float, *cells: str, style: str = "") -> None:
+        empty = [""] * (len(labels) + 2 - len(cells))
+        table.add_row(Text(name, style=style), *cells, *empty, Text(human_bytes(held), style=style))
+
     for component in COMPONENTS:
         own = [entry for entry in items if entry.component == component]
-        total = sum(entry.held for entry in own)
-        table.add_row(
-            Text(component.replace("_", " "), style="bold"),
-            "",
-            "",
-            "",
-            *("" for _ in labels),
-            Text(human_bytes(total), style="bold"),
-        )
+        line(component.replace("_", " "), sum(entry.held for entry in own), style="bold")
         for entry in sorted(own, key=lambda e: -e.held):
             shares = [share_text(entry.shares.get(label)) for label in labels]
             name = f"  {entry.name}" + (f" ({entry.tag})" if entry.tag != "exact" else "")
-            table.add_row(
-                name,
-                entry.layer,
-                f"{entry.count:g}",
-                human_bytes(entry.whole),
-                *shares,
-                human_bytes(entry.held),
-            )
-            if unfold and entry.dims:
-                table.add_row(Text(f"    = {formula(entry)}", style="dim"))
-    table.add_row(
-        Text("total", style="bold"),
-        "",
-        "",
-        "",
-        *("" for _ in labels),
-        Text(human_bytes(sum(e.held for e in items)), style="bold"),
-    )
+            place = entry.layer + (f" x{entry.count:g}" if entry.count != 1 else "")
+            line(name, entry.held, place, human_bytes(entry.whole), *shares)
+    line("total", sum(entry.held for entry in items), style="bold")
     console.print(table)
+    if unfold:
+        console.print()
+        console.print(Text("Whole, before any share: bytes per element x lengths", style="bold"))
+        formulas = {(e.layer, e.name): formula(e) for e in items if formula(e)}
+        for (layer, name), text in formulas.items():
+            console.print(Text(f"  {layer + ': ' if layer else ''}{name} = {text}"))
 
 
 def share_text(share: float | None) -> str:
@@ -343,33 +331,30 @@ def share_text(share: float | None) -> str:
 
 def show_compare(console: Console, rows: Sequence[tuple[str, Plan | str]]) -> None:
     """Strategies side by side."""
-    table = grid(
-        "strategy", "layout", "fits", *SHORT.values(), "peak", "step", left=("strategy", "layout", "fits")
-    )
+    wide = console.width >= 110
+    names = ["strategy", *(["layout", "recompute"] if wide else []), "fits", *SHORT.values(), "peak", "step"]
+    table = grid(*names, left=("strategy", "layout", "recompute", "fits"))
+    refused = []
     for name, plan in rows:
         if isinstance(plan, str):
-            table.add_row(name, Text(plan, style="dim"), "-")
+            refused.append(f"{name}: {plan}")
             continue
         stage = plan.stages[plan.fullest]
         layout = plan.layout
         where = f"TP{layout.tensor_parallel} PP{layout.pipeline_parallel} DP{layout.data_parallel}"
-        sizes = [gib(stage.components[part]) for part in COMPONENTS]
-        table.add_row(
-            name,
-            where,
-            "yes" if plan.fits else "no",
-            *sizes,
-            gib(plan.peak_bytes),
-            human_seconds(plan.step_time_s),
-            style="" if plan.fits else "red",
-        )
+        cells = [name, *([where, recompute_of(plan)] if wide else []), "yes" if plan.fits else "no"]
+        cells += [gib(stage.components[part]) for part in COMPONENTS]
+        cells += [gib(plan.peak_bytes), human_seconds(plan.step_time_s)]
+        table.add_row(*cells, style="" if plan.fits else "red")
     console.print(table)
     console.print(Text("GiB per GPU on the fullest stage at its peak."))
+    for reason in refused:
+        console.print(Text(reason, style="dim"))
 
 
 def show_infeasible(console: Console, message: str, nearest: Plan | None, changes: Sequence[Change]) -> None:
     """Why nothing fits: the nearest layout, and what would."""
-    console.print(Text(f"Does not fit: {message}", style="bold red"))
+    console.print(Text(message, style="bold red"))
     if nearest:
         console.print()
         show_stages(console, nearest, title="The nearest layout, GiB per GPU")
@@ -382,14 +367,8 @@ def show_changes(console: Console, changes: Sequence[Change]) -> None:
     if not changes:
         console.print("No single change that was tried makes it fit.")
         return
-    table = grid(
-        "change",
-        "option",
-        "best layout then",
-        "peak GiB",
-        "step",
-        left=("change", "option", "best layout then"),
-    )
+    left = ("change", "option", "best layout then")
+    table = grid(*left, "peak GiB", "step", left=left, wrap=left)
     for change in changes:
         table.add_row(
             change.what,
@@ -424,16 +403,8 @@ def show_models(console: Console, models: Sequence[ModelSpec]) -> None:
 
 def show_gpus(console: Console, gpus: Sequence[Gpu]) -> None:
     """The catalog's GPU kinds."""
-    table = grid(
-        "GPU",
-        "usable GiB",
-        "bf16 TFLOP/s",
-        "HBM TB/s",
-        "in node GB/s",
-        "network GB/s",
-        "per node",
-        left=("GPU",),
-    )
+    names = ("GPU", "usable GiB", "bf16 TF/s", "HBM TB/s", "node GB/s", "net GB/s", "per node")
+    table = grid(*names, left=("GPU",))
     for gpu in gpus:
         peak = gpu.peak_flops.get("bf16")
         table.add_row(

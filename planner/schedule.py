@@ -3,7 +3,8 @@
 Nodes are passes (stage, chunk, micro-batch, forward or backward); an edge says that one pass waits
 for another: in the order in which its stage works, or for its input from a neighbouring stage. The
 step takes as long as the longest path. The search ranks by a closed form that equals this for
-equal stages and is an upper bound for uneven ones.
+equal stages and is never lower where backward takes the same multiple of forward on every stage;
+where some stages recompute and others do not it can be a few percent low. Plans give both.
 """
 
 from __future__ import annotations
@@ -103,19 +104,22 @@ def critical_path(schedule: str, forward: list[float], backward: list[float], m:
     return float(nx.dag_longest_path_length(graph, weight="weight"))
 
 
+MOST_PASSES = 6000
+"""Passes in one graph; a longer step is told from its beginning."""
+
+
 def step_seconds(layout: Layout, forward: list[float], backward: list[float]) -> float:
     """Seconds of the pipeline's work in a step, without what happens once per step.
 
-    Long steps repeat one pattern: three rounds of p micro-batches and a fourth tell the rest.
+    Of a long step the beginning is timed on the graph; each micro-batch more then takes what the
+    slowest stage needs for it, which is the rate that every pipeline settles at.
     """
     p, m, v = len(forward), int(layout.grad_accum), int(layout.chunks)
-    if layout.schedule == "pipedream":  # no flush: the slowest stage never waits
-        return m * max(f + b for f, b in zip(forward, backward, strict=True))
-    if p == 1:
-        return m * (forward[0] + backward[0])
-    if m <= 4 * p:
+    slowest = max(f + b for f, b in zip(forward, backward, strict=True))
+    if layout.schedule == "pipedream" or p == 1:  # no flush: the slowest stage never waits
+        return m * slowest
+    first = max(4, MOST_PASSES // (2 * p * p * v)) * p + m % p
+    if m <= first:
         return critical_path(layout.schedule, forward, backward, m, v)
-    rest = m % p
-    short = critical_path(layout.schedule, forward, backward, 3 * p + rest, v)
-    long = critical_path(layout.schedule, forward, backward, 4 * p + rest, v)
-    return short + (long - short) * (m - 3 * p - rest) / p
+    pace = max(forward) + max(backward) if layout.schedule == "gpipe" else slowest
+    return critical_path(layout.schedule, forward, backward, first, v) + (m - first) * pace

@@ -110,10 +110,14 @@ def role_sum(layer: Layer, role: Role, strategies: Iterable[AbstractStrategy]) -
 
 def overhead_bytes(job: Job, layout: Layout) -> Quantity:
     """Bytes outside tensors that do not grow with them: context, and buffers of each group."""
-    groups = (
-        (layout.data_parallel > 1) * 1 + (layout.tensor_parallel > 1) * 1 + (layout.pipeline_parallel > 1) * 1
-    )
-    return job.stack.context.value + job.stack.communicator.value * groups
+    return job.stack.context.value + job.stack.communicator.value * groups(layout)
+
+
+def groups(layout: Layout) -> Quantity:
+    """Kinds of groups that a GPU communicates in: tensor, pipeline, data (two of it if hybrid)."""
+    hybrid = (layout.data_shards > 1) * (layout.data_shards < layout.data_parallel)
+    degrees = (layout.data_parallel, layout.tensor_parallel, layout.pipeline_parallel)
+    return sum((degree > 1) * 1 for degree in degrees) + hybrid * (layout.sharding == "fsdp")
 
 
 def tensor_capacity(job: Job, layout: Layout) -> Quantity:
@@ -161,7 +165,11 @@ class Prices:
             pipeline_parallel=layout.pipeline_parallel,
         ).layers()
         self.embedding, self.head = (self._price(self.layers[i], "none") for i in (0, 2))
-        self.blocks = [self._price(self.layers[1], policy) for policy in self.policies]
+        self.plain = self._price(self.layers[1], "none")
+        self.blocks = [
+            self.plain if policy == "none" else self._price(self.layers[1], policy)
+            for policy in self.policies
+        ]
         self.pipeline = self.pipeline_at(0)
         depth = job.model.num_hidden_layers
         self.short = (-depth) % layout.chunks
@@ -241,8 +249,8 @@ class Prices:
         # Once a step, on an average stage with the larger of embedding and head: what messages
         # exceed the pass they hide behind (backward two thirds, forward one), and the update.
         depth = self.job.model.num_hidden_layers / self.layout.pipeline_parallel
-        window = self.blocks[0].seconds * depth
-        block = self.blocks[0]
+        block = self.plain
+        window = block.seconds * depth
         exposed: Quantity = 0.0
         for index, (behind, seconds) in enumerate(block.per_step):
             around = np.maximum(self.embedding.per_step[index][1], self.head.per_step[index][1])

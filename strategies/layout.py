@@ -35,7 +35,8 @@ class Wire:
 class Layout:
     """Where everything runs. Every number may be a numpy array: a family of layouts at once.
 
-    ``data_shards`` is the group that FSDP shards over (all of ``data_parallel`` unless hybrid);
+    ``data_shards`` is the group that FSDP shards over: 0, the default, stands for all of
+    ``data_parallel``, fewer make it hybrid (HSDP);
     ``chunks`` is Megatron's virtual pipeline size; ``grad_accum`` the micro-batches per step.
     """
 
@@ -45,11 +46,15 @@ class Layout:
     chunks: Quantity = 1
     micro_batch_size: Quantity = 1
     grad_accum: Quantity = 1
-    data_shards: Quantity = 1
+    data_shards: Quantity = 0
     sequence_parallel: bool = False
     sharding: str = "ddp"
     reshard_after_forward: bool = True
     schedule: str = "1f1b"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.data_shards, int) and not self.data_shards:
+            object.__setattr__(self, "data_shards", self.data_parallel)
 
     @property
     def world_size(self) -> Quantity:

@@ -40,7 +40,7 @@ class PipelineParallel(AbstractStrategy):
     """
 
     axis: ClassVar[str] = "pipeline"
-    label: ClassVar[str] = "PP in flight"
+    label: ClassVar[str] = "in flight"
     stage: Quantity = 0
     microbatches: Quantity = 1
     chunks: Quantity = 1
@@ -96,5 +96,6 @@ class PipelineParallel(AbstractStrategy):
             if self.microbatches % self.degree:
                 yield (
                     f"grad_accum={self.microbatches} is not a multiple of pipeline_parallel="
-                    f"{self.degree}, which the interleaved schedule needs"
+                    f"{self.degree}, which the interleaved schedule needs: use "
+                    f"{max(self.degree, self.microbatches // self.degree * self.degree)}, or 1f1b"
                 )

@@ -41,6 +41,7 @@ class SequenceParallel(AbstractStrategy):
                 if term.dims["seq"] % self.degree:
                     yield (
                         f"tensor_parallel={self.degree} does not divide seq_length="
-                        f"{term.dims['seq']}, which sequence_parallel cuts"
+                        f"{term.dims['seq']}, which sequence_parallel cuts: use a multiple of "
+                        f"{self.degree}, or leave sequence_parallel off"
                     )
                 return

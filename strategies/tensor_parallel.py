@@ -59,8 +59,6 @@ class TensorParallel(AbstractStrategy):
         }
         for name, length in lengths.items():
             if length % self.degree:
-                fits = [str(d) for d in range(1, length + 1) if length % d == 0 and d <= 64]
-                yield (
-                    f"tensor_parallel={self.degree} does not divide {name}={length}: "
-                    f"use {', '.join(fits[:-1])} or {fits[-1]}"
-                )
+                fits = [str(d) for d in range(1, min(length, 64) + 1) if length % d == 0]
+                choice = " or ".join([", ".join(fits[:-1]), fits[-1]] if fits[1:] else fits)
+                yield f"tensor_parallel={self.degree} does not divide {name}={length}: use {choice}"

@@ -89,6 +89,7 @@ class Stack:
     rerun: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Products that a policy milder than ``full`` runs again: name -> policies that do not."""
     reduce_bytes: float | None = None  # of ZeRO-3/FSDP's reduce-scatter; None: the gradient's
+    families: tuple[str, ...] = ()  # the model types it has; all, if empty
     separate_root: bool = False  # FSDP units: embedding and head each one of their own
     bucket_elements: float = 0.0
     bucket_fraction: float = 0.0

@@ -70,6 +70,7 @@ TORCHTITAN = Stack(
     options={"attention": ("flash",)},
     rerun={"attention output weight": NONE, "up weight": NONE},
     reduce_bytes=4,
+    families=("llama", "mistral", "qwen2"),
     separate_root=True,
     bucket_fraction=1.0,
     allocator=Overhead(

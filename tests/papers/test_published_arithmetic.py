@@ -77,7 +77,8 @@ def test_13_billion_fp32_parameters_are_48_4_gib() -> None:
 
 def bytes_per_parameter(optimizer: str = "adamw", **training: object) -> float:
     """All model states of a block over its parameters, as the stack and the options have them."""
-    job = job_of(gpt(2, 1024, 16), optimizer=optimizer, seq_length=1024, **training)
+    model = gpt(2, 1024, 16, model_type="llama" if training.get("framework") == "torchtitan" else "gpt")
+    job = job_of(model, optimizer=optimizer, seq_length=1024, **training)
     block = block_of(job)
     parameters = sum(t.elements for t in block.by_role[Role.PARAMETER])
     roles = (Role.PARAMETER, Role.GRADIENT, Role.OPTIMIZER)

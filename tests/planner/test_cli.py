@@ -89,10 +89,10 @@ def test_compare_has_every_strategy() -> None:
         "ZeRO-2",
         "ZeRO-3",
         "FSDP",
-        "TP",
-        "PP (1F1B)",
-        "PP (GPipe)",
-        "PP (PipeDream)",
+        "TP2",
+        "PP2 1F1B",
+        "PP2 GPipe",
+        "PP2 PipeDream",
     ):
         assert name in names
 
@@ -131,7 +131,7 @@ def test_nothing_fits_exits_1_with_the_nearest_layout_and_three_changes_that_do_
 def test_nothing_fits_in_words_too() -> None:
     result = run("search", "--model", "llama-65b", "--gpus", "8x80G")
     assert result.exit_code == 1
-    assert result.output.startswith("Does not fit: llama-65b")
+    assert result.output.startswith("llama-65b does not fit on 8 x A100")
     assert "What would fit" in result.output
 
 

@@ -1,0 +1,77 @@
+"""Every example in the README and in docs/ is run.
+
+In a ``console`` block each ``$ planner ...`` line is run at 100 columns and the lines below it must
+be in its output, one after the other; a line ``...`` stands for lines left out. How long a search
+took is not compared. A ``python`` block is a doctest.
+"""
+
+from __future__ import annotations
+
+import doctest
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from planner.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TOOK = re.compile(r"in [\d.,]+ m?s\b")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.S | re.M)
+
+
+def tidy(lines: list[str]) -> list[str]:
+    return [TOOK.sub("in T", line.rstrip()) for line in lines]
+
+
+def examples() -> list[tuple[str, str, list[str]]]:
+    found = []
+    for page in PAGES:
+        for block in blocks(page, "console"):
+            command, expected = "", list[str]()
+            for line in block.splitlines():
+                if line.startswith("$ "):
+                    if command:
+                        found.append((page.name, command, expected))
+                    command, expected = line[2:], []
+                else:
+                    expected.append(line)
+            found.append((page.name, command, expected))
+    return [one for one in found if one[1].startswith("planner ")]
+
+
+@pytest.mark.parametrize(("page", "command", "expected"), examples())
+def test_console_example(page: str, command: str, expected: list[str]) -> None:
+    result = CliRunner().invoke(app, shlex.split(command)[1:], env={"COLUMNS": "100"})
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    output, position, anywhere = tidy(result.output.splitlines()), 0, True
+    for line in tidy(expected):
+        if line == "...":
+            anywhere = True
+            continue
+        rest = output[position:] if anywhere else output[position : position + 1]
+        assert line in rest, f"{page}: {command}\nmissing: {line!r}\nin:\n{result.output}"
+        position += rest.index(line) + 1
+        anywhere = False
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_examples(page: Path) -> None:
+    parser, runner = doctest.DocTestParser(), doctest.DocTestRunner(verbose=False)
+    source = "\n".join(blocks(page, "python"))
+    test = parser.get_doctest(source, {}, page.name, str(page), 0)
+    runner.run(test)
+    assert runner.failures == 0
+
+
+def test_there_are_examples_and_links_lead_somewhere() -> None:
+    assert len(examples()) >= 5
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -1,6 +1,6 @@
 """Ask whether a job fits, and print where the memory of the best layout goes.
 
-    python examples/fits_or_not.py
+python examples/fits_or_not.py
 """
 
 from planner import ClusterSpec, InfeasibleError, ModelSpec, TrainingSpec, search

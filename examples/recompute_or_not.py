@@ -1,6 +1,6 @@
 """One layout under each recompute policy, and with as much of it as memory forces on each stage.
 
-    python examples/recompute_or_not.py
+python examples/recompute_or_not.py
 """
 
 from planner import ClusterSpec, Layout, ModelSpec, TrainingSpec, estimate

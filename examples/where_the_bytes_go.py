@@ -1,6 +1,6 @@
 """The ten largest terms of one GPU's memory, with the share that each strategy leaves.
 
-    python examples/where_the_bytes_go.py
+python examples/where_the_bytes_go.py
 """
 
 from planner import ClusterSpec, Layout, ModelSpec, TrainingSpec, explain

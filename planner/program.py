@@ -60,8 +60,11 @@ class _Model:
     def integer(self, name: str, upper: int) -> Any:
         return self.problem.add_variable(name, 0, upper, self.pulp.LpInteger)
 
+    def sum(self, pairs: list[tuple[Any, float]]) -> Any:
+        return self.pulp.lpSum(coefficient * variable for variable, coefficient in pairs)
+
     def require(self, name: str, pairs: list[tuple[Any, float]], sense: str, right: float = 0.0) -> None:
-        left = self.pulp.LpAffineExpression(pairs)
+        left = self.sum(pairs)
         constraint = {"<=": left <= right, "==": left == right, ">=": left >= right}[sense]
         self.problem += constraint, name
 
@@ -153,28 +156,34 @@ def solve(
     pulp = model.pulp
     added = [model.add(index, candidate) for index, candidate in enumerate(candidates)]
     model.require("one_layout", [(choose, 1.0) for choose, _ in added], "==", 1.0)
-    model.problem.setObjective(pulp.LpAffineExpression(_merged(model.cost)))
+    model.problem.setObjective(model.sum(model.cost))
     solver = pulp.HiGHS(msg=False, gapRel=RELATIVE_GAP, timeLimit=time_limit, threads=1)
-    model.problem.solve(solver)
-    # The status alone says Optimal at a time limit too: the solution's status decides.
-    if model.problem.sol_status in (pulp.LpSolutionInfeasible, pulp.LpSolutionNoSolutionFound):
-        if model.problem.status == pulp.LpStatusInfeasible:
-            return None
-        if time_limit is not None:
-            raise SolverError(f"no layout found within {time_limit:.3g} s")
-        raise SolverError(f"the solver stopped with {pulp.LpStatus[model.problem.status]}")
+    outcome = _outcome(pulp, model.problem, model.problem.solve(solver))
+    if outcome == "infeasible":
+        return None
+    if outcome == "none":
+        raise SolverError("the solver gave no layout" + (f" within {time_limit:.3g} s" if time_limit else ""))
     winner = max(range(len(candidates)), key=lambda i: added[i][0].varValue or 0.0)
     candidate = candidates[winner]
     rows = tuple(tuple(round(x.varValue or 0.0) for x in stage) for stage in added[winner][1])
-    optimal = model.problem.sol_status == pulp.LpSolutionOptimal
-    return Solution(candidate, rows, cost_of(candidate, rows, objective), optimal)
+    return Solution(candidate, rows, cost_of(candidate, rows, objective), outcome == "optimal")
 
 
-def _merged(pairs: list[tuple[Any, float]]) -> list[tuple[Any, float]]:
-    merged: dict[Any, float] = {}
-    for variable, coefficient in pairs:
-        merged[variable] = merged.get(variable, 0.0) + coefficient
-    return list(merged.items())
+def _outcome(pulp: Any, problem: Any, answer: Any) -> str:
+    """``optimal``, ``feasible``, ``infeasible`` or ``none``, of PuLP 3 and of PuLP 4.
+
+    The program is bounded, so "infeasible or unbounded" is infeasible.
+    """
+    if hasattr(answer, "has_solution"):  # PuLP 4 returns statistics
+        if answer.has_solution:
+            return "optimal" if answer.status.name == "Optimal" else "feasible"
+        return "infeasible" if answer.status.name in ("Infeasible", "Undefined") else "none"
+    # PuLP 3's status says Optimal at a time limit too: the solution's status decides.
+    if problem.sol_status == pulp.LpSolutionOptimal:
+        return "optimal"
+    if problem.sol_status == pulp.LpSolutionIntegerFeasible:
+        return "feasible"
+    return "infeasible" if problem.status == pulp.LpStatusInfeasible else "none"
 
 
 def cost_of(candidate: Candidate, rows: Sequence[Sequence[int]], objective: str = "time") -> float:

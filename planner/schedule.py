@@ -3,8 +3,9 @@
 Nodes are passes (stage, chunk, micro-batch, forward or backward); an edge says that one pass waits
 for another: in the order in which its stage works, or for its input from a neighbouring stage. The
 step takes as long as the longest path. The search ranks by a closed form that equals this for
-equal stages and is never lower where backward takes the same multiple of forward on every stage;
-where some stages recompute and others do not it can be a few percent low. Plans give both.
+equal stages. Under 1F1B and GPipe it is never lower where backward takes the same multiple of forward
+on every stage; where some stages recompute and others do not, or unlike stages are interleaved, it
+can be a few percent low. Plans give both.
 """
 
 from __future__ import annotations

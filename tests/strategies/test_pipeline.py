@@ -261,7 +261,7 @@ def test_the_critical_path_is_how_long_the_step_takes_when_it_is_run(
 @given(
     uneven_stages(),
     st.floats(1.0, 4.0),
-    st.sampled_from(["1f1b", "gpipe", "interleaved"]),
+    st.sampled_from(["1f1b", "gpipe"]),
     st.integers(1, 24),
 )
 @settings(deadline=None, max_examples=150)
@@ -269,11 +269,16 @@ def test_the_closed_form_is_never_lower_where_backward_is_the_same_multiple_of_f
     stages: tuple[list[float], list[float]], ratio: float, schedule: str, m: int
 ) -> None:
     forward, _ = stages
-    p, v = len(forward), 1
-    if schedule == "interleaved":
-        m, v = -(-m // p) * p, 2
-    path = critical_path(schedule, forward, [ratio * f for f in forward], m, v)
-    assert closed_form(schedule, [(1 + ratio) * f for f in forward], m, v) >= path * (1 - 1e-12)
+    path = critical_path(schedule, forward, [ratio * f for f in forward], m)
+    assert closed_form(schedule, [(1 + ratio) * f for f in forward], m) >= path * (1 - 1e-12)
+
+
+def test_the_closed_form_of_interleaving_can_be_a_little_low_where_stages_differ_eightfold() -> None:
+    """Chunks of unlike stages do not mesh: 109.875 s, where the closed form says 109.375 s."""
+    forward = [2.0, 0.5, 0.25, 1.0, 2.0]
+    path = critical_path("interleaved", forward, [4 * f for f in forward], 10, 2)
+    assert path == pytest.approx(109.875, rel=1e-12)
+    assert closed_form("interleaved", [5 * f for f in forward], 10, 2) == pytest.approx(109.375, rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from planner.advice import changes_that_fit, nearest_plan
 from planner.best_first import Found, find
 from planner.defaults import Job, resolve
 from planner.errors import InfeasibleError, InputError, SolverError
 from planner.layouts import Choices, check_layout, unsupported
-from planner.ledger import Entry, view
+from planner.ledger import Entry, Message, messages, view
 from planner.plan import Plan, make_plan, stage_entries
 from planner.program import Solution, solve
 from planner.specs import ClusterSpec, ModelSpec, TrainingSpec
@@ -21,6 +21,16 @@ from strategies.layout import Layout
 from strategies.pipeline_parallel import SCHEDULES
 
 OBJECTIVES = ("time", "headroom")
+
+
+class Explanation(NamedTuple):
+    """A plan, one of its stages and moments, every byte held there and every message sent."""
+
+    plan: Plan
+    stage: int
+    moment: str
+    entries: list[Entry]
+    messages: list[Message]
 
 
 def proof_of(found: Found, objective: str) -> dict[str, Any]:
@@ -159,8 +169,8 @@ def explain(
     recompute: str = "none",
     stage: int | None = None,
     moment: str | None = None,
-) -> tuple[Plan, int, str, list[Entry]]:
-    """The plan, and every entry of one stage at one moment; the fullest at its peak by default.
+) -> Explanation:
+    """What one stage holds at one moment, and sends; the fullest stage at its peak by default.
 
     Raises InputError for a stage or moment that the plan does not have.
     """
@@ -176,7 +186,8 @@ def explain(
     ledgers = stage_entries(prices, view(candidate, solution.rows, index))
     if when not in ledgers:
         raise InputError(f"moment={when!r}: stage {index} has {', '.join(ledgers)}")
-    return plan, index, when, ledgers[when]
+    sent = list(messages(prices, view(candidate, solution.rows, index)))
+    return Explanation(plan, index, when, ledgers[when], sent)
 
 
 def compare(

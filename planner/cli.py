@@ -292,22 +292,27 @@ def explain(
     as_json: o.Json = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """Where every byte of a stage comes from: each term, each strategy's share, the sum."""
+    """Where every byte of a stage comes from, term by term and share by share, and what it sends."""
     given = locals()
     with reported(as_json):
         job = one_layout(given)
         from planner import api
 
-        plan, index, when, items = api.explain(*job, recompute=recompute, stage=stage, moment=moment)
+        found = api.explain(*job, recompute=recompute, stage=stage, moment=moment)
         if as_json:
             from dataclasses import asdict
 
-            entries = [asdict(entry) for entry in items]
-            document = {"schema": "planner.explain/1", "stage": index, "moment": when, "entries": entries}
-            return print_json(document | {"plan": plan.model_dump(mode="json")})
+            document: dict[str, Any] = {
+                "schema": "planner.explain/1",
+                "stage": found.stage,
+                "moment": found.moment,
+            }
+            document |= {"entries": [asdict(entry) for entry in found.entries]}
+            document |= {"messages": [asdict(message) for message in found.messages]}
+            return print_json(document | {"plan": found.plan.model_dump(mode="json")})
         from planner.render import console_for, show_entries
 
-        show_entries(console_for(), plan, index, when, items, unfold=verbose)
+        show_entries(console_for(), *found, unfold=verbose)
 
 
 @app.command(epilog="Example: planner compare --model llama-2-7b --gpus 8x80G")

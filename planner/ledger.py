@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from planner.network import group
 from planner.stages import Candidate, Prices, groups
-from strategies.base import STATES, Layer, Role, Term
+from strategies.base import STATES, Layer, Role, Term, size_seen_by
 from strategies.layout import strategies_of
 from strategies.recompute import Recompute
 
@@ -174,6 +175,57 @@ def _entries(
                 name = f"{term.name}, recomputed"
             dims = {key: int(value) for key, value in term.dims.items()}
             yield Entry(component, name, layer.kind, dims, term.unit, count, whole, shares, held)
+
+
+@dataclass(frozen=True)
+class Message:
+    """What a GPU of a stage sends: ``count`` times ``size`` bytes within a group of ``gpus``.
+
+    ``seconds`` is for all of them, per micro-batch or per step as ``per`` says; ``behind`` names
+    the computation they overlap with, and is empty where they are exposed.
+    """
+
+    kind: str
+    axis: str
+    layer: str
+    gpus: int
+    per: str
+    behind: str
+    count: float
+    size: float
+    seconds: float
+
+
+def messages(prices: Prices, stage: StageView) -> Iterator[Message]:
+    """The messages of a stage, as the prices count them, layer kind by layer kind."""
+    embedding, block, head = prices.layers
+    layers = [(embedding, "none", 1)] * stage.first
+    layers += [(block, policy, count) for policy, count in stage.layers.items() if count]
+    layers += [(head, "none", 1)] * stage.last
+    for layer, policy, copies in layers:
+        *strategies, _ = strategies_of(prices.layout, prices.wire, 0, policy)
+        for strategy in strategies:
+            for one in strategy.collectives(layer, size_seen_by(strategy, strategies)):
+                gpus = int(group(one.axis, prices.layout)[0])
+                if gpus > 1:
+                    count = float(one.times) * copies
+                    seconds = float(prices.network.seconds(one, prices.layout)) * copies
+                    yield Message(
+                        one.kind,
+                        one.axis,
+                        layer.kind,
+                        gpus,
+                        one.per,
+                        one.behind,
+                        count,
+                        float(one.size),
+                        seconds,
+                    )
+    if stage.depth > 1:
+        sends = 2 * prices.layout.chunks
+        yield Message(
+            "send", "pipeline", "stage", 2, "micro-batch", "", sends, prices.send_bytes, float(prices.send)
+        )
 
 
 def components(items: Sequence[Entry]) -> dict[str, float]:

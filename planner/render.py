@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from planner.advice import Change
-from planner.ledger import COMPONENTS, Entry
+from planner.ledger import COMPONENTS, Entry, Message
 from planner.plan import Plan, StagePlan
 from planner.specs import Gpu, ModelSpec
 from planner.units import gib, human_bytes, human_count, human_seconds
@@ -289,8 +289,32 @@ def formula(entry: Entry) -> str:
     return " x ".join([f"{entry.unit:g}", *(f"{name} {size:,}" for name, size in entry.dims.items())])
 
 
+def message_table(messages: Sequence[Message]) -> Table:
+    """What a GPU sends, per micro-batch and per step."""
+    left = ("message", "of", "per", "behind")
+    table = grid("message", "of", "GPUs", "per", "count", "size", "time", "behind", left=left)
+    for one in messages:
+        table.add_row(
+            one.kind.replace("_", "-"),
+            one.layer,
+            str(one.gpus),
+            one.per,
+            f"{one.count:g}",
+            human_bytes(one.size),
+            human_seconds(one.seconds),
+            {"": "exposed", "layer": "its layer"}.get(one.behind, one.behind),
+        )
+    return table
+
+
 def show_entries(
-    console: Console, plan: Plan, stage: int, moment: str, items: Sequence[Entry], unfold: bool
+    console: Console,
+    plan: Plan,
+    stage: int,
+    moment: str,
+    items: Sequence[Entry],
+    messages: Sequence[Message],
+    unfold: bool,
 ) -> None:
     """Where every byte of one stage comes from: terms in rows, strategies in columns."""
     console.print(Text(f"Stage {stage} of {plan.layout.to_layout().describe()}, at {moment}", style="bold"))
@@ -312,6 +336,10 @@ def show_entries(
             line(name, entry.held, place, human_bytes(entry.whole), *shares)
     line("total", sum(entry.held for entry in items), style="bold")
     console.print(table)
+    if messages:
+        console.print()
+        console.print(Text("Messages of this stage", style="bold"))
+        console.print(message_table(messages))
     if unfold:
         console.print()
         console.print(Text("Whole, before any share: bytes per element x lengths", style="bold"))

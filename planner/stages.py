@@ -237,12 +237,17 @@ class Prices:
             total = total + held(one, strategies) * (2 * term.unit + recipe.gradient + recipe.weight)
         return total
 
+    @property
+    def send_bytes(self) -> Quantity:
+        """Bytes of one micro-batch's residual stream as a stage hands it on."""
+        job, layout = self.job, self.layout
+        sharded = layout.tensor_parallel if layout.sequence_parallel else 1
+        whole = layout.micro_batch_size * job.seq_length * job.model.hidden_size * job.recipe.compute
+        return whole / sharded
+
     def _send_seconds(self) -> Quantity:
         # A chunk's output goes on once forward and its gradient back once: exposed.
-        sharded = self.layout.tensor_parallel if self.layout.sequence_parallel else 1
-        job = self.job
-        size = self.layout.micro_batch_size * job.seq_length * job.model.hidden_size * job.recipe.compute
-        once = self.network.send_seconds(size / sharded, self.layout)
+        once = self.network.send_seconds(self.send_bytes, self.layout)
         return 2 * once * self.layout.chunks * (self.layout.pipeline_parallel > 1)
 
     def _step_seconds(self) -> Quantity:

@@ -81,6 +81,19 @@ def test_explain_lists_terms_whose_sum_is_the_peak() -> None:
     assert "1/2" in text  # ZeRO-1 on two GPUs
 
 
+def test_explain_lists_messages_with_what_hides_them() -> None:
+    """TP8 PP2 of LLaMA-65B: four gathers of bsh per block and micro-batch, 40 blocks, exposed."""
+    arguments = ["--model", "llama-65b", "--gpus", "64x80G", "-tp", "8", "-pp", "2", "-b", "512"]
+    messages = json.loads(run("explain", *arguments, "--json").stdout)["messages"]
+    found = {(m["kind"], m["layer"], m["axis"], m["behind"]): m for m in messages}
+    gathers = found["all_gather", "block", "tensor", ""]
+    assert (gathers["count"], gathers["size"], gathers["gpus"]) == (160, 2 * 2048 * 8192, 8)
+    gradients = found["reduce_scatter", "block", "data", "backward"]
+    per_layer = 4 * (4 * 8192**2 + 3 * 8192 * 22016) / 8 + 4 * 2 * 8192
+    assert (gradients["count"], gradients["size"], gradients["per"]) == (40, per_layer, "step")
+    assert found["send", "stage", "pipeline", ""]["size"] == 2 * 2048 * 8192 / 8
+
+
 def test_compare_has_every_strategy() -> None:
     names = [row["strategy"] for row in json.loads(run("compare", *SMALL, "--json").stdout)["rows"]]
     for name in (

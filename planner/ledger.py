@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from planner.candidate import Candidate
 from planner.network import group
-from planner.stages import Candidate, Prices, groups
+from planner.stages import Prices, groups
 from strategies.base import STATES, Layer, Role, Term, size_seen_by
 from strategies.layout import strategies_of
 from strategies.recompute import Recompute

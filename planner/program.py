@@ -29,8 +29,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from planner.candidate import Candidate
 from planner.errors import SolverError
-from planner.stages import Candidate
 
 RELATIVE_GAP = 1e-6
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from planner.candidate import Candidate, Stage
 from planner.defaults import Job
 from planner.layers import Builder
 from planner.network import Network
@@ -52,55 +53,6 @@ class LayerPrice:
     working: Quantity  # bytes besides ``saved`` while its own backward runs
     seconds: Quantity
     per_step: tuple[tuple[str, Quantity], ...]  # (hidden behind, seconds) of once-a-step messages
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One pipeline stage of a candidate: plain numbers, one per policy where it says so.
-
-    ``moments`` maps a moment to (bytes per row of layers and policy, bytes besides, whether a
-    layer's working set is added). A *row* is one layer in each of the stage's chunks.
-    """
-
-    moments: dict[str, tuple[tuple[float, ...], float, bool]]
-    working: tuple[float, ...]
-    seconds: tuple[float, ...]  # per row
-    fixed_seconds: float
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A priced layout: all that the integer program sees of it."""
-
-    layout: Layout
-    policies: tuple[str, ...]
-    rows: int  # rows of layers to hand out over the stages
-    short: int  # chunks at the ends that lack their layer
-    capacity: float
-    stages: tuple[Stage, ...]
-    fill: float
-    repeat: float
-    step_seconds: float
-
-    def cost(self, rows: Sequence[Sequence[int]]) -> float:
-        """Seconds of a step that hands ``rows[stage][policy]`` rows to each stage."""
-        times = [self.stage_seconds(j, own) for j, own in enumerate(rows)]
-        return self.fill * sum(times) + self.repeat * max(times) + self.step_seconds
-
-    def stage_seconds(self, stage: int, rows: Sequence[int]) -> float:
-        """Seconds of one micro-batch on a stage, forward and backward."""
-        own = self.stages[stage]
-        return own.fixed_seconds + sum(n * s for n, s in zip(rows, own.seconds, strict=True))
-
-    def peak(self, stage: int, rows: Sequence[int]) -> tuple[float, str]:
-        """The peak bytes of a stage's tensors and the moment at which they are reached."""
-        own = self.stages[stage]
-        used = max((w for n, w in zip(rows, own.working, strict=True) if n), default=0.0)
-        sizes = [
-            (sum(n * b for n, b in zip(rows, per_row, strict=True)) + fixed + used * works, moment)
-            for moment, (per_row, fixed, works) in own.moments.items()
-        ]
-        return max(sizes)
 
 
 def role_sum(layer: Layer, role: Role, strategies: Iterable[AbstractStrategy]) -> Quantity:

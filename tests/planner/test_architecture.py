@@ -54,7 +54,7 @@ def test_pulp_rich_and_typer_have_one_home_each() -> None:
 
 
 def test_prices_know_no_solver_no_rendering_and_no_plan() -> None:
-    lower = ("layers", "layouts", "stages", "network", "bounds", "defaults", "specs", "families")
+    lower = ("layers", "layouts", "candidate", "stages", "network", "bounds", "defaults", "specs", "families")
     upper = {
         "planner.plan",
         "planner.api",

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from planner.api import estimate
 from planner.bounds import quick_bound, tight_bound
+from planner.candidate import Candidate
 from planner.defaults import Job, resolve
 from planner.ledger import COMPONENTS, StageView, entries, view
 from planner.program import solve
 from planner.specs import ClusterSpec, ModelSpec, TrainingSpec
-from planner.stages import Candidate, LayerPrice, Prices, price
+from planner.stages import LayerPrice, Prices, price
 from strategies.layout import SHARDINGS, Layout
 
 GIB = 2**30

@@ -9,10 +9,11 @@ from dataclasses import replace
 import pytest
 
 from planner.best_first import exhaustive, find
+from planner.candidate import Candidate, Stage
 from planner.defaults import Job
 from planner.layouts import Choices, enumerate_layouts
 from planner.program import cost_of, solve
-from planner.stages import Candidate, Stage, price
+from planner.stages import price
 from strategies.layout import Layout
 from tests.helpers import gpt, job_of, llama
 

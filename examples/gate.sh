@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# A pipeline's gate: the exit status says whether the job fits with a tenth of each GPU free.
-set -euo pipefail
+# A pipeline's gate: status 0 fits with a tenth of each GPU free, 1 does not fit, 2 the input is wrong.
+set -uo pipefail
 
-if planner search --model llama-2-70b --gpus 8x8xH100 --headroom 10% --json > plan.json; then
-  python3 - <<'PY'
-import json
+planner=$(command -v planner || echo "$(dirname "$0")/../scripts/planner")
+answer=$(mktemp)
+trap 'rm -f "$answer"' EXIT
 
-plan = json.load(open("plan.json"))["plans"][0]
-print("queue it:", {name: plan["layout"][name] for name in ("tensor_parallel", "pipeline_parallel")})
-PY
-else
-  echo "do not queue it" >&2
-  exit 1
-fi
-rm plan.json
+"$planner" search --model llama-2-70b --gpus 8x8xH100 --headroom 10% --json > "$answer"
+status=$?
+case $status in
+  0) python3 -c 'import json, sys; print("queue it as", json.load(open(sys.argv[1]))["plans"][0]["layout"])' "$answer" ;;
+  1) echo "do not queue it: it does not fit" >&2 ;;
+  *) echo "mend the job first" >&2 ;;
+esac
+exit $status

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from planner.advice import changes_that_fit, nearest_plan
 from planner.best_first import Found, find
+from planner.candidate import Candidate
 from planner.defaults import Job, resolve
 from planner.errors import InfeasibleError, InputError, SolverError
-from planner.layouts import Choices, check_layout, unsupported
+from planner.layouts import Choices, check_layout
 from planner.ledger import Entry, Message, messages, view
 from planner.plan import Plan, make_plan, stage_entries
-from planner.program import Solution, solve
+from planner.program import Solution, settle, solve
 from planner.specs import ClusterSpec, ModelSpec, TrainingSpec
 from planner.stages import price
 from planner.units import gib
@@ -71,17 +72,20 @@ def search(
     changes that would fit) if no layout fits.
     """
     job = resolve(model, cluster, training)
-    _check_choices(job, choices, objective, top)
+    _check_choices(job, choices, objective, top, time_limit)
     found = find(job, choices, objective, top, time_limit, progress)
     proof = proof_of(found, objective)
     if not found.answers:
         _nothing_found(job, choices, found, progress)
-    return [make_plan(job, solution, proof) for solution in found.answers]
+    settled = [settle(one) if objective == "time" else one for one in found.answers]
+    return [make_plan(job, solution, proof) for solution in settled]
 
 
-def _check_choices(job: Job, choices: Choices, objective: str, top: int) -> None:
+def _check_choices(job: Job, choices: Choices, objective: str, top: int, time_limit: float) -> None:
     if objective not in OBJECTIVES:
         raise InputError(f"objective={objective!r}: use {' or '.join(OBJECTIVES)}")
+    if not 0 < time_limit <= 1e6:
+        raise InputError(f"time_limit={time_limit:g}: give the search more than 0 seconds")
     if not 1 <= top <= 100:
         raise InputError(f"top={top}: ask for 1 to 100 layouts")
     offered: dict[str, tuple[str, ...]] = {
@@ -103,8 +107,10 @@ def _check_choices(job: Job, choices: Choices, objective: str, top: int) -> None
 
 def _nothing_found(job: Job, choices: Choices, found: Found, progress: Callable[[int, int], Any]) -> None:
     if not found.space.size:
-        reasons = sorted(found.space.refused, key=lambda reason: -found.space.refused[reason])
-        raise InputError(f"no layout of {job.cluster.num_gpus} GPUs can be: {'; '.join(reasons[:4])}")
+        reasons = sorted(found.space.refused, key=lambda reason: " runs " in reason)[:4]
+        asked = [f"{name} {value}" for name, value in vars(choices).items() if isinstance(value, tuple)]
+        what = f"no layout of {job.cluster.num_gpus} GPUs has {', '.join(asked) or 'these choices'}"
+        raise InputError(f"{what}: {'; '.join(reasons) or 'their degrees do not multiply to the GPUs'}")
     if not found.optimal:
         raise SolverError("nothing was found within the time limit: give it more with --time-limit")
     nearest = nearest_plan(job, choices)
@@ -120,21 +126,53 @@ def _nothing_found(job: Job, choices: Choices, found: Found, progress: Callable[
     raise InfeasibleError(message, nearest, changes_that_fit(job, choices, progress))
 
 
-def solve_layout(job: Job, layout: Layout, recompute: str = "auto") -> Solution:
+def solve_layout(
+    job: Job, layout: Layout, recompute: str = "auto", layers: Sequence[int] | None = None
+) -> Solution:
     """Splits the layers of one layout over its stages, fitting or, if it must be, not.
 
-    Raises InputError if the layout or the recompute policy cannot be.
+    As given by ``layers``; else evenly, as frameworks do, if one policy is asked for and the stages
+    divide the layers; else by the integer program. Raises InputError for what cannot be.
     """
     check_layout(job, layout)
     policies = job.stack.policies if recompute == "auto" else (recompute,)
     if not set(policies) <= set(job.stack.policies):
         raise InputError(f"recompute={recompute!r}: use auto, {', '.join(job.stack.policies)}")
     candidate = price(job, layout, policies).spread()
+    depth = len(candidate.stages)
+    if layers is None and len(policies) == 1 and candidate.rows % depth == 0:
+        layers = [candidate.rows // depth * layout.chunks] * depth
+        layers[-1] -= candidate.short >= 1
+        layers[0] -= candidate.short == 2
+    if layers is not None:
+        return _as_given(candidate, layers)
     solution = solve([candidate])
     if solution is None:  # show by how much: the split that needs least, without a limit
         solution = solve([replace(candidate, capacity=1000.0 * job.cluster.capacity_bytes)], "headroom")
     assert solution is not None
-    return solution
+    return settle(solution)
+
+
+def _as_given(candidate: Candidate, layers: Sequence[int]) -> Solution:
+    """The solution that has those layers on its stages, all under the candidate's one policy."""
+    depth, chunks = len(candidate.stages), candidate.layout.chunks
+    total = candidate.rows * chunks - candidate.short
+    if len(layers) != depth or sum(layers) != total or min(layers) < 1:
+        raise InputError(
+            f"layers_per_stage={','.join(map(str, layers))[:60]}: give {depth} numbers, 1 or more, that add "
+            f"up to {total}"
+        )
+    if len(candidate.policies) > 1:
+        raise InputError(
+            "layers_per_stage with recompute=auto: name the one policy that all layers run under"
+        )
+    full = [*layers]
+    full[-1] += candidate.short >= 1
+    full[0] += candidate.short == 2
+    if any(count % chunks for count in full):
+        raise InputError(f"layers_per_stage={','.join(map(str, layers))[:60]}: not equal in {chunks} chunks")
+    rows = tuple((count // chunks,) for count in full)
+    return Solution(candidate, rows, candidate.cost(rows), True)
 
 
 def estimate(
@@ -144,19 +182,20 @@ def estimate(
     layout: Layout = Layout(),
     *,
     recompute: str = "none",
+    layers: Sequence[int] | None = None,
 ) -> Plan:
     """One given layout, fitting or not. Raises InputError if it cannot be.
 
     ``recompute`` is a policy for all layers, or ``auto``: as much as memory forces, per stage.
+    ``layers`` are the layers on each stage; without them they are even where the stages divide them,
+    and the quickest split otherwise.
     """
     job = resolve(model, cluster, training)
-    return given_plan(job, solve_layout(job, layout, recompute))
+    return given_plan(job, solve_layout(job, layout, recompute, layers))
 
 
 def given_plan(job: Job, solution: Solution) -> Plan:
-    """The plan of a layout that was given; what its framework would not run is noted."""
-    notes = unsupported(job, solution.candidate.layout)
-    job = replace(job, assumptions=(*job.assumptions, *notes))
+    """The plan of a layout that was given."""
     return make_plan(job, solution, {"status": "given", "objective": "time"})
 
 
@@ -167,6 +206,7 @@ def explain(
     layout: Layout = Layout(),
     *,
     recompute: str = "none",
+    layers: Sequence[int] | None = None,
     stage: int | None = None,
     moment: str | None = None,
 ) -> Explanation:
@@ -175,7 +215,7 @@ def explain(
     Raises InputError for a stage or moment that the plan does not have.
     """
     job = resolve(model, cluster, training)
-    solution = solve_layout(job, layout, recompute)
+    solution = solve_layout(job, layout, recompute, layers)
     plan = given_plan(job, solution)
     index = plan.fullest if stage is None else stage
     if not 0 <= index < len(plan.stages):

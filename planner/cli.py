@@ -167,8 +167,11 @@ def search(
     given = locals()
     with reported(as_json):
         from planner import api, reading
+        from planner.errors import InputError
         from planner.layouts import Choices
 
+        if quiet and verbose:
+            raise InputError("--quiet and --verbose contradict each other: use one")
         degrees = ("tensor_parallel", "pipeline_parallel", "data_parallel", "micro_batch_size", "chunks")
         only: dict[str, Any] = {
             name: reading.numbers(f"--{name.replace('_', '-')}", given[name]) for name in degrees
@@ -222,6 +225,7 @@ def estimate(
     schedule: o.Schedule = None,
     sequence_parallel: o.SequenceParallel = None,
     recompute: o.Recompute = "none",
+    layers_per_stage: o.Layers = None,
     seq_length: o.Seq = None,
     global_batch_size: o.Batch = None,
     tokens: o.Tokens = None,
@@ -243,9 +247,10 @@ def estimate(
     given = locals()
     with reported(as_json):
         job = one_layout(given)
-        from planner import api
+        from planner import api, reading
 
-        plan = api.estimate(*job, recompute=recompute)
+        layers = reading.numbers("--layers-per-stage", layers_per_stage)
+        plan = api.estimate(*job, recompute=recompute, layers=layers)
         if as_json:
             print_json(as_document(job[0], job[1], [plan]))
         else:
@@ -273,6 +278,7 @@ def explain(
     schedule: o.Schedule = None,
     sequence_parallel: o.SequenceParallel = None,
     recompute: o.Recompute = "none",
+    layers_per_stage: o.Layers = None,
     seq_length: o.Seq = None,
     global_batch_size: o.Batch = None,
     tokens: o.Tokens = None,
@@ -296,9 +302,10 @@ def explain(
     given = locals()
     with reported(as_json):
         job = one_layout(given)
-        from planner import api
+        from planner import api, reading
 
-        found = api.explain(*job, recompute=recompute, stage=stage, moment=moment)
+        layers = reading.numbers("--layers-per-stage", layers_per_stage)
+        found = api.explain(*job, recompute=recompute, layers=layers, stage=stage, moment=moment)
         if as_json:
             from dataclasses import asdict
 
@@ -341,10 +348,14 @@ def compare(
     given = locals()
     with reported(as_json):
         from planner import api, reading
+        from planner.errors import InputError
 
         spec, cluster = reading.read_model(model), reading.read_cluster(gpus, memory_budget, headroom)
         training = reading.read_training(given)
         rows = api.compare(spec, cluster, training, micro_batch_size=micro_batch_size, recompute=recompute)
+        found = [plan for _, plan in rows if not isinstance(plan, str)]
+        if not found:
+            raise InputError(f"no strategy can be: {'; '.join(dict.fromkeys(str(why) for _, why in rows))}")
         if as_json:
             plans: list[dict[str, Any]] = [
                 {"strategy": name, "reason": plan}
@@ -352,10 +363,13 @@ def compare(
                 else {"strategy": name, "plan": plan.model_dump(mode="json")}
                 for name, plan in rows
             ]
-            return print_json({"schema": "planner.compare/1", "rows": plans})
-        from planner.render import console_for, show_compare
+            print_json({"schema": "planner.compare/1", "rows": plans})
+        else:
+            from planner.render import console_for, show_compare
 
-        show_compare(console_for(), rows)
+            show_compare(console_for(), rows)
+        if not any(plan.fits for plan in found):
+            raise typer.Exit(1)
 
 
 @app.command(epilog="Example: planner catalog models")

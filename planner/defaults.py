@@ -15,6 +15,12 @@ USUAL_TOKENS = 4 * 2**20
 """Tokens per step where none are given: LLaMA's 4M (Touvron et al. 2023, arXiv:2302.13971, 2.3)."""
 
 
+TIMES = (
+    "step times are not calibrated: of 344 published runs four in five took 0.8 to 1.4 times as long "
+    "as this model says (docs/time.md)"
+)
+
+
 @dataclass(frozen=True)
 class Job:
     """The three inputs with nothing left open, and the stack's tables for them."""
@@ -63,7 +69,7 @@ def usual_batch(seq_length: int, num_gpus: int) -> int:
 
 def _precision(job_precision: str | None, peaks: dict[str, float], stack: Stack, gpu: str) -> str:
     # fp32 runs anywhere; half precision needs a tensor-core peak of its own.
-    usable = [p for p in stack.recipes if p == "fp32" or p in peaks]
+    usable = [p for p, recipe in stack.recipes.items() if p == "fp32" or recipe.unit in peaks]
     if job_precision is None:
         return usable[0]
     if job_precision not in stack.recipes:
@@ -88,6 +94,9 @@ def _option(stack: Stack, name: str, value: str | None) -> str | None:
 
 def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> Job:
     """The job with every open choice made. Raises InputError for choices that cannot be."""
+    for given, kind in ((model, ModelSpec), (cluster, ClusterSpec), (training, TrainingSpec)):
+        if not isinstance(given, kind):
+            raise InputError(f"{str(given)[:60]!r} is not a {kind.__name__}: make one, as the README shows")
     stack = stack_named(training.framework)
     if stack.families and model.model_type not in stack.families:
         raise InputError(
@@ -104,6 +113,10 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
         )
     batch = training.global_batch_size or usual_batch(seq, cluster.num_gpus)
     attention = _option(stack, "attention", training.attention)
+    if "bf16" not in cluster.gpu.peak_flops and "eager" in stack.options["attention"]:
+        if training.attention == "flash":
+            raise InputError(f"attention=flash: {cluster.gpu.name} predates its kernels: use eager")
+        attention = "eager"
     if stack.name == "hf" and model.position_embedding == "alibi" and training.attention is None:
         attention = "eager"  # transformers has no fused attention for ALiBi models
     swiglu = _option(stack, "swiglu", training.swiglu if model.gated_mlp else None)
@@ -118,20 +131,23 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     if stack.gradient_copies and recipe.master and recipe.gradient < 4:
         recipe = replace(recipe, master=recipe.master + 4)
 
-    given = training.model_dump(exclude_none=True)
-    if "seq_length" not in given:
-        notes.append(f"sequence length {seq}: the model's positions, 8192 at most")
-    if "global_batch_size" not in given:
+    given_fields = training.model_dump(exclude_none=True)
+    if "seq_length" not in given_fields:
+        whole = "all" if seq == model.max_position_embeddings else f"8192 of {model.max_position_embeddings}"
+        notes.append(f"sequence length {seq}: {whole} positions of the model")
+    if "global_batch_size" not in given_fields:
         notes.append(
             f"global batch of {batch} sequences: about 4M tokens a step, a sequence per 8 GPUs at least"
         )
-    if "precision" not in given:
+    if "precision" not in given_fields:
         notes.append(f"precision {precision}")
     states = f"{recipe.weight:g} + {recipe.gradient:g} + {recipe.master:g} + moments of {recipe.moment:g}"
     notes.append(f"{stack.version}; bytes per parameter (weight, gradient, master, moments): {states}")
     notes.append(f"attention {attention}" + (f", SwiGLU {swiglu}" if swiglu and model.gated_mlp else ""))
-    if seq > model.max_position_embeddings:
-        notes.append(f"sequence length {seq} is beyond the model's {model.max_position_embeddings} positions")
+    if precision in stack.notes:
+        notes.append(stack.notes[precision])
+    notes.append("MFU counts attention in full, as if it were not causal")
+    notes.append(TIMES)
     if stack.hidden_transfers:
         notes.append(f"data-parallel messages overlap with compute, as with {stack.hidden_transfers}")
     overheads = (stack.context, stack.communicator, stack.allocator)

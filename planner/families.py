@@ -71,12 +71,14 @@ def _llama(config: _Config) -> dict[str, Any]:
     heads = config.integer("num_attention_heads")
     config.refuse_unless("hidden_act", ("silu",), "silu")
     attention_bias = bool(config.get("attention_bias", False))
-    qwen = config.data["model_type"] == "qwen2"
+    family = config.data["model_type"]
+    qwen = family == "qwen2"
+    positions = {"mistral": 131072, "qwen2": 32768}.get(family, 2048)  # the config classes' defaults
     return _shared(config, config.integer("hidden_size"), heads) | {
         "num_hidden_layers": config.integer("num_hidden_layers"),
         "num_key_value_heads": config.get("num_key_value_heads", heads),
         "intermediate_size": config.integer("intermediate_size"),
-        "max_position_embeddings": config.get("max_position_embeddings", 2048),
+        "max_position_embeddings": config.get("max_position_embeddings", positions),
         "tie_word_embeddings": config.get("tie_word_embeddings", False),
         "qkv_bias": qwen or attention_bias,
         "attention_output_bias": attention_bias and not qwen,

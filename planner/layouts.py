@@ -134,8 +134,9 @@ def _shardings(
 
 def _schedules(job: Job, choices: Choices, pipeline: int, layers: int) -> Iterator[tuple[str, int]]:
     names = choices.schedule or job.stack.schedules
-    if pipeline == 1:
-        yield (choices.schedule or ("1f1b",))[0], 1
+    if pipeline == 1:  # without a pipeline every schedule but plain accumulation is out of place
+        if "1f1b" in (choices.schedule or ("1f1b",)) and _allowed(1, choices.chunks):
+            yield "1f1b", 1
         return
     for name in names:
         if name != "interleaved":
@@ -169,7 +170,13 @@ def enumerate_layouts(job: Job, choices: Choices = Choices()) -> Space:
                 continue
             shardings = list(_shardings(job, choices, data, pipeline, space))
             schedules = list(_schedules(job, choices, pipeline, depth))
-            for micro in _micro_batches(batch // data, choices):
+            sizes = _micro_batches(batch // data, choices)
+            if not sizes:
+                asked = ", ".join(map(str, choices.micro_batch_size or ()))
+                space.refused[
+                    f"micro_batch_size={asked} does not divide the {batch // data} sequences of a replica"
+                ] += 1
+            for micro in sizes:
                 accum = batch // data // micro
                 for schedule, chunks in schedules:
                     if schedule == "interleaved" and accum % pipeline:
@@ -200,44 +207,59 @@ def _micro_batches(per_replica: int, choices: Choices) -> list[int]:
 
 
 def check_layout(job: Job, layout: Layout) -> None:
-    """Raises InputError if a layout given by hand cannot be, with the first reason."""
+    """Raises InputError if a layout given by hand cannot be, with the first reason and a fix."""
+    for problem in _layout_problems(job, layout):
+        raise InputError(problem)
+
+
+def _layout_problems(job: Job, layout: Layout) -> Iterator[str]:
+    gpus, batch, depth = job.cluster.num_gpus, job.global_batch_size, job.model.num_hidden_layers
+    for name in NUMBERS:
+        value = getattr(layout, name)
+        if not isinstance(value, int) or value < 1:
+            yield f"{name}={value!r}: use a whole number, 1 or more"
+    if layout.sharding not in SHARDINGS:
+        yield f"sharding={layout.sharding!r}: use one of {', '.join(SHARDINGS)}"
+    if layout.schedule not in SCHEDULES:
+        yield f"schedule={layout.schedule!r}: use one of {', '.join(SCHEDULES)}"
+    tensor, pipeline, data = layout.tensor_parallel, layout.pipeline_parallel, layout.data_parallel
+    if gpus % (tensor * pipeline):
+        yield (
+            f"tensor_parallel={tensor} x pipeline_parallel={pipeline} does not divide the {gpus} GPUs: "
+            f"their product must be one of {', '.join(map(str, divisors(gpus)[:12]))}"
+        )
+    if layout.world_size != gpus:
+        yield (
+            f"data_parallel={data} x tensor_parallel={tensor} x pipeline_parallel={pipeline} is "
+            f"{layout.world_size}, not the {gpus} GPUs: use data_parallel {gpus // (tensor * pipeline)}"
+        )
+    once = data * layout.micro_batch_size
+    if batch % once:
+        yield (
+            f"data_parallel={data} x micro_batch_size={layout.micro_batch_size} does not divide "
+            f"global_batch_size={batch}: use a multiple of {once}"
+        )
+    elif layout.global_batch_size != batch:
+        yield (
+            f"data_parallel={data} x micro_batch_size={layout.micro_batch_size} x grad_accum="
+            f"{layout.grad_accum} is not global_batch_size={batch}: use grad_accum {batch // once}"
+        )
+    if layout.sharding == "fsdp" and data % layout.data_shards:
+        fits = ", ".join(map(str, divisors(data)))
+        yield f"data_shards={layout.data_shards} does not divide data_parallel={data}: use one of {fits}"
+    if layout.sharding != "fsdp" and not (layout.reshard_after_forward and layout.data_shards == data):
+        yield f"data_shards and reshard_after_forward belong to fsdp, not to {layout.sharding}"
     layers = Builder(job.model, job.training, job.stack, job.recipe).layers()
-    if layout.world_size != job.cluster.num_gpus:
-        raise InputError(
-            f"data {layout.data_parallel} x tensor {layout.tensor_parallel} x pipeline "
-            f"{layout.pipeline_parallel} = {layout.world_size}, but there are {job.cluster.num_gpus} GPUs"
-        )
-    if layout.global_batch_size != job.global_batch_size:
-        raise InputError(
-            f"data_parallel {layout.data_parallel} x micro_batch_size {layout.micro_batch_size} does not "
-            f"divide global_batch_size {job.global_batch_size}: use a multiple of "
-            f"{layout.data_parallel * layout.micro_batch_size}"
-        )
-    if layout.sharding not in SHARDINGS or layout.schedule not in SCHEDULES:
-        raise InputError(
-            f"sharding={layout.sharding!r}, schedule={layout.schedule!r}: use one of "
-            f"{', '.join(SHARDINGS)} and one of {', '.join(SCHEDULES)}"
-        )
-    if layout.data_parallel % layout.data_shards:
-        raise InputError(
-            f"data_shards={layout.data_shards} does not divide data_parallel={layout.data_parallel}"
-        )
-    depth = job.model.num_hidden_layers
-    reasons = list(TensorParallel(layout.tensor_parallel).objections(layers))
+    yield from TensorParallel(tensor).objections(layers)
     if layout.sequence_parallel:
-        reasons += SequenceParallel(layout.tensor_parallel).objections(layers)
-    reasons += PipelineParallel(
-        layout.pipeline_parallel,
-        microbatches=layout.grad_accum,
-        chunks=layout.chunks,
-        schedule=layout.schedule,
+        yield from SequenceParallel(tensor).objections(layers)
+    yield from PipelineParallel(
+        pipeline, microbatches=layout.grad_accum, chunks=layout.chunks, schedule=layout.schedule
     ).objections(layers)
     if layout.chunks > 1 and layout.schedule != "interleaved":
-        reasons.append(f"chunks={layout.chunks} need the interleaved schedule")
+        yield f"chunks={layout.chunks} need the interleaved schedule, not {layout.schedule}"
     if short_chunks(depth, layout.chunks) > 2:
-        reasons.append(f"{depth} layers do not fill {layout.chunks} equal chunks, even two layers short")
-    if reasons:
-        raise InputError(reasons[0])
+        yield f"{depth} layers do not fill {layout.chunks} equal chunks, even two layers short"
 
 
 def unsupported(job: Job, layout: Layout) -> list[str]:
@@ -249,4 +271,7 @@ def unsupported(job: Job, layout: Layout) -> list[str]:
         notes.append(f"{stack.name} runs {layout.sharding} without a pipeline only: shown as if it did")
     if layout.tensor_parallel > 1 and not stack.tensor_parallel:
         notes.append(f"{stack.name} is planned without tensor parallelism: shown as if it had it")
+    domain = fast_domain(job.cluster)
+    if layout.tensor_parallel > domain:
+        notes.append(f"a tensor-parallel group of {layout.tensor_parallel} leaves its node of {domain} GPUs")
     return notes

@@ -27,7 +27,7 @@ Headroom = Annotated[str | None, option("--headroom", help="Fraction of each GPU
 
 # The stack.
 Framework = Annotated[str, option("--framework", help="megatron, torchtitan or hf.")]
-Precision = Annotated[str | None, option("--precision", help="bf16, fp16 or fp32.")]
+Precision = Annotated[str | None, option("--precision", help="bf16, fp16, fp32, or pure-bf16 (hf).")]
 Optimizer = Annotated[str, option("--optimizer", help="adamw, adam, momentum or sgd.")]
 Attention = Annotated[str | None, option("--attention", help="flash, sdpa or eager.")]
 Swiglu = Annotated[str | None, option("--swiglu", help="fused, unfused or recomputed.")]
@@ -55,6 +55,7 @@ Reshard = Annotated[
 Schedule = Annotated[str | None, option("--schedule", help="1f1b, interleaved, gpipe or pipedream.")]
 SequenceParallel = Annotated[bool | None, option(SP, help="Cut the residual stream too; on with TP.")]
 Recompute = Annotated[str, option("--recompute", help="none, selective, full, or auto: as memory forces.")]
+Layers = Annotated[str | None, option("--layers-per-stage", help="As in 20,20,20,20; even by default.")]
 
 # The layouts to search.
 OnlyTP = Annotated[str | None, option("--tensor-parallel", "-tp", help="Only these degrees, as in 4,8.")]
@@ -62,7 +63,7 @@ OnlyPP = Annotated[str | None, option("--pipeline-parallel", "-pp", help="Only t
 OnlyDP = Annotated[str | None, option("--data-parallel", "-dp", help="Only these degrees.")]
 OnlyMicro = Annotated[str | None, option("--micro-batch-size", "-mb", help="Only these sizes.")]
 OnlyChunks = Annotated[str | None, option("--chunks", help="Only these numbers of model chunks.")]
-OnlySharding = Annotated[str | None, option("--sharding", help="Only these: ddp, zero1, zero2, zero3, fsdp.")]
+OnlySharding = Annotated[str | None, option("--sharding", help="Only these, if the framework has them.")]
 OnlySchedule = Annotated[
     str | None, option("--schedule", help="Only these: 1f1b, interleaved, gpipe, pipedream.")
 ]

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from planner.defaults import Job
+from planner.layouts import unsupported
 from planner.ledger import Entry, StageView, components, entries, view
 from planner.program import Solution
 from planner.schedule import step_seconds
@@ -20,6 +21,9 @@ from strategies.layout import Layout
 SCHEMA = "planner.plan/1"
 TOLERANCE = 1e-6
 """The solver's own, on a stage's memory."""
+TIGHT = 0.96
+"""Part of the capacity above which a plan is called tight: the allocator's overhead is seen at 1 to
+9 % of what it serves, and is taken at the middle (planner/stacks/base.py)."""
 MODEL = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -85,6 +89,7 @@ class Plan(BaseModel):
     days: float | None
     bubble_fraction: float
     stages: tuple[StagePlan, ...]
+    warnings: tuple[str, ...]
     assumptions: tuple[str, ...]
     proof: dict[str, Any]
 
@@ -137,6 +142,19 @@ def plan_stage(prices: Prices, solution: Solution, index: int) -> StagePlan:
     )
 
 
+def warnings_for(job: Job, layout: Layout, peak: float) -> list[str]:
+    """What a reader of the plan must not overlook."""
+    notes = unsupported(job, layout)
+    if job.seq_length > (positions := job.model.max_position_embeddings):
+        notes.append(f"sequence length {job.seq_length} is beyond the model's {positions} positions")
+    capacity = job.cluster.capacity_bytes
+    if TIGHT < peak / capacity <= 1 + TOLERANCE:
+        notes.append(
+            f"fits with {1 - peak / capacity:.1%} to spare, less than what lies outside tensors may vary by"
+        )
+    return notes
+
+
 def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
     """A plan from a solved candidate: stages, time on the schedule graph, proof."""
     candidate = solution.candidate
@@ -181,6 +199,7 @@ def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
         days=job.training.tokens / tokens_per_s / 86400 if job.training.tokens else None,
         bubble_fraction=float(prices.pipeline.bubble),
         stages=tuple(stages),
+        warnings=tuple(warnings_for(job, layout, peak)),
         assumptions=job.assumptions,
         proof=proof,
     )

@@ -26,13 +26,16 @@ program per candidate; :mod:`planner.best_first` does that, best bound first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from planner.candidate import Candidate
 from planner.errors import SolverError
+from planner.units import GIB
 
 RELATIVE_GAP = 1e-6
+SETTLE_SECONDS = 0.5
+"""What settling a tie may take; the answer is optimal without it."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,15 @@ class Solution:
 class _Model:
     """One pulp problem under construction: coefficients go in as plain (variable, number) pairs."""
 
-    def __init__(self, objective: str, unit: float) -> None:
+    def __init__(self, unit: float, timed: bool, spared: bool) -> None:
         import pulp
 
         # Memory counts in capacities and time in ``unit`` seconds: the solver's tolerances are
         # absolute, so that numbers of the order of one are what they are meant for.
-        self.pulp, self.objective, self.unit = pulp, objective, unit
+        self.pulp, self.unit, self.timed, self.spared = pulp, unit, timed, spared
         self.problem = pulp.LpProblem("layout", pulp.LpMinimize)
-        self.cost: list[tuple[Any, float]] = []
+        self.seconds: list[tuple[Any, float]] = []  # of a step, in units
+        self.headroom: list[tuple[Any, float]] = []  # of the fullest stage, in GiB
 
     def integer(self, name: str, upper: int) -> Any:
         return self.problem.add_variable(name, 0, upper, self.pulp.LpInteger)
@@ -92,10 +96,10 @@ class _Model:
         """``sum bytes rows + working uses + fixed choose <= capacity choose``, in capacities."""
         scale = candidate.capacity
         spare = []
-        if self.objective == "headroom":
+        if self.spared:
             headroom = self.problem.add_variable(f"headroom_{index}", 0, None)
             spare = [(headroom, 1.0)]
-            self.cost.append((headroom, -scale))
+            self.headroom.append((headroom, scale / GIB))
         for j, (stage, own) in enumerate(zip(rows, candidate.stages, strict=True)):
             least = min(own.working)
             extra = []
@@ -119,19 +123,19 @@ class _Model:
 
     def time(self, index: int, candidate: Candidate, choose: Any, rows: list[list[Any]]) -> None:
         """``sum seconds rows + fixed choose <= slowest``, and the candidate's cost."""
-        if self.objective == "headroom":
+        if not self.timed:
             return
         slowest = self.problem.add_variable(f"slowest_{index}", 0, None)
         unit = self.unit
         for j, (stage, own) in enumerate(zip(rows, candidate.stages, strict=True)):
             pairs = [(x, seconds / unit) for x, seconds in zip(stage, own.seconds, strict=True)]
-            self.cost += [(x, candidate.fill * seconds) for x, seconds in pairs]
+            self.seconds += [(x, candidate.fill * seconds) for x, seconds in pairs]
             pairs += [(choose, own.fixed_seconds / unit), (slowest, -1.0)]
             self.require(f"slowest_stage_{index}_{j}", pairs, "<=")
         bound = fullest_stage(candidate) / unit
         self.require(f"fullest_stage_{index}", [(slowest, 1.0), (choose, -bound)], ">=")
         fixed = candidate.fill * sum(own.fixed_seconds for own in candidate.stages)
-        self.cost += [(slowest, candidate.repeat), (choose, (fixed + candidate.step_seconds) / unit)]
+        self.seconds += [(slowest, candidate.repeat), (choose, (fixed + candidate.step_seconds) / unit)]
 
 
 def fullest_stage(candidate: Candidate) -> float:
@@ -152,11 +156,13 @@ def solve(
     candidates = [candidate for candidate in candidates if candidate.capacity > 0]
     if not candidates:
         return None
-    model = _Model(objective, unit=min(fullest_stage(candidate) for candidate in candidates))
+    unit = min(fullest_stage(candidate) for candidate in candidates)
+    model = _Model(unit, timed=objective == "time", spared=objective == "headroom")
     pulp = model.pulp
     added = [model.add(index, candidate) for index, candidate in enumerate(candidates)]
     model.require("one_layout", [(choose, 1.0) for choose, _ in added], "==", 1.0)
-    model.problem.setObjective(model.sum(model.cost))
+    goal = model.seconds if objective == "time" else [(x, -size) for x, size in model.headroom]
+    model.problem.setObjective(model.sum(goal))
     solver = pulp.HiGHS(msg=False, gapRel=RELATIVE_GAP, timeLimit=time_limit, threads=1)
     outcome = _outcome(pulp, model.problem, model.problem.solve(solver))
     if outcome == "infeasible":
@@ -169,6 +175,34 @@ def solve(
     if objective == "time":
         rows = tuple(_spared(candidate, j, own) for j, own in enumerate(rows))
     return Solution(candidate, rows, cost_of(candidate, rows, objective), outcome == "optimal")
+
+
+def settle(solution: Solution) -> Solution:
+    """Of all splits that are as quick, the one that leaves most memory free on the fullest stage.
+
+    A slow last stage leaves the others slack, and the solver spends it anyhow; people do not.
+    """
+    candidate = solution.candidate
+    if len(candidate.stages) == 1:
+        return solution
+    model = _Model(fullest_stage(candidate), timed=True, spared=True)
+    choose, rows = model.add(0, candidate)
+    model.require("one_layout", [(choose, 1.0)], "==", 1.0)
+    limit = solution.cost * (1 + RELATIVE_GAP) / model.unit
+    model.require("as_quick", model.seconds, "<=", limit)
+    model.problem.setObjective(model.sum([(x, -size) for x, size in model.headroom]))
+    solver = model.pulp.HiGHS(msg=False, gapRel=1e-3, timeLimit=SETTLE_SECONDS, threads=1)
+    outcome = _outcome(model.pulp, model.problem, model.problem.solve(solver))
+    if outcome not in ("optimal", "feasible"):
+        return solution
+    settled = tuple(tuple(round(x.varValue or 0.0) for x in stage) for stage in rows)
+    cost = candidate.cost(settled)
+    fits = all(candidate.peak(j, own)[0] <= candidate.capacity for j, own in enumerate(settled))
+    return (
+        replace(solution, rows=settled, cost=cost)
+        if fits and cost <= solution.cost * (1 + RELATIVE_GAP)
+        else solution
+    )
 
 
 def _spared(candidate: Candidate, stage: int, rows: tuple[int, ...]) -> tuple[int, ...]:

@@ -29,6 +29,8 @@ LAYOUT_OPTIONS = (
 
 def read_model(text: str) -> ModelSpec:
     """A model from a path, if there is one or the text looks like one, or from the catalog."""
+    if not text.strip():
+        raise InputError("--model is empty: give a catalog name, a config.json or its folder")
     try:
         is_path = text.endswith(".json") or Path(text).exists()
     except (OSError, ValueError):
@@ -41,20 +43,21 @@ def read_cluster(gpus: str, memory_budget: str | None, headroom: str | None) -> 
     cluster = ClusterSpec.parse(gpus)
     update: dict[str, Any] = {}
     if memory_budget is not None:
-        update["budget_bytes"] = budget = parse_bytes(memory_budget)
+        update["budget_bytes"] = budget = parse_bytes(memory_budget, "--memory-budget ")
         if budget < GIB:
             raise InputError(f"--memory-budget {memory_budget}: less than 1 GiB holds no training job")
         if budget > cluster.gpu.memory_bytes:
             have = f"{cluster.gpu.name} has {gib(cluster.gpu.usable_bytes)} GiB usable"
             raise InputError(f"--memory-budget {memory_budget} is more than there is: {have}")
     if headroom is not None:
-        update["headroom"] = parse_fraction(headroom)
+        update["headroom"] = parse_fraction(headroom, "--headroom ")
     return cluster.model_copy(update=update)
 
 
 def read_training(given: dict[str, Any]) -> TrainingSpec:
     """A TrainingSpec of those of its fields that were given; ``tokens`` may be text."""
     values = {name: given[name] for name in TrainingSpec.model_fields if given.get(name) is not None}
+    values = {name: v.lower() if isinstance(v, str) else v for name, v in values.items()}
     if "tokens" in values:
         values["tokens"] = read_count(values["tokens"])
     try:

@@ -92,6 +92,11 @@ def headline(plan: Plan) -> Text:
     return text
 
 
+def opening(plan: Plan) -> Group:
+    """The answer in words, and what must not be overlooked."""
+    return Group(headline(plan), *(Text(f"Warning: {note}", style="yellow") for note in plan.warnings))
+
+
 def ranking(plans: Sequence[Plan], wide: bool) -> Table:
     """The ranked layouts, one a row."""
     names = [
@@ -141,17 +146,18 @@ def stage_groups(plan: Plan) -> list[tuple[str, StagePlan]]:
     return groups
 
 
+def ends(groups: list[tuple[str, StagePlan]], most: int) -> list[tuple[str, StagePlan | None]]:
+    """The first and the last groups, with ``...`` for those between if there are too many."""
+    if len(groups) <= most:
+        return [*groups]
+    return [*groups[: most // 2], ("...", None), *groups[-most // 2 :]]
+
+
 def stage_table(plan: Plan, most: int = 12) -> Table:
     """Every stage at its peak, by component; long pipelines show their two ends and the fullest."""
     table = grid("stage", "layers", *SHORT.values(), "peak", "at", left=("at",))
-    groups = stage_groups(plan)
-    shown = (
-        groups
-        if len(groups) <= most
-        else [*groups[: most // 2], ("...", groups[0][1]), *groups[-most // 2 :]]
-    )
-    for label, stage in shown:
-        if label == "...":
+    for label, stage in ends(stage_groups(plan), most):
+        if stage is None:
             table.add_row("...")
             continue
         sizes = [gib(stage.components[name]) for name in COMPONENTS]
@@ -164,15 +170,16 @@ def stage_table(plan: Plan, most: int = 12) -> Table:
 
 def bars(plan: Plan, width: int, most: int = 8) -> Group:
     """A stacked bar per stage against the budget line."""
-    groups = stage_groups(plan)
-    if len(groups) > most:
-        groups = [*groups[: most // 2], *groups[-most // 2 :]]
+    groups = ends(stage_groups(plan), most)
     room = max(20, min(width, 120) - 22)
-    full = max(plan.capacity_bytes, *(stage.peak_bytes for _, stage in groups))
+    full = max(plan.capacity_bytes, plan.peak_bytes)
     limit = round(room * plan.capacity_bytes / full)
     lines: list[Text] = []
     for label, stage in groups:
         line = Text(f"{label:>7} ")
+        if stage is None:
+            lines.append(line)
+            continue
         cells: list[tuple[str, str]] = []
         done = 0.0
         for name in COMPONENTS:
@@ -214,7 +221,7 @@ def proof_line(plan: Plan) -> Text:
 
 def assumption_list(plan: Plan, verbose: bool) -> Group:
     """What was assumed; sources only when asked for."""
-    lines = [Text("Assumed (each can be given):", style="bold")]
+    lines = [Text("Assumed:", style="bold")]
     for note in plan.assumptions:
         if not verbose and "(assumed: " in note:
             note = note.split(": ", 2)[0] + ": " + note.split(": ", 1)[1].split(" (assumed")[0] + " (assumed)"
@@ -233,7 +240,7 @@ def refusals(plan: Plan) -> Table:
 def show_search(console: Console, plans: Sequence[Plan], verbose: bool = False, quiet: bool = False) -> None:
     """The answer of a search: words, ranking, the winner's stages, assumptions, proof."""
     best = plans[0]
-    console.print(headline(best))
+    console.print(opening(best))
     console.print()
     console.print(ranking(plans, wide=console.width >= 140))
     if quiet:
@@ -268,13 +275,14 @@ def show_stages(console: Console, plan: Plan, title: str) -> None:
 
 def show_plan(console: Console, plan: Plan, verbose: bool = False) -> None:
     """One given layout."""
-    console.print(headline(plan))
+    console.print(opening(plan))
     console.print()
     show_stages(console, plan, title=f"Per stage, GiB per GPU: {layout_words(plan)}")
     console.print()
-    table = grid("moment", *(label for label, _ in stage_groups(plan)[:10]), left=("moment",))
+    groups = ends(stage_groups(plan), 8)
+    table = grid("moment", *(label for label, _ in groups), left=("moment",))
     for moment in ("forward end", "loss", "backward", "gradients complete", "optimizer step"):
-        sizes = [stage.moments.get(moment) for _, stage in stage_groups(plan)[:10]]
+        sizes = [stage.moments.get(moment) if stage else None for _, stage in groups]
         table.add_row(moment, *("-" if size is None else gib(size) for size in sizes))
     console.print(Text("Every moment of a step, GiB per GPU, by stage", style="bold"))
     console.print(table)
@@ -370,12 +378,13 @@ def show_compare(console: Console, rows: Sequence[tuple[str, Plan | str]]) -> No
         stage = plan.stages[plan.fullest]
         layout = plan.layout
         where = f"TP{layout.tensor_parallel} PP{layout.pipeline_parallel} DP{layout.data_parallel}"
-        cells = [name, *([where, recompute_of(plan)] if wide else []), "yes" if plan.fits else "no"]
+        starred = name + ("*" if recompute_of(plan) != "none" else "")
+        cells = [starred, *([where, recompute_of(plan)] if wide else []), "yes" if plan.fits else "no"]
         cells += [gib(stage.components[part]) for part in COMPONENTS]
-        cells += [gib(plan.peak_bytes), human_seconds(plan.step_time_s)]
+        cells += [gib(plan.peak_bytes), human_seconds(plan.step_time_s) if plan.fits else "-"]
         table.add_row(*cells, style="" if plan.fits else "red")
     console.print(table)
-    console.print(Text("GiB per GPU on the fullest stage at its peak."))
+    console.print(Text("GiB per GPU on the fullest stage at its peak. * with recompute, as memory forces."))
     for reason in refused:
         console.print(Text(reason, style="dim"))
 

@@ -169,6 +169,7 @@ class ClusterSpec(BaseModel):
         """
         from planner.catalog import gpu_of_memory, load_gpu
 
+        text = text.replace("\u00d7", "x")
         shape = re.fullmatch(r"\s*(\d{1,9})\s*x\s*(?:(\d{1,6})\s*x\s*)?([\w. -]{1,60}?)\s*", text, re.I)
         if "," in text:
             raise InputError(f"--gpus {text!r}: several pools are not supported; plan one pool at a time")
@@ -182,6 +183,8 @@ class ClusterSpec(BaseModel):
         if memory := re.fullmatch(r"(\d{1,4})\s*g(?:i?b)?", kind, re.I):
             gpu = gpu_of_memory(int(memory[1]))
             notes.append(f"GPU kind: {gpu.name}, as --gpus {text} names only its memory")
+        elif kind.isdigit():
+            raise InputError(f"--gpus {text!r}: {kind} is no kind of GPU; for its memory write {kind}G")
         else:
             gpu = load_gpu(kind)
         nodes, per_node = (first, int(second)) if second else (None, gpu.gpus_per_node)
@@ -212,7 +215,7 @@ class TrainingSpec(BaseModel):
 
     seq_length: int | None = Field(None, ge=1, le=100_000_000)
     global_batch_size: int | None = Field(None, ge=1, le=100_000_000)
-    precision: Literal["bf16", "fp16", "fp32"] | None = None
+    precision: Literal["bf16", "fp16", "fp32", "pure-bf16"] | None = None
     optimizer: Literal["adamw", "adam", "momentum", "sgd"] = "adamw"
     framework: str = "megatron"
     attention: Literal["flash", "sdpa", "eager"] | None = None

@@ -14,7 +14,7 @@ SUFFIXES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 SUFFIXES |= {"kib": KIB, "mib": MIB, "gib": GIB, "tib": 1024**4}
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, what: str = "") -> int:
     """Bytes of ``72GiB`` or ``80 GB``. Raises InputError on a bare number or an unknown unit.
 
     >>> parse_bytes("72GiB"), parse_bytes("80 GB")
@@ -23,17 +23,17 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,9})?)\s*([a-zA-Z]*)\s*", text)
     if not match or (unit := match[2].lower()) not in SUFFIXES:
         raise InputError(
-            f"{text!r} is not a size: write a number and a unit, as in 72GiB (2^30) or 80GB (10^9)"
+            f"{what}{text!r} is not a size: write a number and a unit, as in 72GiB (2^30) or 80GB (10^9)"
         )
     return int(float(match[1]) * SUFFIXES[unit])
 
 
-def parse_fraction(text: str) -> float:
+def parse_fraction(text: str, what: str = "") -> float:
     """0.1 of ``10%`` or ``0.1``. Raises InputError outside 0 ... 0.99."""
     match = re.fullmatch(r"\s*(\d{1,3}(?:\.\d{1,9})?)\s*(%?)\s*", text)
     value = float(match[1]) / (100 if match[2] else 1) if match else -1.0
     if not 0 <= value <= 0.99:
-        raise InputError(f"{text!r} is not a fraction: write 10% or 0.1, between 0% and 99%")
+        raise InputError(f"{what}{text!r} is not a fraction: write 10% or 0.1, between 0% and 99%")
     return value
 
 

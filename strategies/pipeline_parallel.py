@@ -93,6 +93,8 @@ class PipelineParallel(AbstractStrategy):
         if self.schedule == "interleaved":
             if self.degree == 1:
                 yield "interleaved schedule without a pipeline: use pipeline_parallel 2 or more"
+            if self.chunks == 1:
+                yield "interleaved schedule with chunks=1 interleaves nothing: use chunks 2 or more, or 1f1b"
             if self.microbatches % self.degree:
                 yield (
                     f"grad_accum={self.microbatches} is not a multiple of pipeline_parallel="

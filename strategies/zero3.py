@@ -29,6 +29,13 @@ def unit_elements(layers: Iterable[Layer], size: Size, *kinds: str) -> Quantity:
     )
 
 
+def tied_elements(layers: Sequence[Layer], size: Size) -> Quantity:
+    """Parameters of the embedding that a tied head on the same stage uses: a unit of both."""
+    tied = any("copies" in t.dims for layer in layers for t in layer.by_role[Role.PARAMETER])
+    together = {layer.kind for layer in layers} >= {"embedding", "head"}
+    return unit_elements(layers, size, "embedding") if tied and together else 0
+
+
 @dataclass(frozen=True)
 class Zero3(AbstractStrategy):
     """All model states cut by d; every layer is gathered before its forward and its backward.
@@ -64,7 +71,7 @@ class Zero3(AbstractStrategy):
         """
         block = unit_elements(layers, size, "block")
         if self.separate_root:
-            head = unit_elements(layers, size, "head")
+            head = unit_elements(layers, size, "head") + tied_elements(layers, size)
             yield Buffer("gathered head unit", head * self.gather_bytes, "loss")
         else:
             root = unit_elements(layers, size, "embedding", "head")

@@ -81,6 +81,7 @@ class Stack:
     sharding_notes: Mapping[str, str]
     schedules: tuple[str, ...]
     options: Mapping[str, tuple[str, ...]]  # option -> its values, the default first
+    notes: Mapping[str, str] = field(default_factory=dict)  # precision -> what to know of it
     vocabulary_multiple: int = 1  # the vocabulary is padded to a multiple of this times t
     gradients_resident: bool = False  # one buffer for the whole step
     gradient_copies: bool = False  # half-precision gradients are copied to fp32 beside the master

@@ -88,6 +88,8 @@ def bytes_per_parameter(optimizer: str = "adamw", **training: object) -> float:
 def test_bytes_per_parameter_of_the_usual_recipes() -> None:
     assert bytes_per_parameter(precision="fp32", framework="hf") == 16
     # Mixed precision: the ZeRO paper's 2 + 2 + 12, and Megatron's with fp32 gradients.
+    zero = {"gradient_dtype": "bf16", "master_weights": True, "optimizer_dtype": "fp32"}
+    assert bytes_per_parameter(precision="pure-bf16", framework="hf", **zero) == 16
     assert bytes_per_parameter(precision="fp16", framework="hf") == 16
     assert bytes_per_parameter(precision="bf16", framework="megatron") == 18
     # Megatron's docs/dist_optimizer: fp16 parameters and gradients 20, fp32 16.
@@ -102,12 +104,16 @@ def test_optimizer_states_are_0_1_or_2_times_the_parameters_in_fp32(optimizer: s
 
 
 def test_a_billion_parameters_in_bf16_only_with_adam_are_8_gb() -> None:
-    assert bytes_per_parameter(precision="bf16", framework="hf") * 1e9 == 8e9
+    assert bytes_per_parameter(precision="pure-bf16", framework="hf") * 1e9 == 8e9
 
 
 def test_llama_2_7b_as_2_plus_4_plus_8_bytes_has_98_gb_of_model_states() -> None:
     each = bytes_per_parameter(
-        precision="bf16", gradient_dtype="fp32", optimizer_dtype="fp32", master_weights=False, framework="hf"
+        precision="pure-bf16",
+        gradient_dtype="fp32",
+        optimizer_dtype="fp32",
+        master_weights=False,
+        framework="hf",
     )
     assert each * 7e9 == 98e9
 

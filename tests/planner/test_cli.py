@@ -214,7 +214,7 @@ def test_bad_input_exits_2_naming_value_rule_and_fix(case: str) -> None:
 BAD_LAYOUTS = {
     "more GPUs than there are": (["-tp", "4", "-pp", "4"], "8 GPUs"),
     "a degree that heads refuse": (["-tp", "8"], "use 1, 2, 3, 4, 6 or 12"),
-    "a batch that does not divide": (["-mb", "3", "-b", "8"], "micro_batch_size 3"),
+    "a batch that does not divide": (["-mb", "3", "-b", "8"], "micro_batch_size=3"),
     "interleaving without stages": (["--schedule", "interleaved"], "pipeline_parallel 2 or more"),
     "more stages than layers": (["-pp", "8", "--chunks", "4"], "layers"),
     "unknown schedule": (["--schedule", "zigzag"], "zigzag"),

@@ -57,6 +57,7 @@ def test_saved_bytes_of_a_layer(row: dict[str, Any]) -> None:
     job = job_of(
         shape(row),
         framework=row["stack"],
+        precision="pure-bf16" if row["stack"] == "hf" else "bf16",
         attention=row["attention"],
         seq_length=row["s"],
         dropout=row["dropout"],
@@ -76,6 +77,7 @@ def test_peak_of_a_whole_model(row: dict[str, Any]) -> None:
         model,
         f"{row['gpus']}xH100",
         framework=row["stack"],
+        precision="pure-bf16" if row["stack"] == "hf" else "bf16",
         attention=row["attention"],
         seq_length=row["s"],
         global_batch_size=row["b"] * data,

@@ -31,7 +31,6 @@ from typing import Any
 
 from planner.candidate import Candidate
 from planner.errors import SolverError
-from planner.units import GIB
 
 RELATIVE_GAP = 1e-6
 SETTLE_SECONDS = 0.5
@@ -51,15 +50,17 @@ class Solution:
 class _Model:
     """One pulp problem under construction: coefficients go in as plain (variable, number) pairs."""
 
-    def __init__(self, unit: float, timed: bool, spared: bool) -> None:
+    def __init__(self, candidates: Sequence[Candidate], timed: bool, spared: bool) -> None:
         import pulp
 
         # Memory counts in capacities and time in ``unit`` seconds: the solver's tolerances are
         # absolute, so that numbers of the order of one are what they are meant for.
-        self.pulp, self.unit, self.timed, self.spared = pulp, unit, timed, spared
+        self.pulp, self.timed, self.spared = pulp, timed, spared
+        self.unit = min(fullest_stage(candidate) for candidate in candidates)
+        self.room = max(candidate.capacity for candidate in candidates) / 100
         self.problem = pulp.LpProblem("layout", pulp.LpMinimize)
         self.seconds: list[tuple[Any, float]] = []  # of a step, in units
-        self.headroom: list[tuple[Any, float]] = []  # of the fullest stage, in GiB
+        self.headroom: list[tuple[Any, float]] = []  # of the fullest stage, in percent of the room
 
     def integer(self, name: str, upper: int) -> Any:
         return self.problem.add_variable(name, 0, upper, self.pulp.LpInteger)
@@ -99,7 +100,7 @@ class _Model:
         if self.spared:
             headroom = self.problem.add_variable(f"headroom_{index}", 0, None)
             spare = [(headroom, 1.0)]
-            self.headroom.append((headroom, scale / GIB))
+            self.headroom.append((headroom, scale / self.room))
         for j, (stage, own) in enumerate(zip(rows, candidate.stages, strict=True)):
             least = min(own.working)
             extra = []
@@ -156,8 +157,7 @@ def solve(
     candidates = [candidate for candidate in candidates if candidate.capacity > 0]
     if not candidates:
         return None
-    unit = min(fullest_stage(candidate) for candidate in candidates)
-    model = _Model(unit, timed=objective == "time", spared=objective == "headroom")
+    model = _Model(candidates, timed=objective == "time", spared=objective == "headroom")
     pulp = model.pulp
     added = [model.add(index, candidate) for index, candidate in enumerate(candidates)]
     model.require("one_layout", [(choose, 1.0) for choose, _ in added], "==", 1.0)
@@ -185,7 +185,7 @@ def settle(solution: Solution) -> Solution:
     candidate = solution.candidate
     if len(candidate.stages) == 1:
         return solution
-    model = _Model(fullest_stage(candidate), timed=True, spared=True)
+    model = _Model([candidate], timed=True, spared=True)
     choose, rows = model.add(0, candidate)
     model.require("one_layout", [(choose, 1.0)], "==", 1.0)
     limit = solution.cost * (1 + RELATIVE_GAP) / model.unit

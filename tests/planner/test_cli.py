@@ -110,6 +110,41 @@ def test_compare_has_every_strategy() -> None:
         assert name in names
 
 
+def test_compare_exits_1_if_nothing_fits_and_2_if_nothing_can_be() -> None:
+    assert run("compare", "--model", "llama-65b", "--gpus", "2xV100").exit_code == 1
+    assert run("compare", *SMALL, "-mb", "3").exit_code == 2
+
+
+def test_a_schedule_asked_for_is_the_only_one_searched() -> None:
+    arguments = ["--model", "gpt2-small", "--gpus", "4xA100", "-b", "32", "--json", "-n", "50"]
+    for schedule, chunks in (("interleaved", {2, 3, 4, 6, 7}), ("gpipe", {1}), ("1f1b", {1})):
+        plans = json.loads(run("search", *arguments, "--schedule", schedule).stdout)["plans"]
+        layouts = [plan["layout"] for plan in plans]
+        assert {layout["schedule"] for layout in layouts} == {schedule}
+        assert {layout["chunks"] for layout in layouts} <= chunks
+        assert all(layout["pipeline_parallel"] > 1 or schedule == "1f1b" for layout in layouts)
+
+
+def test_layers_per_stage_are_taken_as_given() -> None:
+    arguments = ["--model", "gpt2-small", "--gpus", "2xA100", "-pp", "2", "-b", "8", "--json"]
+    for given, expected in ((["--layers-per-stage", "7,5"], [7, 5]), ([], [6, 6])):
+        stages = json.loads(run("estimate", *arguments, *given).stdout)["plans"][0]["stages"]
+        assert [stage["layers"] for stage in stages] == expected
+
+
+def test_what_must_not_be_overlooked_is_a_warning() -> None:
+    base = ["--model", "llama-65b", "--gpus", "16x80G", "-b", "64"]
+    warnings = {
+        "leaves its node": ["-tp", "16"],
+        "beyond the model's 2048 positions": ["-tp", "8", "-s", "4096"],
+        "does not run zero3": ["--sharding", "zero3"],
+        "without tensor parallelism": ["--framework", "hf", "-tp", "2"],
+    }
+    for part, arguments in warnings.items():
+        assert f"{part}" in run("estimate", *base, *arguments).output, part
+    assert "to spare" in run("search", *base, "--memory-budget", "77GiB").output
+
+
 def test_catalog_lists_and_shows_sources() -> None:
     assert "llama-65b" in run("catalog", "models").output
     assert "H100-SXM-80GB" in run("catalog", "gpus").output
@@ -197,6 +232,26 @@ BAD = {
     "all headroom": (["--model", "gpt2", "--gpus", "8xH100", "--headroom", "100%"], ["100%", "99%"]),
     "tokens in words": (["--model", "gpt2", "--gpus", "8xH100", "--tokens", "many"], ["'many'", "1.4T"]),
     "no objective": (["--model", "gpt2", "--gpus", "8xH100", "--objective", "joy"], ["joy", "headroom"]),
+    "a micro-batch that does not divide": (
+        ["--model", "gpt2", "--gpus", "8xH100", "-b", "64", "-mb", "3"],
+        ["micro_batch_size=3", "does not divide the"],
+    ),
+    "degrees that do not multiply": (
+        ["--model", "gpt2", "--gpus", "8xH100", "-tp", "4", "-pp", "4"],
+        ["tensor_parallel (4,)", "do not multiply to the GPUs"],
+    ),
+    "contradicting options": (["--model", "gpt2", "--gpus", "8xH100", "-q", "-v"], ["contradict"]),
+    "no time": (["--model", "gpt2", "--gpus", "8xH100", "--time-limit", "0"], ["time_limit=0"]),
+    "memory without its unit": (["--model", "gpt2", "--gpus", "8x80"], ["80G"]),
+    "no model": (["--model", "", "--gpus", "8xH100"], ["--model is empty"]),
+    "flash attention before its time": (
+        ["--model", "gpt2", "--gpus", "8xV100", "--attention", "flash"],
+        ["V100", "eager"],
+    ),
+    "a family the stack lacks": (
+        ["--model", "gpt2", "--gpus", "8xH100", "--framework", "torchtitan"],
+        ["gpt2", "llama"],
+    ),
     "no layouts wanted": (["--model", "gpt2", "--gpus", "8xH100", "-n", "0"], ["top=0"]),
 }
 
@@ -221,6 +276,11 @@ BAD_LAYOUTS = {
     "unknown sharding": (["--sharding", "zero9"], "zero9"),
     "unknown recompute": (["--recompute", "half"], "half"),
     "zero degrees": (["-tp", "0"], "1 or more"),
+    "shards without sharding": (["--sharding", "ddp", "--data-shards", "4"], "belong to fsdp"),
+    "interleaving nothing": (["-pp", "2", "--schedule", "interleaved"], "chunks 2 or more"),
+    "layers that do not add up": (["-pp", "2", "--layers-per-stage", "6,7"], "add up to 12"),
+    "layers for other stages": (["-pp", "2", "--layers-per-stage", "4,4,4"], "give 2 numbers"),
+    "a product that does not divide": (["-tp", "3"], "their product must be one of 1, 2, 4, 8"),
     "shards that do not divide": (["--sharding", "fsdp", "--data-shards", "3"], "data_shards=3"),
 }
 

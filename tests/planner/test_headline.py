@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import pytest
 
-from planner import ClusterSpec, Layout, ModelSpec, Plan, TrainingSpec, estimate, search
+import planner
+from planner import ClusterSpec, InputError, Layout, ModelSpec, Plan, TrainingSpec, estimate, search
 
 GIB = 2**30
 MODEL = ModelSpec.from_catalog("llama-65b")
@@ -107,3 +108,21 @@ def test_mfu_is_model_flops_over_peak() -> None:
     matrices = MODEL.num_parameters - 32000 * 8192 - (2 * 80 + 1) * 8192
     per_token = 6 * matrices + 12 * 80 * 2048 * 8192
     assert plan.mfu == pytest.approx(per_token * plan.tokens_per_s / (64 * 312e12), rel=1e-9)
+
+
+def test_functions_say_what_they_want() -> None:
+    with pytest.raises(InputError, match="'llama-65b' is not a ModelSpec"):
+        search("llama-65b", CLUSTER)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="use grad_accum 64"):
+        estimate(
+            MODEL, CLUSTER, TrainingSpec(global_batch_size=512), Layout(data_parallel=8, tensor_parallel=8)
+        )
+    with pytest.raises(InputError, match="whole number"):
+        estimate(MODEL, CLUSTER, TrainingSpec(), Layout(tensor_parallel=-8))
+    assert set(planner.__all__) <= set(dir(planner))
+
+
+def test_fsdp_shards_over_all_replicas_unless_told_otherwise() -> None:
+    assert Layout(data_parallel=8, sharding="fsdp").data_shards == 8
+    assert Layout(data_parallel=8, sharding="fsdp").describe() == "TP1 PP1 DP8 fsdp mb1"
+    assert Layout(data_parallel=8, sharding="fsdp", data_shards=2).describe() == "TP1 PP1 DP8 hsdp2 mb1"

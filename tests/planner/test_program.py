@@ -12,7 +12,7 @@ from planner.best_first import exhaustive, find
 from planner.candidate import Candidate, Stage
 from planner.defaults import Job
 from planner.layouts import Choices, enumerate_layouts
-from planner.program import cost_of, solve
+from planner.program import Solution, cost_of, settle, solve
 from planner.stages import price
 from strategies.layout import Layout
 from tests.helpers import gpt, job_of, llama
@@ -193,3 +193,39 @@ def test_a_single_gpu_a_prime_count_and_too_few_layers_behave() -> None:
     odd = find(job_of(model, "4xA100", seq_length=128, global_batch_size=6), Choices(), "time", 10)
     assert {6 % a.candidate.layout.data_parallel for a in odd.answers} == {0}
     assert any("does not divide global_batch_size=6" in reason for reason in odd.space.refused)
+
+
+def test_the_order_in_which_policies_are_named_changes_nothing() -> None:
+    job = small_job(2.8)
+    found = [
+        find(job, Choices(recompute=policies), "time", top=3).answers
+        for policies in (("none", "full"), ("full", "none"), ("full", "none", "full"))
+    ]
+    assert [a.cost for a in found[0]] == [a.cost for a in found[1]] == [a.cost for a in found[2]]
+
+
+def test_of_equally_quick_splits_the_one_with_most_memory_free_is_shown() -> None:
+    """A slow head leaves the first stage slack: five layers there would be as quick as three."""
+    quick = Candidate(
+        layout=Layout(pipeline_parallel=3, grad_accum=4),
+        policies=("none",),
+        rows=7,
+        short=0,
+        capacity=100.0,
+        stages=tuple(
+            Stage({"backward": ((float(per_row),), 0.0, False)}, (0.0,), (1.0,), fixed)
+            for per_row, fixed in ((10, 0.0), (10, 0.0), (10, 4.0))
+        ),
+        fill=1.0,
+        repeat=3.0,
+        step_seconds=0.0,
+    )
+    lopsided = Solution(quick, ((5,), (1,), (1,)), quick.cost(((5,), (1,), (1,))), True)
+    settled = settle(lopsided)
+    assert settled.cost == lopsided.cost
+    assert settled.rows == ((3,), (3,), (1,))
+
+
+def test_a_job_without_room_for_what_lies_outside_tensors_has_no_split() -> None:
+    assert solve([replace(by_hand(54), capacity=0.0)]) is None
+    assert solve([replace(by_hand(54), capacity=-5.0)]) is None

@@ -33,8 +33,6 @@ from planner.candidate import Candidate
 from planner.errors import SolverError
 
 RELATIVE_GAP = 1e-6
-SETTLE_SECONDS = 0.5
-"""What settling a tie may take; the answer is optimal without it."""
 
 
 @dataclass(frozen=True)
@@ -178,31 +176,40 @@ def solve(
 
 
 def settle(solution: Solution) -> Solution:
-    """Of all splits that are as quick, the one that leaves most memory free on the fullest stage.
+    """An equally quick split that evens out memory: rows leave the fullest stage while none gets slower.
 
     A slow last stage leaves the others slack, and the solver spends it anyhow; people do not.
     """
     candidate = solution.candidate
-    if len(candidate.stages) == 1:
-        return solution
-    model = _Model([candidate], timed=True, spared=True)
-    choose, rows = model.add(0, candidate)
-    model.require("one_layout", [(choose, 1.0)], "==", 1.0)
-    limit = solution.cost * (1 + RELATIVE_GAP) / model.unit
-    model.require("as_quick", model.seconds, "<=", limit)
-    model.problem.setObjective(model.sum([(x, -size) for x, size in model.headroom]))
-    solver = model.pulp.HiGHS(msg=False, gapRel=1e-3, timeLimit=SETTLE_SECONDS, threads=1)
-    outcome = _outcome(model.pulp, model.problem, model.problem.solve(solver))
-    if outcome not in ("optimal", "feasible"):
-        return solution
-    settled = tuple(tuple(round(x.varValue or 0.0) for x in stage) for stage in rows)
-    cost = candidate.cost(settled)
-    fits = all(candidate.peak(j, own)[0] <= candidate.capacity for j, own in enumerate(settled))
-    return (
-        replace(solution, rows=settled, cost=cost)
-        if fits and cost <= solution.cost * (1 + RELATIVE_GAP)
-        else solution
-    )
+    rows = [list(own) for own in solution.rows]
+    slowest = max(candidate.stage_seconds(j, own) for j, own in enumerate(rows))
+    peaks = [candidate.peak(j, own)[0] for j, own in enumerate(rows)]
+    for _ in range(candidate.rows * len(rows)):
+        fullest = max(range(len(rows)), key=peaks.__getitem__)
+        if not _hand_over(candidate, rows, peaks, fullest, slowest):
+            break
+    settled = tuple(tuple(own) for own in rows)
+    return replace(solution, rows=settled, cost=candidate.cost(settled))
+
+
+def _hand_over(
+    candidate: Candidate, rows: list[list[int]], peaks: list[float], fullest: int, slowest: float
+) -> bool:
+    """Moves one row from the fullest stage to the emptiest that stays below it and in time, if any."""
+    if sum(rows[fullest]) == 1:
+        return False
+    for taker in sorted(range(len(rows)), key=peaks.__getitem__):
+        for policy, count in enumerate(rows[fullest]):
+            if not count or taker == fullest:
+                continue
+            more = [n + (r == policy) for r, n in enumerate(rows[taker])]
+            peak = candidate.peak(taker, more)[0]
+            if peak < peaks[fullest] and candidate.stage_seconds(taker, more) <= slowest:
+                rows[taker], peaks[taker] = more, peak
+                rows[fullest][policy] -= 1
+                peaks[fullest] = candidate.peak(fullest, rows[fullest])[0]
+                return True
+    return False
 
 
 def _spared(candidate: Candidate, stage: int, rows: tuple[int, ...]) -> tuple[int, ...]:

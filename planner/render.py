@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from rich.console import Console, Group
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -221,11 +222,11 @@ def proof_line(plan: Plan) -> Text:
 
 def assumption_list(plan: Plan, verbose: bool) -> Group:
     """What was assumed; sources only when asked for."""
-    lines = [Text("Assumed:", style="bold")]
+    lines: list[Text | Padding] = [Text("Assumed:", style="bold")]
     for note in plan.assumptions:
         if not verbose and "(assumed: " in note:
             note = note.split(": ", 2)[0] + ": " + note.split(": ", 1)[1].split(" (assumed")[0] + " (assumed)"
-        lines.append(Text(f"  {note}"))
+        lines.append(Padding(Text(note), (0, 0, 0, 2)))
     return Group(*lines)
 
 

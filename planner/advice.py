@@ -104,7 +104,12 @@ def _candidates(job: Job, choices: Choices) -> Iterator[tuple[str, str, Job, Cho
         shorter = training.model_copy(
             update={"seq_length": seq, "global_batch_size": job.global_batch_size * 2}
         )
-        yield f"halve the sequence to {seq}", f"--seq-length {seq}", _again(job, cluster, shorter), choices
+        yield (
+            f"halve the sequence to {seq}",
+            f"--seq-length {seq} -b {job.global_batch_size * 2}",
+            _again(job, cluster, shorter),
+            choices,
+        )
     wide = replace(choices, pipeline_parallel=None, data_parallel=None)
     for gpu in (cluster.gpu.name, *BIGGER):
         kind = load_gpu(gpu)
@@ -119,9 +124,11 @@ def _candidates(job: Job, choices: Choices) -> Iterator[tuple[str, str, Job, Cho
                 if gpu != cluster.gpu.name
                 else max(cluster.gpus_per_node, min(kind.gpus_per_node, count))
             )
-            bigger = ClusterSpec(gpu=kind, num_gpus=count, gpus_per_node=min(per_node, count))
+            bigger = cluster.model_copy(
+                update={"gpu": kind, "num_gpus": count, "gpus_per_node": min(per_node, count)}
+            )
             batch = job.global_batch_size
-            if batch % factor and factor > batch:
+            if factor > batch:
                 break
             changed = _again(job, bigger, training)
             if find(changed, wide, "headroom", top=1, time_limit=5.0).answers:

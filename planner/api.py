@@ -86,7 +86,7 @@ def _check_choices(job: Job, choices: Choices, objective: str, top: int, time_li
         raise InputError(f"objective={objective!r}: use {' or '.join(OBJECTIVES)}")
     if not 0 < time_limit <= 1e6:
         raise InputError(f"time_limit={time_limit:g}: give the search more than 0 seconds")
-    if not 1 <= top <= 100:
+    if not isinstance(top, int) or not 1 <= top <= 100:
         raise InputError(f"top={top}: ask for 1 to 100 layouts")
     offered: dict[str, tuple[str, ...]] = {
         "sharding": tuple(job.stack.shardings),
@@ -99,9 +99,14 @@ def _check_choices(job: Job, choices: Choices, objective: str, top: int, time_li
                 raise InputError(
                     f"{name}={value} is not offered by {job.stack.name}: use {', '.join(allowed)}"
                 )
-    for name in ("tensor_parallel", "pipeline_parallel", "data_parallel"):
-        for value in getattr(choices, name) or ():
-            if value < 1 or job.cluster.num_gpus % value:
+    for name in ("tensor_parallel", "pipeline_parallel", "data_parallel", "micro_batch_size", "chunks"):
+        values = getattr(choices, name)
+        if values is not None and not isinstance(values, tuple):
+            raise InputError(f"{name}={values!r}: give a tuple, as in ({values!r},)")
+        for value in values or ():
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name}={value!r}: use whole numbers, 1 or more")
+            if name.endswith("_parallel") and job.cluster.num_gpus % value:
                 raise InputError(f"{name}={value} does not divide the {job.cluster.num_gpus} GPUs")
 
 
@@ -148,7 +153,9 @@ def solve_layout(
         return _as_given(candidate, layers)
     solution = solve([candidate])
     if solution is None:  # show by how much: the split that needs least, without a limit
-        solution = solve([replace(candidate, capacity=1000.0 * job.cluster.capacity_bytes)], "headroom")
+        everything = [[candidate.rows, *(0 for _ in policies[1:])]] * len(candidate.stages)
+        ample = 2 * max(candidate.peak(j, rows)[0] for j, rows in enumerate(everything))
+        solution = solve([replace(candidate, capacity=ample)], "headroom")
     assert solution is not None
     return settle(solution)
 

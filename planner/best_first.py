@@ -33,7 +33,7 @@ class Found:
     space: Space
     answers: list[Solution] = field(default_factory=list)
     optimal: bool = True
-    gap: float = 0.0
+    gap: float = 0.0  # by which fraction something better than the best answer may exist
     unfitting: int = 0  # proved not to fit: by its states, by a bound or by the program
     pruned: int = 0  # proved not to be among the best, by a bound
     solved: int = 0  # split over its stages by the program
@@ -118,7 +118,7 @@ def find(
     space = enumerate_layouts(job, choices)
     frontier = _Frontier([price(job, family, policies) for family in space.families], objective)
     found = Found(space)
-    worst = float("inf")
+    worst = unproved = float("inf")
     while _beats(bound := frontier.next_bound(), worst):
         left = time_limit - (time.perf_counter() - start)
         if left <= 0:
@@ -127,14 +127,18 @@ def find(
         progress(found.solved, len(frontier))
         try:
             solution = solve([frontier.pop().spread()], objective, left)
-        except SolverError:
+        except SolverError:  # out of time: this layout is left as it was
             found.optimal = False
+            unproved = min(unproved, bound)
+            found.pruned = 1
             break
         if solution is None:
             frontier.unfitting += 1
             continue
         found.solved += 1
-        found.optimal &= solution.optimal
+        if not solution.optimal:
+            found.optimal = False
+            unproved = min(unproved, bound)
         found.answers.append(solution)
         found.answers.sort(key=lambda answer: answer.cost)
         del found.answers[top:]
@@ -142,9 +146,9 @@ def find(
             worst = found.answers[-1].cost
     if not found.optimal and found.answers:
         best = found.answers[0].cost
-        found.gap = max(0.0, best - bound) / (abs(best) or 1.0)
+        found.gap = max(0.0, best - min(bound, unproved)) / (abs(best) or 1.0)
     found.unfitting = frontier.unfitting
-    found.pruned = len(frontier)
+    found.pruned += len(frontier)
     found.seconds = time.perf_counter() - start
     return found
 

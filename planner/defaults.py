@@ -15,6 +15,8 @@ USUAL_TOKENS = 4 * 2**20
 """Tokens per step where none are given: LLaMA's 4M (Touvron et al. 2023, arXiv:2302.13971, 2.3)."""
 
 
+LEAST_BYTES = 256 * 2**20
+"""Below this not even a process's own libraries fit."""
 TIMES = (
     "step times are not calibrated: of 344 published runs four in five took 0.8 to 1.4 times as long "
     "as this model says (docs/time.md)"
@@ -102,6 +104,11 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
         raise InputError(
             f"framework={stack.name} has no {model.model_type} models, only {', '.join(stack.families)}: "
             "use --framework megatron or hf"
+        )
+    if cluster.capacity_bytes < LEAST_BYTES:
+        raise InputError(
+            f"a budget of {cluster.capacity_bytes:,} bytes per GPU holds no training job: "
+            "give 256 MiB or more"
         )
     notes = list(cluster.assumptions)
     precision = _precision(training.precision, cluster.gpu.peak_flops, stack, cluster.gpu.name)

@@ -126,14 +126,15 @@ def _shardings(
             continue  # one replica shares nothing out: the same layout under another name
         elif name == "fsdp":
             for shards in divisors(data)[1:] or [1]:
-                yield name, shards, True
+                if pipeline == 1:  # within a pipeline PyTorch keeps units gathered in any case
+                    yield name, shards, True
                 yield name, shards, False
         else:
             yield name, data, True
 
 
 def _schedules(job: Job, choices: Choices, pipeline: int, layers: int) -> Iterator[tuple[str, int]]:
-    names = choices.schedule or job.stack.schedules
+    names = dict.fromkeys(choices.schedule or job.stack.schedules)
     if pipeline == 1:  # without a pipeline every schedule but plain accumulation is out of place
         if "1f1b" in (choices.schedule or ("1f1b",)) and _allowed(1, choices.chunks):
             yield "1f1b", 1
@@ -203,7 +204,7 @@ def _micro_batches(per_replica: int, choices: Choices) -> list[int]:
     sizes = [d for d in divisors(per_replica) if d <= MAX_MICRO_BATCH]
     if choices.micro_batch_size is None:
         return sizes
-    return [size for size in choices.micro_batch_size if per_replica % size == 0]
+    return [size for size in dict.fromkeys(choices.micro_batch_size) if per_replica % size == 0]
 
 
 def check_layout(job: Job, layout: Layout) -> None:
@@ -272,6 +273,6 @@ def unsupported(job: Job, layout: Layout) -> list[str]:
     if layout.tensor_parallel > 1 and not stack.tensor_parallel:
         notes.append(f"{stack.name} is planned without tensor parallelism: shown as if it had it")
     domain = fast_domain(job.cluster)
-    if layout.tensor_parallel > domain:
+    if layout.tensor_parallel > domain or (job.cluster.num_gpus > domain and domain % layout.tensor_parallel):
         notes.append(f"a tensor-parallel group of {layout.tensor_parallel} leaves its node of {domain} GPUs")
     return notes

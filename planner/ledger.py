@@ -12,7 +12,7 @@ from typing import Any
 
 from planner.candidate import Candidate
 from planner.network import group
-from planner.stages import Prices, groups
+from planner.stages import Prices, exists, groups
 from strategies.base import STATES, Layer, Role, Term, size_seen_by
 from strategies.layout import strategies_of
 from strategies.recompute import Recompute
@@ -120,7 +120,8 @@ def _tensor_entries(prices: Prices, stage: StageView, moment: str) -> Iterator[E
         chunks = prices.layout.chunks
         waiting = prices.layout.grad_accum if prices.layout.schedule == "gpipe" else 1
         if stage.first:
-            yield from _entries(prices, embedding, Role.ACTIVATION, "none", 1, flight / chunks)
+            first = float(pipeline.first_chunk_in_flight)
+            yield from _entries(prices, embedding, Role.ACTIVATION, "none", 1, first)
         for policy, rows in zip(prices.policies, stage.rows, strict=True):
             if rows:
                 yield from _entries(prices, block, Role.ACTIVATION, policy, rows * chunks, flight / chunks)
@@ -134,9 +135,8 @@ def _tensor_entries(prices: Prices, stage: StageView, moment: str) -> Iterator[E
         yield from _entries(prices, block, Role.TRANSIENT, policy, 1, None)
         if policy != "none":
             yield from _entries(prices, block, Role.ACTIVATION, "none", 1, None, freed_by=policy)
-    during = "backward" if moment == "gradients complete" else moment
     for buffer in prices.buffers(stage.first, stage.last):
-        if buffer.moment in ("any", during):
+        if exists(buffer, moment):
             size = float(buffer.size)
             yield Entry("communication_buffers", buffer.name, "", {}, 1, 1, size, {}, size)
 
@@ -208,7 +208,7 @@ def messages(prices: Prices, stage: StageView) -> Iterator[Message]:
         for strategy in strategies:
             for one in strategy.collectives(layer, size_seen_by(strategy, strategies)):
                 gpus = int(group(one.axis, prices.layout)[0])
-                if gpus > 1:
+                if gpus > 1 and one.times:
                     count = float(one.times) * copies
                     seconds = float(prices.network.seconds(one, prices.layout)) * copies
                     yield Message(

@@ -25,6 +25,7 @@ PASSES = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
 class Network:
     """The links of a cluster at what they achieve: bytes per second, seconds per hop."""
 
+    gpus: int
     domain: int
     intra: float
     inter: float
@@ -38,6 +39,7 @@ class Network:
         reach = {name: figure.value for name, figure in gpu.achievable.items()}
         delay = {name: figure.value for name, figure in gpu.latency_s.items()}
         return Network(
+            gpus=cluster.num_gpus,
             domain=fast_domain(cluster),
             intra=gpu.intra_node.bytes_per_s * reach["intra_node"],
             inter=gpu.network.bytes_per_s * reach["network"],
@@ -52,7 +54,7 @@ class Network:
         every member that it has in a node, up to the domain's own speed.
         """
         inside = np.maximum(1, np.minimum(n, self.domain // np.maximum(stride, 1)))
-        within = n * stride <= self.domain
+        within = self.inside(n * stride)
         speed = np.where(within, self.intra, np.minimum(self.intra, inside * self.inter))
         hops = np.where(
             within,
@@ -60,6 +62,11 @@ class Network:
             (n / inside - 1) * self.inter_latency + (inside - 1) * self.intra_latency,
         )
         return speed, hops
+
+    def inside(self, span: Quantity) -> Any:
+        """Do blocks of that many neighbouring ranks lie within fast domains, none across two?"""
+        span = np.maximum(span, 1)
+        return (span <= self.domain) & ((self.domain % span == 0) | (self.gpus <= self.domain))
 
     def seconds(self, collective: Collective, layout: Layout) -> Any:
         """Seconds that a collective takes, all its repetitions together."""
@@ -70,10 +77,9 @@ class Network:
 
     def send_seconds(self, size: Quantity, layout: Layout) -> Any:
         """Seconds to hand ``size`` bytes to the next pipeline stage."""
-        stride = layout.tensor_parallel * layout.data_parallel
-        within = 2 * stride <= self.domain
+        # The slowest of the stages' boundaries counts: within a node only if the pipeline is.
         return np.where(
-            within,
+            self.inside(layout.world_size),
             size / self.intra + self.intra_latency,
             size / self.inter + self.inter_latency,
         )

@@ -1,6 +1,6 @@
 """Prices layouts: bytes and seconds per layer, recompute policy and stage.
 
-:func:`price` prices a whole family of layouts at once, per layer; :meth:`Prices.candidate` spreads
+:func:`price` prices a whole family of layouts at once, per layer; :meth:`Prices.spread` spreads
 one of them over its stages. Both only add up ``held(term)``: there is no second formula.
 
 The peak of a stage is the maximum over the moments of a step, each linear in the layers it holds:
@@ -53,6 +53,13 @@ class LayerPrice:
     working: Quantity  # bytes besides ``saved`` while its own backward runs
     seconds: Quantity
     per_step: tuple[tuple[str, Quantity], ...]  # (hidden behind, seconds) of once-a-step messages
+
+
+def exists(buffer: Buffer, moment: str) -> bool:
+    """Is a buffer there at a moment? ``gradients complete`` is within the backward."""
+    if buffer.moment == "passes":
+        return moment != "optimizer step"
+    return buffer.moment == ("backward" if moment == "gradients complete" else moment)
 
 
 def role_sum(layer: Layer, role: Role, strategies: Iterable[AbstractStrategy]) -> Quantity:
@@ -126,7 +133,11 @@ class Prices:
         depth = job.model.num_hidden_layers
         self.short = (-depth) % layout.chunks
         self.rows = (depth + self.short) // layout.chunks
-        self.resident = np.maximum(layout.grad_accum > 1, job.stack.gradients_resident) * 1.0
+        # The part of the gradients' bytes that is there from the start: all of them in one buffer or
+        # from the second micro-batch on, else what DDP's buckets take beside them.
+        buckets = self.wire.bucket_fraction * (layout.sharding == "ddp") * (layout.data_parallel > 1)
+        whole = np.maximum(layout.grad_accum > 1, job.stack.gradients_resident) * 1.0
+        self.resident = np.maximum(whole, buckets / (1 + buckets))
         self.capacity = tensor_capacity(job, layout)
         self.send = self._send_seconds()
         self.step_seconds = self._step_seconds()
@@ -203,18 +214,24 @@ class Prices:
         return 2 * once * self.layout.chunks * (self.layout.pipeline_parallel > 1)
 
     def _step_seconds(self) -> Quantity:
-        # Once a step, on an average stage with the larger of embedding and head: what messages
-        # exceed the pass they hide behind (backward two thirds, forward one), and the update.
+        # Once a step, on an average stage with embedding or head: what messages exceed
+        # of the pass they hide behind (backward two thirds, forward one), and the update.
         depth = self.job.model.num_hidden_layers / self.layout.pipeline_parallel
         block = self.plain
         window = block.seconds * depth
         exposed: Quantity = 0.0
         for index, (behind, seconds) in enumerate(block.per_step):
-            around = np.maximum(self.embedding.per_step[index][1], self.head.per_step[index][1])
+            around = self._around(self.embedding.per_step[index][1], self.head.per_step[index][1])
             share = {"backward": 2 / 3, "forward": 1 / 3}[behind]
             exposed = exposed + np.maximum(0.0, seconds * depth + around - share * window)
-        around = np.maximum(self.embedding.update_bytes, self.head.update_bytes)
-        return exposed + (block.update_bytes * depth + around) / self.bandwidth
+        around = self._around(self.embedding.update_bytes, self.head.update_bytes)
+        total = exposed + (block.update_bytes * depth + around) / self.bandwidth
+        # PipeDream updates its weights after every micro-batch.
+        return total * (self.layout.grad_accum if self.layout.schedule == "pipedream" else 1)
+
+    def _around(self, embedding: Quantity, head: Quantity) -> Quantity:
+        """Of embedding and head, both on a single stage, the larger on several."""
+        return np.where(self.layout.pipeline_parallel == 1, embedding + head, np.maximum(embedding, head))
 
     def stage_layers(self, first: bool, last: bool) -> list[Layer]:
         """One layer of each kind that a stage holds."""
@@ -223,7 +240,7 @@ class Prices:
 
     def _buffer_bytes(self, first: bool, last: bool) -> dict[str, Quantity]:
         buffers = self.buffers(first, last)
-        return {m: sum(b.size for b in buffers if b.moment in ("any", m)) for m in MOMENTS}
+        return {m: sum(b.size for b in buffers if exists(b, m)) for m in MOMENTS}
 
     def buffers(self, first: bool, last: bool) -> list[Buffer]:
         """What the strategies allocate besides the terms on such a stage."""
@@ -264,7 +281,7 @@ class Prices:
         # unless the whole batch is sent forward first.
         kept: Quantity = 0.0
         if first:
-            kept = kept + self.embedding.saved * flight / chunks
+            kept = kept + self.embedding.saved * pipeline.first_chunk_in_flight
         if last:
             waiting = self.layout.grad_accum if self.layout.schedule == "gpipe" else 1
             kept = kept + self.head.saved * waiting
@@ -275,7 +292,7 @@ class Prices:
             "backward": (running, fixed(self.resident) + kept + sizes["backward"], True),
             "gradients complete": (
                 [rows(1.0)] * len(self.blocks),
-                fixed(1.0) - late + sizes["backward"],
+                fixed(1.0) - late + sizes["gradients complete"],
                 True,
             ),
             "optimizer step": (

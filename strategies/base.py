@@ -111,11 +111,14 @@ Size = Callable[[Term], Quantity]
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """Bytes a strategy allocates besides the terms, at one moment of a step (or at ``any``)."""
+    """Bytes a strategy allocates besides the terms, at one moment of a step.
+
+    ``passes`` is every moment of the forward and backward passes, all but the optimizer step.
+    """
 
     name: str
     size: Quantity
-    moment: str = "any"
+    moment: str = "passes"
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,7 @@ def data_strategy(layout: Layout, wire: Wire) -> AbstractStrategy:
                 degree,
                 shards=layout.data_shards,
                 reshard_after_forward=layout.reshard_after_forward,
+                pipelined=(layout.pipeline_parallel > 1) * 1,
                 **gathered,
             )
     raise ValueError(f"sharding={layout.sharding!r}: use one of {', '.join(SHARDINGS)}")

@@ -57,6 +57,13 @@ class PipelineParallel(AbstractStrategy):
         return smaller(m, p - self.stage)
 
     @property
+    def first_chunk_in_flight(self) -> Quantity:
+        """Micro-batches whose activations the stage's first chunk holds at once, at most."""
+        if self.schedule == "interleaved":
+            return smaller(self.microbatches, 2 * (self.degree - self.stage))
+        return self.in_flight
+
+    @property
     def bubble(self) -> Quantity:
         """Idle time over working time, for equal stages."""
         if self.schedule == "pipedream":

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from strategies.base import Collective, Layer, Quantity, Role, Size, Term
+from strategies.base import Buffer, Collective, Layer, Quantity, Role, Size, Term
 from strategies.zero1 import Zero1
 
 
@@ -22,6 +22,13 @@ class Zero2(Zero1):
 
     def share(self, term: Term) -> Quantity:
         return 1 / self.degree if term.role in (Role.OPTIMIZER, Role.GRADIENT) else 1
+
+    def workspace(self, layers: Sequence[Layer], size: Size) -> Iterable[Buffer]:
+        yield from super().workspace(layers, size)
+        # Whole until they are reduce-scattered, right after the layer's backward.
+        block = [layer for layer in layers if layer.kind == "block"]
+        whole = sum(size(term) for layer in block for term in layer.by_role[Role.GRADIENT])
+        yield Buffer("unsharded gradients", whole * (self.degree > 1), "backward")
 
     def collectives(self, layer: Layer, size: Size) -> Iterable[Collective]:
         gradients = sum(size(term) for term in layer.by_role[Role.GRADIENT])

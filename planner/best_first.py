@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from planner.bounds import quick_bound, tight_bound
+from planner.bounds import quick_bound, sharp_bound, slowest_at_least, tight_bound
+from planner.candidate import Candidate
 from planner.defaults import Job
 from planner.errors import SolverError
 from planner.layouts import Choices, Space, enumerate_layouts
@@ -60,6 +61,7 @@ class _Frontier:
     refined: list[tuple[float, int, int]] = field(default_factory=list)
     unfitting: int = 0
     batch: int = BATCH
+    sharpened: set[tuple[int, int]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         for family, prices in enumerate(self.prices):
@@ -89,10 +91,19 @@ class _Frontier:
             self.refine()
         return self.refined[0][0] if self.refined else float("inf")
 
-    def pop(self) -> Prices:
-        """The single layout whose bound is least."""
-        _, family, index = heapq.heappop(self.refined)
-        return self.prices[family].take(index)
+    def pop(self) -> tuple[Candidate, float]:
+        """The layout whose bound is least, and its sharp bound: if higher, it is queued under that."""
+        bound, family, index = heapq.heappop(self.refined)
+        candidate = self.prices[family].take(index).spread()
+        if self.objective == "headroom" or (family, index) in self.sharpened:
+            return candidate, bound
+        self.sharpened.add((family, index))
+        sharp = sharp_bound(candidate, slowest_at_least(candidate))
+        if sharp == float("inf"):
+            self.unfitting += 1
+        elif sharp > bound:
+            heapq.heappush(self.refined, (sharp, family, index))
+        return candidate, max(sharp, bound)
 
     def __len__(self) -> int:
         return len(self.order) + len(self.refined)
@@ -125,8 +136,11 @@ def find(
             found.optimal = False
             break
         progress(found.solved, len(frontier))
+        candidate, sharp = frontier.pop()
+        if sharp > bound and objective == "time":  # dearer than it seemed: back in the queue
+            continue
         try:
-            solution = solve([frontier.pop().spread()], objective, left)
+            solution = solve([candidate], objective, left)
         except SolverError:  # out of time: this layout is left as it was
             found.optimal = False
             unproved = min(unproved, bound)

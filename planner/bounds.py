@@ -14,17 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from planner.candidate import Candidate
 from planner.stages import Prices
 
 Array = npt.NDArray[np.float64]
 End = tuple[bool, bool]
 """Is it the first stage, is it the last?"""
+SHORT_STAGE = 24
+"""Rows of one stage up to which its hand-outs to the policies are looked at one by one."""
 HALVINGS = 20
 NOTHING = -1e18
 """Bytes besides the layers of a moment that a stage does not have: finite, so that 0 x it is 0."""
@@ -174,3 +177,57 @@ def tight_bound(prices: Prices, objective: str = "time") -> Array:
     cost = pipeline.fill * total + pipeline.repeat * low[:, None] + prices.step_seconds
     quick, _ = quick_bound(prices)
     return np.where(possible, np.maximum(np.ravel(cost), np.ravel(quick)), np.inf)
+
+
+def fullest_stage(candidate: Candidate) -> float:
+    """Seconds of the slowest stage at least: one holds the average of the rows, rounded up."""
+    even = -(-candidate.rows // len(candidate.stages))
+    return min(even * min(own.seconds) + own.fixed_seconds for own in candidate.stages)
+
+
+def slowest_at_least(candidate: Candidate) -> float:
+    """Seconds that the slowest stage of one layout takes at least; infinite where no split fits.
+
+    For short stages every hand-out of n rows to the policies is looked at, so that the quickest time
+    of each stage for each n is exact; as many of those times as there are rows must be within the
+    slowest stage's.
+    """
+    most = _rows_worth_trying(candidate)
+    if most > SHORT_STAGE:
+        return fullest_stage(candidate)
+    splits = np.array(
+        [one for one in product(range(most + 1), repeat=len(candidate.policies)) if 1 <= sum(one) <= most]
+    )
+    totals = splits.sum(axis=1)
+    times = []
+    for stage in candidate.stages:
+        seconds = splits @ np.array(stage.seconds) + stage.fixed_seconds
+        working = np.where(splits > 0, np.array(stage.working), 0.0).max(axis=1)
+        fits = np.ones(len(splits), dtype=bool)
+        for per_row, fixed, works in stage.moments.values():
+            fits &= splits @ np.array(per_row) + fixed + working * works <= candidate.capacity
+        quickest = np.full(most + 1, np.inf)
+        np.minimum.at(quickest, totals, np.where(fits, seconds, np.inf))
+        times.append(quickest[1:])
+    every = np.array(times)
+    ordered = np.sort(every.ravel())
+    least = ordered[candidate.rows - 1] if candidate.rows <= ordered.size else np.inf
+    return max(fullest_stage(candidate), float(every[:, 0].max()), float(least))
+
+
+def _rows_worth_trying(candidate: Candidate) -> int:
+    """No stage of a quickest split holds more rows: it would be slower than an even split that fits."""
+    depth = len(candidate.stages)
+    last = [0] * (len(candidate.policies) - 1) + [-(-candidate.rows // depth)]
+    ceiling = candidate.rows - depth + 1
+    if any(candidate.peak(j, last)[0] > candidate.capacity for j in range(depth)):
+        return ceiling
+    slow = max(candidate.stage_seconds(j, last) for j in range(depth))
+    return min(ceiling, int(slow / min(min(own.seconds) for own in candidate.stages)) + 1)
+
+
+def sharp_bound(candidate: Candidate, slowest: float) -> float:
+    """Seconds of a step of one layout, at least: nothing recomputed but on the slowest stage."""
+    rows = candidate.rows * min(candidate.stages[0].seconds)
+    total = rows + sum(own.fixed_seconds for own in candidate.stages)
+    return candidate.fill * total + candidate.repeat * slowest + candidate.step_seconds

@@ -10,12 +10,12 @@ For candidates c with stages j and policies r:
     working_set      rows[c,j,r] <= R[c] uses[c,j,r]
     memory           sum_r bytes rows + working uses + fixed choose <= capacity choose
     slowest_stage    sum_r seconds rows + fixed choose <= slowest[c]
-    fullest_stage    slowest[c] >= (seconds of ceil(R/p) rows) choose[c]
+    least_slowest    slowest[c] >= (what bounds.slowest_at_least says) choose[c]
 
     min  sum_c fill sum_j seconds[c,j] + repeat slowest[c] + step choose[c]
 
 A row is one layer in each chunk of a stage (one layer, without interleaving). ``working uses``
-adds a policy's working set to a stage only where a layer runs under it. ``fullest_stage`` follows
+adds a policy's working set to a stage only where a layer runs under it. ``least_slowest`` follows
 from the others for integers; it closes most of the relaxation's gap. No big M is needed: every
 constant is multiplied by ``choose``.
 
@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from planner.bounds import fullest_stage, slowest_at_least
 from planner.candidate import Candidate
 from planner.errors import SolverError
 
@@ -131,16 +132,10 @@ class _Model:
             self.seconds += [(x, candidate.fill * seconds) for x, seconds in pairs]
             pairs += [(choose, own.fixed_seconds / unit), (slowest, -1.0)]
             self.require(f"slowest_stage_{index}_{j}", pairs, "<=")
-        bound = fullest_stage(candidate) / unit
-        self.require(f"fullest_stage_{index}", [(slowest, 1.0), (choose, -bound)], ">=")
+        bound = slowest_at_least(candidate) / unit
+        self.require(f"least_slowest_{index}", [(slowest, 1.0), (choose, -bound)], ">=")
         fixed = candidate.fill * sum(own.fixed_seconds for own in candidate.stages)
         self.seconds += [(slowest, candidate.repeat), (choose, (fixed + candidate.step_seconds) / unit)]
-
-
-def fullest_stage(candidate: Candidate) -> float:
-    """Seconds that the slowest stage takes at least: one holds the average of the rows, rounded up."""
-    most = -(-candidate.rows // len(candidate.stages))
-    return min(most * min(own.seconds) + own.fixed_seconds for own in candidate.stages)
 
 
 def solve(
@@ -152,7 +147,7 @@ def solve(
     stage, as a negative cost). With a ``time_limit`` in seconds the solution may be feasible
     only: read ``optimal``. Raises SolverError if the solver gives neither.
     """
-    candidates = [candidate for candidate in candidates if candidate.capacity > 0]
+    candidates = [c for c in candidates if c.capacity > 0 and slowest_at_least(c) < float("inf")]
     if not candidates:
         return None
     model = _Model(candidates, timed=objective == "time", spared=objective == "headroom")

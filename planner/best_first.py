@@ -91,19 +91,21 @@ class _Frontier:
             self.refine()
         return self.refined[0][0] if self.refined else float("inf")
 
-    def pop(self) -> tuple[Candidate, float]:
-        """The layout whose bound is least, and its sharp bound: if higher, it is queued under that."""
+    def pop(self) -> Candidate | None:
+        """The layout whose bound is least; None if its sharp bound sends it back or rules it out."""
         bound, family, index = heapq.heappop(self.refined)
         candidate = self.prices[family].take(index).spread()
         if self.objective == "headroom" or (family, index) in self.sharpened:
-            return candidate, bound
+            return candidate
         self.sharpened.add((family, index))
         sharp = sharp_bound(candidate, slowest_at_least(candidate))
+        if sharp <= bound:
+            return candidate
         if sharp == float("inf"):
             self.unfitting += 1
-        elif sharp > bound:
+        else:
             heapq.heappush(self.refined, (sharp, family, index))
-        return candidate, max(sharp, bound)
+        return None
 
     def __len__(self) -> int:
         return len(self.order) + len(self.refined)
@@ -136,8 +138,8 @@ def find(
             found.optimal = False
             break
         progress(found.solved, len(frontier))
-        candidate, sharp = frontier.pop()
-        if sharp > bound and objective == "time":  # dearer than it seemed: back in the queue
+        candidate = frontier.pop()
+        if candidate is None:  # dearer than it seemed
             continue
         try:
             solution = solve([candidate], objective, left)

@@ -1,6 +1,6 @@
 """Lower bounds on what a layout can cost, so that few layouts need an integer program.
 
-Two bounds, each valid for every split of the layers and every mix of recompute policies:
+Three bounds, each valid for every split of the layers and every mix of recompute policies:
 
 - :func:`quick_bound`, for a whole family in a handful of array operations: equal stages, nothing
   recomputed. With it goes a test that the model states alone fit somewhere.
@@ -8,6 +8,8 @@ Two bounds, each valid for every split of the layers and every mix of recompute 
   per micro-batch within its memory? That is a linear program with two rows, whose optimum is the
   least of its dual vertices; its floor bounds the integer count. The smallest tau for which the
   stages together hold the model bounds the slowest stage.
+- :func:`sharp_bound`, for one layout: the same with whole layers and policies, where stages are
+  short enough to look at every hand-out.
 """
 
 from __future__ import annotations

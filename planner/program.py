@@ -49,17 +49,17 @@ class Solution:
 class _Model:
     """One pulp problem under construction: coefficients go in as plain (variable, number) pairs."""
 
-    def __init__(self, candidates: Sequence[Candidate], timed: bool, spared: bool) -> None:
+    def __init__(self, candidates: Sequence[Candidate], objective: str) -> None:
         import pulp
 
         # Memory counts in capacities and time in ``unit`` seconds: the solver's tolerances are
         # absolute, so that numbers of the order of one are what they are meant for.
-        self.pulp, self.timed, self.spared = pulp, timed, spared
+        self.pulp, self.objective = pulp, objective
         self.unit = min(fullest_stage(candidate) for candidate in candidates)
         self.room = max(candidate.capacity for candidate in candidates) / 100
         self.problem = pulp.LpProblem("layout", pulp.LpMinimize)
-        self.seconds: list[tuple[Any, float]] = []  # of a step, in units
-        self.headroom: list[tuple[Any, float]] = []  # of the fullest stage, in percent of the room
+        # Seconds of a step, in units; or minus the fullest stage's headroom, in percent of the room.
+        self.cost: list[tuple[Any, float]] = []
 
     def integer(self, name: str, upper: int) -> Any:
         return self.problem.add_variable(name, 0, upper, self.pulp.LpInteger)
@@ -72,7 +72,7 @@ class _Model:
         constraint = {"<=": left <= right, "==": left == right, ">=": left >= right}[sense]
         self.problem += constraint, name
 
-    def add(self, index: int, candidate: Candidate) -> tuple[Any, list[list[Any]]]:
+    def add(self, index: int, candidate: Candidate, least: float) -> tuple[Any, list[list[Any]]]:
         """The variables and constraints of one candidate; its ``choose`` and ``rows``."""
         choose = self.integer(f"choose_{index}", 1)
         rows = [
@@ -81,7 +81,7 @@ class _Model:
         ]
         self.every_layer(index, candidate, choose, rows)
         self.memory(index, candidate, choose, rows)
-        self.time(index, candidate, choose, rows)
+        self.time(index, candidate, least, choose, rows)
         return choose, rows
 
     def every_layer(self, index: int, candidate: Candidate, choose: Any, rows: list[list[Any]]) -> None:
@@ -96,10 +96,10 @@ class _Model:
         """``sum bytes rows + working uses + fixed choose <= capacity choose``, in capacities."""
         scale = candidate.capacity
         spare = []
-        if self.spared:
+        if self.objective == "headroom":
             headroom = self.problem.add_variable(f"headroom_{index}", 0, None)
             spare = [(headroom, 1.0)]
-            self.headroom.append((headroom, scale / self.room))
+            self.cost.append((headroom, -scale / self.room))
         for j, (stage, own) in enumerate(zip(rows, candidate.stages, strict=True)):
             least = min(own.working)
             extra = []
@@ -121,21 +121,22 @@ class _Model:
                     name = f"memory_{index}_{j}_{moment.replace(' ', '_')}_{number}"
                     self.require(name, [*pairs, *spare, (choose, constant)], "<=")
 
-    def time(self, index: int, candidate: Candidate, choose: Any, rows: list[list[Any]]) -> None:
+    def time(
+        self, index: int, candidate: Candidate, least: float, choose: Any, rows: list[list[Any]]
+    ) -> None:
         """``sum seconds rows + fixed choose <= slowest``, and the candidate's cost."""
-        if not self.timed:
+        if self.objective == "headroom":
             return
         slowest = self.problem.add_variable(f"slowest_{index}", 0, None)
         unit = self.unit
         for j, (stage, own) in enumerate(zip(rows, candidate.stages, strict=True)):
             pairs = [(x, seconds / unit) for x, seconds in zip(stage, own.seconds, strict=True)]
-            self.seconds += [(x, candidate.fill * seconds) for x, seconds in pairs]
+            self.cost += [(x, candidate.fill * seconds) for x, seconds in pairs]
             pairs += [(choose, own.fixed_seconds / unit), (slowest, -1.0)]
             self.require(f"slowest_stage_{index}_{j}", pairs, "<=")
-        bound = slowest_at_least(candidate) / unit
-        self.require(f"least_slowest_{index}", [(slowest, 1.0), (choose, -bound)], ">=")
+        self.require(f"least_slowest_{index}", [(slowest, 1.0), (choose, -least / unit)], ">=")
         fixed = candidate.fill * sum(own.fixed_seconds for own in candidate.stages)
-        self.seconds += [(slowest, candidate.repeat), (choose, (fixed + candidate.step_seconds) / unit)]
+        self.cost += [(slowest, candidate.repeat), (choose, (fixed + candidate.step_seconds) / unit)]
 
 
 def solve(
@@ -147,15 +148,16 @@ def solve(
     stage, as a negative cost). With a ``time_limit`` in seconds the solution may be feasible
     only: read ``optimal``. Raises SolverError if the solver gives neither.
     """
-    candidates = [c for c in candidates if c.capacity > 0 and slowest_at_least(c) < float("inf")]
+    bounds = [(c, slowest_at_least(c)) for c in candidates if c.capacity > 0]
+    candidates = [candidate for candidate, least in bounds if least < float("inf")]
+    slowest = [least for _, least in bounds if least < float("inf")]
     if not candidates:
         return None
-    model = _Model(candidates, timed=objective == "time", spared=objective == "headroom")
+    model = _Model(candidates, objective)
     pulp = model.pulp
-    added = [model.add(index, candidate) for index, candidate in enumerate(candidates)]
+    added = [model.add(index, candidate, slowest[index]) for index, candidate in enumerate(candidates)]
     model.require("one_layout", [(choose, 1.0) for choose, _ in added], "==", 1.0)
-    goal = model.seconds if objective == "time" else [(x, -size) for x, size in model.headroom]
-    model.problem.setObjective(model.sum(goal))
+    model.problem.setObjective(model.sum(model.cost))
     solver = pulp.HiGHS(msg=False, gapRel=RELATIVE_GAP, timeLimit=time_limit, threads=1)
     outcome = _outcome(pulp, model.problem, model.problem.solve(solver))
     if outcome == "infeasible":

@@ -1,0 +1,116 @@
+"""``planner measure``: PyTorch runs the model on tensors without storage, beside the prediction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from planner import options as o
+from planner.options import option
+
+if TYPE_CHECKING:
+    from strategies.layout import Layout
+
+EXAMPLE = "Example: planner measure --model tinyllama-1.1b --framework fsdp --gpus 8 --seq-length 2048"
+
+Built = Annotated[
+    str, option("--framework", help="hf: one GPU, or accelerate over several; fsdp: FSDP2's fully_shard.")
+]
+Shared = Annotated[str | None, option("--sharding", help="hf on several GPUs: ddp or fsdp; ddp by default.")]
+Count = Annotated[int, option("--gpus", "-g", help="GPUs of the group; one of them is run.")]
+Depth = Annotated[int | None, option("--layers", help="Measure so many layers instead of the model's.")]
+Policy = Annotated[str, option("--recompute", help="none, or full: every block is checkpointed.")]
+Kernel = Annotated[str, option("--attention", help="sdpa or eager.")]
+Step = Annotated[
+    str, option("--optimizer-implementation", help="fused or foreach: how torch's AdamW updates.")
+]
+Keep = Annotated[
+    bool,
+    option(
+        "--reshard-after-forward/--no-reshard-after-forward",
+        help="FSDP frees gathered units after the forward.",
+    ),
+]
+Units = Annotated[
+    str | None, option("--wrapping", help="FSDP's units: blocks (fsdp's default) or accelerate (hf's).")
+]
+Reduce = Annotated[str | None, option("--reduce-dtype", help="What FSDP reduces gradients in: fp32 or bf16.")]
+
+
+def measure(
+    model: o.Model,
+    framework: Built = "hf",
+    gpus: Count = 1,
+    sharding: Shared = None,
+    tensor_parallel: o.TP = 1,
+    layers: Depth = None,
+    seq_length: o.Seq = None,
+    micro_batch_size: o.Micro = 1,
+    recompute: Policy = "none",
+    attention: Kernel = "sdpa",
+    precision: o.Precision = None,
+    dropout: o.Dropout = None,
+    optimizer_implementation: Step = "fused",
+    reshard_after_forward: Keep = True,
+    wrapping: Units = None,
+    reduce_dtype: Reduce = None,
+    as_json: o.Json = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Run the model in PyTorch without a GPU and put every byte beside the planner's. Needs torch."""
+    given = locals()
+    from planner.cli import print_json, reported
+
+    with reported(as_json):
+        from planner import reading
+        from planner.measure import measure as run
+
+        layout = layout_of(given)
+        given["options"] = {"optimizer_step": optimizer_implementation}
+        if framework == "fsdp" and reduce_dtype is not None:
+            given["options"]["reduce_dtype"] = reduce_dtype
+        if precision is None and tensor_parallel > 1:
+            given["precision"] = "pure-bf16"  # DTensor's own parallelism is run in one type
+        training = reading.read_training(given)
+        reading.read_model(model)  # a wrong model is refused before torch is loaded
+        source: Any = Path(model) if Path(model).exists() else model
+        found = run(
+            source,
+            training,
+            layout,
+            recompute=recompute,
+            layers=layers,
+            wrapping=wrapping,
+            reduce_dtype=reduce_dtype,
+        )
+        if as_json:
+            return print_json(found.as_dict())
+        from planner.render import console_for
+        from planner.render_measure import show_comparison
+
+        show_comparison(console_for(), found, verbose)
+
+
+def layout_of(given: dict[str, Any]) -> Layout:
+    """One GPU, DDP or FSDP over all GPUs, or tensor parallelism over all of them."""
+    from planner.errors import InputError
+    from strategies.layout import Layout
+
+    framework, gpus, tensor = given["framework"], given["gpus"], given["tensor_parallel"]
+    for name in ("gpus", "tensor_parallel", "micro_batch_size"):
+        if not 1 <= given[name] <= 100_000:
+            raise InputError(f"--{name.replace('_', '-')} {given[name]}: use a whole number, 1 or more")
+    if tensor > 1:
+        if framework == "fsdp" or gpus not in (1, tensor):
+            raise InputError(
+                f"--tensor-parallel {tensor} is measured alone: leave out --framework and --gpus"
+            )
+        return Layout(
+            tensor_parallel=tensor, sequence_parallel=True, micro_batch_size=given["micro_batch_size"]
+        )
+    return Layout(
+        data_parallel=gpus,
+        sharding="fsdp" if framework == "fsdp" else given["sharding"] or "ddp",
+        micro_batch_size=given["micro_batch_size"],
+        reshard_after_forward=given["reshard_after_forward"],
+    )

@@ -1,0 +1,114 @@
+"""A validation report as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from planner.accuracy import cause_of, figures, percent, worst_comparisons, wrong
+from planner.comparison import OUTCOMES, VERDICTS, Report, Summary
+from planner.render import grid
+
+ERRORS = ("runs", "median", "p90", "worst", "bias")
+SHOWN = 12
+
+
+def show_report(console: Console, report: Report, causes: Mapping[str, str], worst: int) -> None:
+    """Counts, errors per source, verdicts, differences, the worst, and what the rest would take."""
+    console.print(
+        Text(f"{len(report.predictions):,} of {report.runs:,} runs predicted", style="bold"),
+        Text(f"; {len(report.reasons):,} cannot be"),
+        sep="",
+    )
+    if report.comparisons:
+        _section(console, "Errors by kind of reading; bias is the median with its sign")
+        console.print(_errors(report.totals))
+        _section(console, "Errors by source; * a number of the planner was chosen from these")
+        console.print(_errors(report.summaries))
+    _section(console, "Verdict and outcome")
+    console.print(_confusion(report))
+    _wrong(console, report, causes)
+    _differences(console, report)
+    _worst(console, report, causes, worst)
+    _reasons(console, "What the runs that are not predicted would take", report.needs)
+    _reasons(console, "Settings of runs that are not heeded", report.unheeded)
+
+
+def _section(console: Console, title: str) -> None:
+    console.print()
+    console.print(Text(title, style="bold"))
+
+
+def _errors(summaries: Iterable[Summary]) -> Table:
+    table = grid("reading", "source", *ERRORS, left=("reading", "source"))
+    for summary in summaries:
+        source = summary.group + ("*" if summary.fitted else "")
+        table.add_row(summary.kind, source, *figures(summary))
+    return table
+
+
+def _confusion(report: Report) -> Table:
+    table = grid("outcome", *VERDICTS, left=("outcome",))
+    found = report.confusion
+    for outcome in OUTCOMES:
+        table.add_row(outcome, *(f"{found.get((outcome, verdict), 0):,}" for verdict in VERDICTS))
+    return table
+
+
+def _wrong(console: Console, report: Report, causes: Mapping[str, str]) -> None:
+    found = wrong(report)
+    if not found:
+        return
+    _section(console, "Wrong verdicts; fill is tensors over what a process can use")
+    left = ("run", "outcome", "verdict", "cause")
+    table = grid("run", "outcome", "verdict", "fill", "cause", left=left, wrap=("run", "cause"))
+    for one in found[:SHOWN]:
+        table.add_row(
+            one.run, OUTCOMES[one.ran_out], one.verdict, f"{one.fill:.2f}", cause_of(one.run, causes)
+        )
+    console.print(table)
+    _more(console, len(found) - SHOWN)
+
+
+def _differences(console: Console, report: Report) -> None:
+    if not report.differences:
+        return
+    _section(console, "What a change of one setting costs, GiB")
+    left = ("runs", "reading")
+    table = grid("runs", "reading", "predicted", "measured", left=left, wrap=("runs",))
+    for one in report.differences:
+        table.add_row(one.name, one.kind, f"{one.predicted:+.1f}", f"{one.measured:+.1f}")
+    console.print(table)
+
+
+def _worst(console: Console, report: Report, causes: Mapping[str, str], count: int) -> None:
+    found = worst_comparisons(report, count)
+    if not found:
+        return
+    _section(console, f"The {len(found)} that are furthest off, GiB")
+    left = ("run", "reading", "cause")
+    names = ("run", "reading", "predicted", "measured", "error", "cause")
+    table = grid(*names, left=left, wrap=("run", "cause"))
+    for one in found:
+        sizes = (f"{one.predicted:.1f}", f"{one.measured:.1f}", percent(one.error, True))
+        table.add_row(one.run, one.kind, *sizes, cause_of(one.run, causes))
+    console.print(table)
+
+
+def _reasons(console: Console, title: str, counts: Mapping[str, int]) -> None:
+    if not counts:
+        return
+    _section(console, title)
+    table = grid("runs", "what", left=("what",), wrap=("what",))
+    for what, count in list(counts.items())[:SHOWN]:
+        table.add_row(f"{count:,}", what)
+    console.print(table)
+    _more(console, len(counts) - SHOWN)
+
+
+def _more(console: Console, count: int) -> None:
+    if count > 0:
+        console.print(Text(f"and {count} more: --json lists all", style="dim"))

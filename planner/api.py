@@ -12,9 +12,10 @@ from planner.candidate import Candidate
 from planner.defaults import Job, resolve
 from planner.errors import InfeasibleError, InputError, SolverError
 from planner.layouts import Choices, check_layout
-from planner.ledger import Entry, Message, messages, view
-from planner.plan import Plan, make_plan, stage_entries
+from planner.ledger import Entry, Message, entries, messages, view
+from planner.plan import Plan, make_plan
 from planner.program import Solution, settle, solve
+from planner.replay import StageReplay
 from planner.specs import ClusterSpec, ModelSpec, TrainingSpec
 from planner.stages import price
 from planner.units import gib
@@ -122,11 +123,13 @@ def _nothing_found(job: Job, choices: Choices, found: Found, progress: Callable[
     stage = nearest.stages[nearest.fullest]
     component = max(stage.components, key=lambda name: stage.components[name])
     layout = nearest.layout.to_layout().describe()
+    fits = "fits for sure on" if nearest.verdict == "at risk" else "fits on"
+    by = "may be" if nearest.verdict == "at risk" else "is up to"
     message = (
-        f"{job.model.name} does not fit on {job.cluster.num_gpus} x {job.cluster.gpu.name}: none of "
-        f"{found.enumerated:,} layouts. Nearest is {layout}, {gib(-nearest.headroom_bytes, 2)} GiB over "
-        f"on stage {nearest.fullest} at {stage.moment}; its largest part is {component.replace('_', ' ')}, "
-        f"{gib(stage.components[component], 2)} GiB"
+        f"{job.model.name} {fits} none of {found.enumerated:,} layouts of {job.cluster.num_gpus} x "
+        f"{job.cluster.gpu.name}. Nearest is {layout}: at {stage.moment} stage {nearest.fullest} {by} "
+        f"{gib(-nearest.headroom_bytes, 2)} GiB over; its largest part is "
+        f"{component.replace('_', ' ')}, {gib(stage.components[component], 2)} GiB"
     )
     raise InfeasibleError(message, nearest, changes_that_fit(job, choices, progress))
 
@@ -230,11 +233,14 @@ def explain(
     when = moment or plan.stages[index].moment
     candidate = solution.candidate
     prices = price(job, candidate.layout, candidate.policies)
-    ledgers = stage_entries(prices, view(candidate, solution.rows, index))
-    if when not in ledgers:
-        raise InputError(f"moment={when!r}: stage {index} has {', '.join(ledgers)}")
-    sent = list(messages(prices, view(candidate, solution.rows, index)))
-    return Explanation(plan, index, when, ledgers[when], sent)
+    timeline = StageReplay(prices, index, solution.rows[index]).run()
+    peaks = timeline.peaks()
+    if when not in peaks:
+        raise InputError(f"moment={when!r}: stage {index} has {', '.join(peaks)}")
+    stage_view = view(candidate, solution.rows, index)
+    pools = timeline.pools if when == plan.stages[index].moment else 0.0
+    held = list(entries(prices, stage_view, peaks[when][0], pools))
+    return Explanation(plan, index, when, held, list(messages(prices, stage_view)))
 
 
 def compare(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from itertools import combinations, product
 from typing import Any
 
@@ -96,12 +97,12 @@ def _duals(seconds: list[Any], per_row: list[Array]) -> list[tuple[Array, Array]
 
 
 def _moment(
-    name: str, at: dict[End, Any], spread: Callable[[dict[End, Any]], Array], least: Any, seconds: list[Any]
+    name: str, at: dict[End, Any], spread: Callable[[dict[End, Any]], Array], seconds: list[Any]
 ) -> _Moment:
     """One moment, from what it is on each sort of stage; on those without it, it asks for nothing."""
-    found = {end: own.get(name, (own["backward"][0], NOTHING, False)) for end, own in at.items()}
+    found = {end: own.get(name, (own["backward"][0], NOTHING, own["backward"][2])) for end, own in at.items()}
     per_row = [spread({end: own[0][r] for end, own in found.items()}) for r in range(len(seconds))]
-    fixed = spread({end: own[1] + own[2] * least for end, own in found.items()})
+    fixed = spread({end: own[1] + reduce(np.minimum, own[2]) for end, own in found.items()})
     lightest = np.maximum(np.minimum.reduce(per_row), 1e-30)
     return _Moment(fixed, lightest, _duals(seconds, per_row))
 
@@ -111,7 +112,6 @@ def _moments(prices: Prices) -> tuple[list[_Moment], Array, Array]:
     p = prices.layout.pipeline_parallel
     stages = np.arange(int(np.max(p)))[None, :]
     first, last = stages == 0, stages == p - 1
-    least = np.minimum.reduce([price.working for price in prices.blocks])
     seconds = [price.seconds * prices.layout.chunks for price in prices.blocks]
     ends = [(False, False), (False, True), (True, False), (True, True)]
     at = {end: prices.moments(stages, *end) for end in ends}
@@ -128,7 +128,7 @@ def _moments(prices: Prices) -> tuple[list[_Moment], Array, Array]:
         names.append("optimizer step")
     moments = []
     for name in names:
-        moments.append(_moment(name, at, spread, least, seconds))
+        moments.append(_moment(name, at, spread, seconds))
     return moments, spread({end: prices.fixed_seconds(*end) for end in ends}), stages < p
 
 
@@ -204,10 +204,10 @@ def slowest_at_least(candidate: Candidate) -> float:
     times = []
     for stage in candidate.stages:
         seconds = splits @ np.array(stage.seconds) + stage.fixed_seconds
-        working = np.where(splits > 0, np.array(stage.working), 0.0).max(axis=1)
         fits = np.ones(len(splits), dtype=bool)
-        for per_row, fixed, works in stage.moments.values():
-            fits &= splits @ np.array(per_row) + fixed + working * works <= candidate.capacity
+        for per_row, fixed, extra in stage.moments.values():
+            working = np.where(splits > 0, np.array(extra), 0.0).max(axis=1)
+            fits &= splits @ np.array(per_row) + fixed + working <= candidate.capacity
         quickest = np.full(most + 1, np.inf)
         np.minimum.at(quickest, totals, np.where(fits, seconds, np.inf))
         times.append(quickest[1:])

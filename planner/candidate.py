@@ -12,12 +12,12 @@ from strategies.layout import Layout
 class Stage:
     """One pipeline stage of a candidate: plain numbers, one per policy where it says so.
 
-    ``moments`` maps a moment to (bytes per row of layers and policy, bytes besides, whether a
-    layer's working set is added). A *row* is one layer in each of the stage's chunks.
+    ``moments`` maps a moment to (bytes per row of layers and policy, bytes besides, bytes that one
+    layer at work adds under each policy: the largest in use counts). A *row* is one layer in each of
+    the stage's chunks.
     """
 
-    moments: dict[str, tuple[tuple[float, ...], float, bool]]
-    working: tuple[float, ...]
+    moments: dict[str, tuple[tuple[float, ...], float, tuple[float, ...]]]
     seconds: tuple[float, ...]  # per row
     fixed_seconds: float
 
@@ -49,9 +49,8 @@ class Candidate:
     def peak(self, stage: int, rows: Sequence[int]) -> tuple[float, str]:
         """The peak bytes of a stage's tensors and the moment at which they are reached."""
         own = self.stages[stage]
-        used = max((w for n, w in zip(rows, own.working, strict=True) if n), default=0.0)
-        sizes = [
-            (sum(n * b for n, b in zip(rows, per_row, strict=True)) + fixed + used * works, moment)
-            for moment, (per_row, fixed, works) in own.moments.items()
-        ]
+        sizes = []
+        for moment, (per_row, fixed, working) in own.moments.items():
+            used = max((w for n, w in zip(rows, working, strict=True) if n), default=0.0)
+            sizes.append((sum(n * b for n, b in zip(rows, per_row, strict=True)) + fixed + used, moment))
         return max(sizes)

@@ -142,6 +142,8 @@ def search(
     optimizer: o.Optimizer = "adamw",
     attention: o.Attention = None,
     swiglu: o.Swiglu = None,
+    option: o.Choice = None,
+    profile: o.Profile = None,
     dropout: o.Dropout = None,
     gradient_dtype: o.GradientType = None,
     optimizer_dtype: o.OptimizerType = None,
@@ -236,6 +238,8 @@ def estimate(
     optimizer: o.Optimizer = "adamw",
     attention: o.Attention = None,
     swiglu: o.Swiglu = None,
+    option: o.Choice = None,
+    profile: o.Profile = None,
     dropout: o.Dropout = None,
     gradient_dtype: o.GradientType = None,
     optimizer_dtype: o.OptimizerType = None,
@@ -289,6 +293,8 @@ def explain(
     optimizer: o.Optimizer = "adamw",
     attention: o.Attention = None,
     swiglu: o.Swiglu = None,
+    option: o.Choice = None,
+    profile: o.Profile = None,
     dropout: o.Dropout = None,
     gradient_dtype: o.GradientType = None,
     optimizer_dtype: o.OptimizerType = None,
@@ -338,6 +344,8 @@ def compare(
     optimizer: o.Optimizer = "adamw",
     attention: o.Attention = None,
     swiglu: o.Swiglu = None,
+    option: o.Choice = None,
+    profile: o.Profile = None,
     dropout: o.Dropout = None,
     gradient_dtype: o.GradientType = None,
     optimizer_dtype: o.OptimizerType = None,
@@ -397,3 +405,15 @@ def catalog(
 
         show: Any = show_models if what == "models" else show_gpus
         show(console_for(), entries)
+
+
+def _register() -> None:
+    """The commands that hold predictions against reality, from files of their own."""
+    from planner import cli_calibrate, cli_measure, cli_validate
+
+    app.command(epilog=cli_measure.EXAMPLE)(cli_measure.measure)
+    app.command(epilog=cli_validate.EXAMPLE)(cli_validate.validate)
+    app.command(epilog=cli_calibrate.EPILOG)(cli_calibrate.calibrate)
+
+
+_register()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import log2
+from typing import Any
 
 from planner.errors import InputError
-from planner.specs import ClusterSpec, ModelSpec, TrainingSpec
+from planner.specs import ClusterSpec, ModelSpec, Profile, TrainingSpec
 from planner.stacks import stack_named
 from planner.stacks.base import Recipe, Stack
 
@@ -83,15 +84,48 @@ def _precision(job_precision: str | None, peaks: dict[str, float], stack: Stack,
     return job_precision
 
 
-def _option(stack: Stack, name: str, value: str | None) -> str | None:
-    allowed = stack.options.get(name)
-    if allowed is None:
-        if value is not None:
-            raise InputError(f"{name}={value} is not an option of {stack.name}")
-        return None
-    if value is not None and value not in allowed:
-        raise InputError(f"{name}={value} is not offered by {stack.name}: use {' or '.join(allowed)}")
-    return value or allowed[0]
+def _options(stack: Stack, training: TrainingSpec, model: ModelSpec) -> dict[str, str]:
+    """Every option of the stack with its value: what was asked for, or the first that is listed."""
+    given = dict(training.options)
+    for name in ("attention", "swiglu"):
+        value = getattr(training, name)
+        heeded = value is not None and (name != "swiglu" or model.gated_mlp)
+        if heeded and given.setdefault(name, value) != value:
+            raise InputError(f"{name}={value} contradicts option {name}={given[name]}: give one")
+    for name, value in given.items():
+        if name in stack.sizes:
+            _check_size(name, value)
+            continue
+        if name not in stack.options:
+            known = ", ".join([*stack.options, *stack.sizes])
+            raise InputError(f"{name}={value[:40]} is not an option of {stack.name}: it has {known}")
+        if value not in stack.options[name]:
+            allowed = " or ".join(stack.options[name])
+            raise InputError(f"{name}={value[:40]} is not offered by {stack.name}: use {allowed}")
+    chosen = {name: given.get(name, allowed[0]) for name, allowed in stack.options.items()}
+    return chosen | {name: given.get(name, f"{size:g}") for name, size in stack.sizes.items()}
+
+
+def _check_size(name: str, value: str) -> None:
+    try:
+        size = float(value)
+    except ValueError:
+        size = 0.0
+    if not 1 <= size <= 1e13:
+        raise InputError(f"{name}={value[:40]}: write a number of elements, 1 or more, as in 5e8")
+
+
+def _with_profile(stack: Stack, profile: Profile | None) -> Stack:
+    """The stack with the overheads that a profile has measured."""
+    if profile is None:
+        return stack
+    if profile.framework not in (None, stack.name):
+        raise InputError(f"the profile was measured under {profile.framework}, not {stack.name}")
+    measured: dict[str, Any] = {
+        str(name): replace(getattr(stack, name), **figure.model_dump(), tag="measured")
+        for name, figure in profile.overheads.items()
+    }
+    return replace(stack, **measured)
 
 
 def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> Job:
@@ -119,14 +153,20 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
             f"{model.name}: use {model.max_position_embeddings} or less"
         )
     batch = training.global_batch_size or usual_batch(seq, cluster.num_gpus)
-    attention = _option(stack, "attention", training.attention)
+    options = _options(stack, training, model)
+    if options.get("compile") == "on" and not (model.gated_mlp and model.norm == "rmsnorm"):
+        raise InputError(
+            "compile=on: what compiled blocks keep is known of gated MLPs with RMSNorm only, "
+            f"not of {model.model_type}"
+        )
+    stack = _with_profile(stack, training.profile)
+    asked = training.attention or training.options.get("attention")
     if "bf16" not in cluster.gpu.peak_flops and "eager" in stack.options["attention"]:
-        if training.attention == "flash":
+        if asked == "flash":
             raise InputError(f"attention=flash: {cluster.gpu.name} predates its kernels: use eager")
-        attention = "eager"
-    if stack.name == "hf" and model.position_embedding == "alibi" and training.attention is None:
-        attention = "eager"  # transformers has no fused attention for ALiBi models
-    swiglu = _option(stack, "swiglu", training.swiglu if model.gated_mlp else None)
+        options["attention"] = "eager"
+    if stack.eager_alibi and model.position_embedding == "alibi" and asked is None:
+        options["attention"] = "eager"  # transformers has no fused attention for ALiBi models
     recipe = stack.recipes[precision]
     if training.gradient_dtype:
         recipe = replace(recipe, gradient=WIDTHS[training.gradient_dtype])
@@ -135,7 +175,9 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     if training.master_weights is not None:
         recipe = replace(recipe, master=4.0 if training.master_weights else 0.0)
 
-    if stack.gradient_copies and recipe.master and recipe.gradient < 4:
+    if stack.both_gradients and recipe.master and recipe.gradient == 4:
+        recipe = replace(recipe, gradient=4 + recipe.compute)
+    elif stack.gradient_copies and recipe.master and recipe.gradient < 4:
         recipe = replace(recipe, master=recipe.master + 4)
 
     given_fields = training.model_dump(exclude_none=True)
@@ -150,7 +192,8 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
         notes.append(f"precision {precision}")
     states = f"{recipe.weight:g} + {recipe.gradient:g} + {recipe.master:g} + moments of {recipe.moment:g}"
     notes.append(f"{stack.version}; bytes per parameter (weight, gradient, master, moments): {states}")
-    notes.append(f"attention {attention}" + (f", SwiGLU {swiglu}" if swiglu and model.gated_mlp else ""))
+    shown = {name: value for name, value in options.items() if name != "swiglu" or model.gated_mlp}
+    notes.append(", ".join(f"{name} {value}" for name, value in shown.items()))
     if precision in stack.notes:
         notes.append(stack.notes[precision])
     notes.append("MFU counts attention in full, as if it were not causal")
@@ -159,15 +202,21 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
         notes.append(f"data-parallel messages overlap with compute, as with {stack.hidden_transfers}")
     overheads = (stack.context, stack.communicator, stack.allocator)
     for overhead in overheads:
-        size = f"{overhead.value:.0%}" if overhead.value < 1 else f"{overhead.value / 2**30:g} GiB"
+        small = overhead.fraction
+        size, least, most = (
+            f"{x:.0%}" if small else f"{x / 2**30:.3g}"
+            for x in (overhead.value, overhead.least, overhead.most)
+        )
+        size = f"{size}{'' if small else ' GiB'}, {least} to {most}"
         notes.append(f"{overhead.name}: {size} ({overhead.tag}: {overhead.source})")
     filled = training.model_copy(
         update={
             "seq_length": seq,
             "global_batch_size": batch,
             "precision": precision,
-            "attention": attention,
-            "swiglu": swiglu,
+            "attention": options["attention"],
+            "swiglu": options.get("swiglu"),
+            "options": options,
         }
     )
     return Job(model, cluster, filled, stack, recipe, tuple(notes))

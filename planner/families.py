@@ -73,7 +73,9 @@ def _llama(config: _Config) -> dict[str, Any]:
     attention_bias = bool(config.get("attention_bias", False))
     family = config.data["model_type"]
     qwen = family == "qwen2"
-    positions = {"mistral": 131072, "qwen2": 32768}.get(family, 2048)  # the config classes' defaults
+    positions = {"mistral": 131072, "qwen2": 32768, "qwen3": 32768}.get(
+        family, 2048
+    )  # the config classes' defaults
     return _shared(config, config.integer("hidden_size"), heads) | {
         "num_hidden_layers": config.integer("num_hidden_layers"),
         "num_key_value_heads": config.get("num_key_value_heads", heads),
@@ -81,6 +83,8 @@ def _llama(config: _Config) -> dict[str, Any]:
         "max_position_embeddings": config.get("max_position_embeddings", positions),
         "tie_word_embeddings": config.get("tie_word_embeddings", False),
         "qkv_bias": qwen or attention_bias,
+        "qk_norm": family == "qwen3",
+        "sliding_window": config.data.get("sliding_window", 4096) if family == "mistral" else None,
         "attention_output_bias": attention_bias and not qwen,
         "mlp_bias": bool(config.get("mlp_bias", False)),
         "attention_dropout": config.get("attention_dropout", 0.0),
@@ -180,6 +184,7 @@ FAMILIES: dict[str, Callable[[_Config], dict[str, Any]]] = {
     "llama": _llama,
     "mistral": _llama,
     "qwen2": _llama,
+    "qwen3": _llama,
     "gpt2": _gpt2,
     "gpt_neox": _gpt_neox,
     "opt": _opt,
@@ -199,7 +204,7 @@ def model_from_config(data: Any, origin: str, name: str = "", source: str = "") 
             f"{', '.join(FAMILIES)}. {hint}".strip()
         )
     reader = FAMILIES[family](_Config(data, origin))
-    if family in ("llama", "mistral", "qwen2") and data.get("num_local_experts"):
+    if family in ("llama", "mistral", "qwen2", "qwen3") and data.get("num_local_experts"):
         raise InputError(f"{origin}: num_local_experts: mixtures of experts are not modelled")
     label = name or str(data.get("_name_or_path") or "").strip()[:200] or Path(origin).parent.name or family
     try:

@@ -12,22 +12,45 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from planner.specs import ModelSpec, TrainingSpec
-from planner.stacks.base import ALWAYS, BYTE, COMPUTE, FP32, INT64, UNTIL_FULL, Recipe, Row, Stack
+from planner.stacks.base import (
+    ALWAYS,
+    BYTE,
+    COMPUTE,
+    FP32,
+    GRADIENT,
+    INT64,
+    UNTIL_FULL,
+    Recipe,
+    Row,
+    Stack,
+)
 from strategies.base import Layer, Quantity, Role, Term
 
 if TYPE_CHECKING:
     import networkx as nx
 
+STEPS = {
+    "embedding": ("embedding",),
+    "block": ("down", "act", "up", "norm2", "out", "core", "qkv", "norm1"),
+    "head": ("loss", "head", "norm"),
+}
+"""The steps of a layer's backward, in order: of a block the down product, the activation function, the
+up (and gate) products, the second norm, the attention output product, the attention core, the query, key
+and value products, the first norm. A block with parallel residuals runs the same steps."""
 MOMENTS = {"adamw": 2, "adam": 2, "momentum": 1, "sgd": 0}
 """Optimizer states per parameter, besides a master copy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """One kind of weight of a layer; a ``matrix`` is multiplied with every token."""
+    """One kind of weight of a layer; a ``matrix`` is multiplied with every token.
+
+    ``step`` is the step of the layer's backward in which its gradient arises.
+    """
 
     name: str
     dims: dict[str, Quantity]
+    step: str
     matrix: bool = False
 
 
@@ -36,43 +59,45 @@ def block_weights(model: ModelSpec) -> Iterator[Weight]:
     hidden, ffn = {"hidden": model.hidden_size}, {"ffn": model.intermediate_size}
     queries = {"heads": model.num_attention_heads, "head_dim": model.head_dim}
     keys = {"kv_heads": model.num_key_value_heads, "head_dim": model.head_dim, "pair": 2}
-    yield Weight("query weight", hidden | queries, matrix=True)
-    yield Weight("key and value weights", hidden | keys, matrix=True)
-    yield Weight("attention output weight", queries | hidden, matrix=True)
+    yield Weight("query weight", hidden | queries, "qkv", matrix=True)
+    yield Weight("key and value weights", hidden | keys, "qkv", matrix=True)
+    yield Weight("attention output weight", queries | hidden, "out", matrix=True)
     if model.qkv_bias:
-        yield Weight("query bias", queries)
-        yield Weight("key and value biases", keys)
+        yield Weight("query bias", queries, "qkv")
+        yield Weight("key and value biases", keys, "qkv")
     if model.attention_output_bias:
-        yield Weight("attention output bias", hidden)
+        yield Weight("attention output bias", hidden, "out")
     if model.gated_mlp:
-        yield Weight("gate weight", hidden | ffn, matrix=True)
-    yield Weight("up weight", hidden | ffn, matrix=True)
-    yield Weight("down weight", ffn | hidden, matrix=True)
+        yield Weight("gate weight", hidden | ffn, "up", matrix=True)
+    yield Weight("up weight", hidden | ffn, "up", matrix=True)
+    yield Weight("down weight", ffn | hidden, "down", matrix=True)
     if model.mlp_bias:
-        yield Weight("up bias", ffn | {"pair": 2 if model.gated_mlp else 1})
-        yield Weight("down bias", hidden)
-    yield Weight("norm weights", hidden | {"pair": 2})
+        yield Weight("up bias", ffn | {"pair": 2 if model.gated_mlp else 1}, "up")
+        yield Weight("down bias", hidden, "down")
+    yield Weight("norm weights", hidden | {"pair": 2}, "norm1")
+    if model.qk_norm:
+        yield Weight("query and key norm weights", {"head_dim": model.head_dim, "pair": 2}, "core")
     if model.norm == "layernorm":
-        yield Weight("norm biases", hidden | {"pair": 2})
+        yield Weight("norm biases", hidden | {"pair": 2}, "norm1")
 
 
 def embedding_weights(model: ModelSpec, vocab: Quantity) -> Iterator[Weight]:
     """Weights before the first block."""
     hidden = {"hidden": model.hidden_size}
-    yield Weight("word embedding", {"vocab": vocab} | hidden)
+    yield Weight("word embedding", {"vocab": vocab} | hidden, "embedding")
     if model.position_embedding == "learned":
         rows = model.max_position_embeddings + model.position_offset
-        yield Weight("position embedding", {"positions": rows} | hidden)
+        yield Weight("position embedding", {"positions": rows} | hidden, "embedding")
     if model.embedding_norm:
-        yield Weight("embedding norm", hidden | {"pair": 2})
+        yield Weight("embedding norm", hidden | {"pair": 2}, "embedding")
 
 
 def head_weights(model: ModelSpec, vocab: Quantity, copies: Quantity) -> Iterator[Weight]:
     """Weights after the last block; a tied head has ``copies`` of the embedding (0 or 1)."""
     hidden = {"hidden": model.hidden_size}
-    yield Weight("final norm", hidden | {"pair": 2 if model.norm == "layernorm" else 1})
+    yield Weight("final norm", hidden | {"pair": 2 if model.norm == "layernorm" else 1}, "norm")
     dims = {"vocab": vocab} | hidden
-    yield Weight("head weight", dims | {"copies": copies} if model.tie_word_embeddings else dims)
+    yield Weight("head weight", dims | {"copies": copies} if model.tie_word_embeddings else dims, "head")
 
 
 def _elements(weights: Iterator[Weight], matrices_only: bool = False) -> int:
@@ -99,16 +124,23 @@ def count_matrix_parameters(model: ModelSpec) -> int:
     return blocks + model.vocab_size * model.hidden_size
 
 
-def features(model: ModelSpec, training: TrainingSpec) -> frozenset[str]:
+def features(model: ModelSpec, training: TrainingSpec, stack: Stack) -> frozenset[str]:
     """The words that rows of a stack are selected by."""
     words = {model.norm, model.model_type, f"act:{model.hidden_act}", model.position_embedding}
-    words |= {str(training.attention), f"swiglu:{training.swiglu}"}
+    words |= {str(training.attention)} | {f"{name}:{value}" for name, value in training.options.items()}
     dropout = model.dropout if training.dropout is None else training.dropout
     attention_dropout = model.attention_dropout if training.dropout is None else training.dropout
     chosen = {
+        "autocast": training.precision in stack.autocast,
+        "fp32": training.precision == "fp32",
+        "qk_norm": model.qk_norm,
         "gated": model.gated_mlp,
         "parallel": model.parallel_residual,
         "embedding_norm": model.embedding_norm,
+        # A mask of its own leaves the flash kernel, in transformers from a full window on.
+        "masked": bool(model.sliding_window and (training.seq_length or 0) >= model.sliding_window),
+        "gathers": stack.casts_weights,
+        "qkv_together": model.model_type in ("gpt2", "gpt_neox", "bloom"),
         "fused_qkv": model.model_type in ("gpt2", "gpt_neox"),
         "embedding_dropout": model.model_type in ("gpt2", "gpt_neox") and dropout > 0,
         "dropout": dropout > 0,
@@ -181,15 +213,18 @@ class Builder:
             "ffn": model.intermediate_size,
             "vocab": self.vocab,
             "tensor_group": (tensor_parallel > 1) * 1,
+            "tied": model.tie_word_embeddings * (1 - self.copies),
         }
-        self.width = {COMPUTE: recipe.compute, FP32: 4.0, BYTE: 1.0, INT64: 8.0}
-        self.features = features(model, training)
+        self.width = {COMPUTE: recipe.compute, GRADIENT: stack.autograd_bytes(recipe), FP32: 4.0, BYTE: 1.0}
+        self.width[INT64] = 8.0
+        self.features = features(model, training, stack)
+        self.kept = stack.rows_of(training.options)
 
     def states(self, weight: Weight) -> Iterator[Term]:
         """Parameter, gradient and optimizer states of one weight."""
         recipe = self.recipe
         yield Term(weight.name, Role.PARAMETER, weight.dims, recipe.weight)
-        yield Term(weight.name, Role.GRADIENT, weight.dims, recipe.gradient)
+        yield Term(weight.name, Role.GRADIENT, weight.dims, recipe.gradient, steps=(weight.step,))
         states = recipe.master + recipe.moment * MOMENTS[self.training.optimizer]
         yield Term(weight.name, Role.OPTIMIZER, weight.dims, states)
 
@@ -206,7 +241,8 @@ class Builder:
                 for word in row.dims.split():
                     name, _, length = word.partition(":")
                     dims[name] = int(length) if length else self.dims[name]
-                yield Term(row.name, row.role, dims, row.count * self.width[row.dtype], row.kept_by)
+                unit = row.count * self.width[row.dtype]
+                yield Term(row.name, row.role, dims, unit, row.kept_by, tuple(row.steps.split()))
 
     def regions(self, crossings: int, kept_by: tuple[str, ...] = ALWAYS) -> Term:
         """The residual stream as it crosses tensor-parallel regions, forward and backward."""
@@ -227,15 +263,15 @@ class Builder:
         per_pair = ATTENTION_FLOPS[str(self.training.attention)]
         kept = self.stack.rerun.get("attention core", UNTIL_FULL)
         terms.append(Term("attention core", Role.FLOPS, core, per_pair, kept))
-        terms += self.rows(self.stack.rows["block"] + BLOCK_TRAFFIC)
+        terms += self.rows(self.kept["block"] + BLOCK_TRAFFIC)
         terms.append(self.regions(4, UNTIL_FULL))
-        return Layer("block", tuple(terms), self.model.num_hidden_layers)
+        return Layer("block", tuple(terms), self.model.num_hidden_layers, STEPS["block"])
 
     def embedding(self) -> Layer:
         """Word and position embedding."""
         terms = [t for w in embedding_weights(self.model, self.vocab) for t in self.states(w)]
-        terms += self.rows(self.stack.rows["embedding"] + AROUND_TRAFFIC["embedding"])
-        return Layer("embedding", (*terms, self.regions(1)))
+        terms += self.rows(self.kept["embedding"] + AROUND_TRAFFIC["embedding"])
+        return Layer("embedding", (*terms, self.regions(1)), steps=STEPS["embedding"])
 
     def head(self) -> Layer:
         """Final norm, head and loss."""
@@ -243,8 +279,12 @@ class Builder:
         terms = [t for w in weights for t in self.states(w)]
         dims = {"vocab": self.vocab, "hidden": self.model.hidden_size}
         terms.append(self.product("head weight", dims, ALWAYS))
-        terms += self.rows(self.stack.rows["head"] + AROUND_TRAFFIC["head"])
-        return Layer("head", (*terms, self.regions(1)))
+        terms += self.rows(self.kept["head"] + AROUND_TRAFFIC["head"])
+        return Layer("head", (*terms, self.regions(1)), steps=STEPS["head"])
+
+    def stage(self) -> Layer:
+        """What a stage holds once, however many layers it has."""
+        return Layer("stage", tuple(self.rows(self.kept.get("stage", ()))))
 
     def graph(self) -> nx.DiGraph[str]:
         """The layers in the order in which a token meets them."""

@@ -12,8 +12,10 @@ from typing import Any
 
 from planner.candidate import Candidate
 from planner.network import group
-from planner.stages import Prices, exists, groups
-from strategies.base import STATES, Layer, Role, Term, size_seen_by
+from planner.overheads import groups, library_bytes
+from planner.replay import Snapshot
+from planner.stages import SPANS_OF, LayerPrice, Prices
+from strategies.base import STATES, Layer, Role, Term, held, size_seen_by
 from strategies.layout import strategies_of
 from strategies.recompute import Recompute
 
@@ -33,6 +35,7 @@ COMPONENT_OF = {
     Role.OPTIMIZER: "optimizer_states",
     Role.ACTIVATION: "activations",
     Role.TRANSIENT: "workspace",
+    Role.BUFFER: "workspace",
 }
 
 
@@ -85,13 +88,22 @@ def view(candidate: Candidate, rows: Sequence[Sequence[int]], index: int) -> Sta
     return StageView(index, depth, tuple(rows[index]), layers)
 
 
-def entries(prices: Prices, stage: StageView, moment: str) -> Iterator[Entry]:
-    """All that a GPU of this stage holds at a moment (``forward end`` or one of MOMENTS)."""
-    tensors = 0.0
-    for entry in _tensor_entries(prices, stage, moment):
+def entries(prices: Prices, stage: StageView, snapshot: Snapshot, pools: float = 0.0) -> Iterator[Entry]:
+    """All that a GPU of this stage holds at a snapshot of its step, what lies outside tensors too.
+
+    ``pools`` are the bytes of all streams' pools, if more than the snapshot's tensors.
+    """
+    tensors = library_bytes(prices.job)
+    for entry in tensor_entries(prices, stage, snapshot):
         tensors += entry.held
         yield entry
+    idle = pools + library_bytes(prices.job) - tensors
+    if idle > 1:
+        tensors += idle
+        yield _plain("framework_overhead", "idle room in other streams' pools", idle)
     stack, layout = prices.job.stack, prices.layout
+    library = library_bytes(prices.job)
+    yield _plain("framework_overhead", "workspace of the matrix libraries", library)
     for overhead, size in (
         (stack.context, stack.context.value),
         (stack.communicator, stack.communicator.value * groups(layout)),
@@ -102,80 +114,193 @@ def entries(prices: Prices, stage: StageView, moment: str) -> Iterator[Entry]:
         )
 
 
-def _tensor_entries(prices: Prices, stage: StageView, moment: str) -> Iterator[Entry]:
+def _plain(component: str, name: str, size: float, count: float = 1.0) -> Entry:
+    return Entry(component, name, "", {}, 1, count, size, {}, size * count)
+
+
+def tensor_entries(prices: Prices, stage: StageView, now: Snapshot) -> Iterator[Entry]:
+    """The tensors of a snapshot: states, activations, buffers, the working set of what is at work."""
     embedding, block, head = prices.layers
-    pipeline = prices.pipeline_at(stage.index)
     depth = sum(stage.layers.values())
-    gradients = float(prices.resident) if moment in ("forward end", "loss", "backward") else 1.0
-    for layer, count, present in ((embedding, 1, stage.first), (block, depth, True), (head, 1, stage.last)):
-        if present:
-            for role in STATES:
-                copies = count * (gradients if role is Role.GRADIENT else 1.0)
-                if layer is embedding and role is Role.GRADIENT and moment == "gradients complete":
-                    copies = float(prices.resident)  # it comes after the first block's backward
-                share = float(pipeline.share(Term("", role, {}, 1.0)))
-                yield from _entries(prices, layer, role, "none", copies, share if share != 1 else None)
-    if moment in ("forward end", "loss", "backward"):
-        flight = float(pipeline.in_flight)
-        chunks = prices.layout.chunks
-        waiting = prices.layout.grad_accum if prices.layout.schedule == "gpipe" else 1
-        if stage.first:
-            first = float(pipeline.first_chunk_in_flight)
-            yield from _entries(prices, embedding, Role.ACTIVATION, "none", 1, first)
-        for policy, rows in zip(prices.policies, stage.rows, strict=True):
-            if rows:
-                yield from _entries(prices, block, Role.ACTIVATION, policy, rows * chunks, flight / chunks)
-        if stage.last:
-            yield from _entries(prices, head, Role.ACTIVATION, "none", 1, float(waiting))
-    if moment == "loss":
-        yield from _entries(prices, head, Role.TRANSIENT, "none", 1, None)
-    if moment in ("backward", "gradients complete"):
-        used = [i for i, rows in enumerate(stage.rows) if rows]
-        policy = prices.policies[max(used, key=lambda i: float(prices.blocks[i].working))]
-        yield from _entries(prices, block, Role.TRANSIENT, policy, 1, None)
-        if policy != "none":
-            yield from _entries(prices, block, Role.ACTIVATION, "none", 1, None, freed_by=policy)
+    step = peak_step(prices, now)
+    own = {"embedding": prices.embedding, "head": prices.head}.get(now.at, prices.blocks[now.policy])
+    for layer, count, arrived in (
+        (embedding, int(stage.first), int(now.embedding_arrived)),
+        (block, depth, now.arrived),
+        (head, int(stage.last), int(now.head_arrived)),
+    ):
+        if count:
+            yield from _states(prices, stage, layer, count, arrived + (count - arrived) * now.started)
+    yield from _terms(prices, prices.once, Role.BUFFER, "none", 1)
+    for layer, kept, policy, of in _activations(prices, stage, now):
+        at_work = now.at != "block" or policy == prices.policies[now.policy]
+        within = step if layer.kind == now.at and at_work else None
+        yield from _terms(prices, layer, Role.ACTIVATION, policy, kept, kept / of, within)
+    if now.moment != "optimizer step":
+        for name, price, held_by in (
+            ("embedding", prices.embedding, stage.first),
+            ("head", prices.head, stage.last),
+            ("layers", prices.blocks[0], now.gathered),
+        ):
+            if held_by and float(price.gathered):
+                yield _plain("communication_buffers", f"gathered {name}", float(price.gathered), held_by)
+    if now.at in ("block", "head", "embedding"):
+        layer = {"block": block, "head": head, "embedding": embedding}[now.at]
+        policy = prices.policies[now.policy] if now.at == "block" else "none"
+        yield from _working(prices, layer, policy, own, step, now)
+    elif now.at == "optimizer":
+        room = float(prices.blocks[0].update_room) * depth
+        room += (
+            float(prices.embedding.update_room) * stage.first + float(prices.head.update_room) * stage.last
+        )
+        if room:
+            yield _plain("workspace", "updates of the foreach optimizer", room)
     for buffer in prices.buffers(stage.first, stage.last):
-        if exists(buffer, moment):
-            size = float(buffer.size)
-            yield Entry("communication_buffers", buffer.name, "", {}, 1, 1, size, {}, size)
+        if buffer.span in SPANS_OF[now.place] and float(buffer.size):
+            yield _plain("communication_buffers", buffer.name, float(buffer.size))
 
 
-def _entries(
+def _states(
+    prices: Prices, stage: StageView, layer: Layer, count: float, gradients: float
+) -> Iterator[Entry]:
+    pipeline = prices.pipeline_at(stage.index)
+    for role in (*STATES, Role.BUFFER):
+        copies = gradients if role is Role.GRADIENT else count
+        share = float(pipeline.share(Term("", role, {}, 1.0)))
+        yield from _terms(prices, layer, role, "none", copies, share)
+
+
+def _activations(
+    prices: Prices, stage: StageView, now: Snapshot
+) -> Iterator[tuple[Layer, float, str, float]]:
+    """Layer, layer-activations kept, policy, layers that they belong to."""
+    embedding, block, head = prices.layers
+    if stage.first and now.embeddings:
+        yield embedding, now.embeddings, "none", 1
+    for policy, kept in zip(prices.policies, now.kept, strict=True):
+        if kept:
+            yield block, kept, policy, max(stage.layers[policy], 1)
+    if stage.last and now.heads:
+        yield head, now.heads, "none", 1
+
+
+def peak_step(prices: Prices, now: Snapshot) -> int | None:
+    """The step of the layer at work at which its working set is largest; None at the start of it."""
+    if now.at not in ("block", "head", "embedding") or now.place == "logits":
+        return None
+    own = {"embedding": prices.embedding, "head": prices.head}.get(now.at, prices.blocks[now.policy])
+    level = best = float(own.recomputed)
+    number = None
+    for index, step in enumerate(own.walk):
+        level += float(step.whole) + float(step.final)
+        if level + float(step.passing) > best:
+            best, number = level + float(step.passing), index
+        level -= float(step.freed)
+    return number
+
+
+def _before(term: Term, layer: Layer, step: int) -> float:
+    """The part of a term whose steps are over when a step begins."""
+    return sum(layer.steps.index(one) < step for one in term.steps) / max(len(term.steps), 1)
+
+
+def _until(term: Term, layer: Layer, step: int) -> float:
+    return sum(layer.steps.index(one) <= step for one in term.steps) / max(len(term.steps), 1)
+
+
+def _in(term: Term, layer: Layer, step: int) -> float:
+    return (layer.steps[step] in term.steps) / max(len(term.steps), 1)
+
+
+def _working(
+    prices: Prices, layer: Layer, policy: str, own: LayerPrice, step: int | None, now: Snapshot
+) -> Iterator[Entry]:
+    """What the layer at work holds besides what it saved."""
+    *strategies, _ = strategies_of(prices.layout, prices.wire, 0, "none")
+    data, size = strategies[0], size_seen_by(strategies[0], strategies)
+    at_start = policy in prices.job.stack.block_policies
+    for term in layer.by_role[Role.ACTIVATION]:
+        if policy not in term.kept_by and "none" in term.kept_by:
+            if at_start:
+                part = 1.0 if step is None else 1 - _before(term, layer, step)
+            else:
+                part = 0.0 if step is None else _in(term, layer, step)
+            yield from _one(prices, layer, term, "none", part, f"{term.name}, recomputed", "workspace")
+    for term in layer.by_role[Role.TRANSIENT]:
+        part = 0.0
+        if term.steps == ("logits",):
+            part = float(now.place == "logits")
+        elif step is not None and now.place != "logits":
+            part = _in(term, layer, step)
+        yield from _one(prices, layer, term, "none", part)
+    if step is None:
+        return
+    whole = final = fresh = 0.0
+    for term in layer.by_role[Role.GRADIENT]:
+        arriving = data.arriving(term, size)
+        if arriving is not None:
+            whole += float(arriving) * _until(term, layer, step)
+        if not arriving:
+            final += float(held(term, strategies)) * (1 - float(prices.resident)) * _until(term, layer, step)
+            if not prices.job.stack.fused_accumulation and float(prices.resident) == 1:
+                fresh += float(size(term)) * _in(term, layer, step)
+    for name, amount in (
+        ("gradients of the layer at work", final),
+        ("gradients of the layer at work, whole", whole),
+        ("gradients about to be added", fresh),
+    ):
+        if amount:
+            yield _plain("gradients", name, amount)
+
+
+def _terms(
     prices: Prices,
     layer: Layer,
     role: Role,
     policy: str,
     count: float,
-    flight: float | None,
-    freed_by: str = "",
+    flight: float = 1.0,
+    step: int | None = None,
 ) -> Iterator[Entry]:
-    """Entries of a layer's terms of a role; with ``freed_by``, only of what that policy frees."""
-    *strategies, _ = strategies_of(prices.layout, prices.wire, 0, policy)
+    """Entries of a layer's terms of a role, ``count`` of each less what one layer freed by a step."""
     for term in layer.by_role[role]:
-        if freed_by and freed_by in term.kept_by:
-            continue
-        shares = {s.label: float(s.share(term)) for s in strategies if not isinstance(s, Recompute)}
-        recompute = next(s for s in strategies if isinstance(s, Recompute))
-        if role is Role.ACTIVATION:
-            shares[recompute.label] = float(recompute.share(term))
-        if flight is not None:
-            shares["in flight"] = flight
-        whole = float(term.amount)
-        held = whole * count
-        for share in shares.values():
-            held *= share
-        if held:
-            component = COMPONENT_OF[role]
-            if freed_by:
-                component = "workspace"
-            elif layer.kind == "head" and "vocab" in term.dims and role not in STATES:
-                component = "logits"
-            name = term.name if policy == "none" or role in STATES else f"{term.name} ({policy})"
-            if freed_by:
-                name = f"{term.name}, recomputed"
-            dims = {key: int(value) for key, value in term.dims.items()}
-            yield Entry(component, name, layer.kind, dims, term.unit, count, whole, shares, held)
+        left = count - (_before(term, layer, step) if step is not None else 0.0)
+        name = term.name if policy == "none" or role is not Role.ACTIVATION else f"{term.name} ({policy})"
+        yield from _one(prices, layer, term, policy, left, name, flight=flight)
+
+
+def _one(
+    prices: Prices,
+    layer: Layer,
+    term: Term,
+    policy: str,
+    count: float,
+    name: str = "",
+    component: str = "",
+    flight: float = 1.0,
+) -> Iterator[Entry]:
+    if not count:
+        return
+    *strategies, _ = strategies_of(prices.layout, prices.wire, 0, policy)
+    shares = {s.label: float(s.share(term)) for s in strategies if not isinstance(s, Recompute)}
+    recompute = next(s for s in strategies if isinstance(s, Recompute))
+    if term.role is Role.ACTIVATION:
+        shares[recompute.label] = float(recompute.share(term))
+        count = count / flight
+    if flight != 1:
+        shares["in flight"] = flight
+    whole = float(term.amount)
+    amount = whole * count
+    for share in shares.values():
+        amount *= share
+    if not amount:
+        return
+    if not component:
+        component = COMPONENT_OF[term.role]
+        if layer.kind == "head" and "vocab" in term.dims and term.role in (Role.ACTIVATION, Role.TRANSIENT):
+            component = "logits"
+    dims = {key: int(value) for key, value in term.dims.items()}
+    yield Entry(component, name or term.name, layer.kind, dims, term.unit, count, whole, shares, amount)
 
 
 @dataclass(frozen=True)

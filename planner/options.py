@@ -26,8 +26,15 @@ Budget = Annotated[str | None, option("--memory-budget", help="Bytes per GPU to 
 Headroom = Annotated[str | None, option("--headroom", help="Fraction of each GPU to leave free, as in 10%.")]
 
 # The stack.
-Framework = Annotated[str, option("--framework", help="megatron, torchtitan or hf.")]
-Precision = Annotated[str | None, option("--precision", help="bf16, fp16, fp32, or pure-bf16 (hf).")]
+Framework = Annotated[str, option("--framework", help="megatron, torchtitan, fsdp, deepspeed or hf.")]
+Choice = Annotated[
+    list[str] | None,
+    option("--option", "-o", help="A kernel or buffer of the framework, as in loss=fused; repeatable."),
+]
+Profile = Annotated[
+    str | None, option("--profile", help="Measured overheads: a file that planner calibrate wrote.")
+]
+Precision = Annotated[str | None, option("--precision", help="bf16, fp16, fp32, or pure-bf16 (hf, fsdp).")]
 Optimizer = Annotated[str, option("--optimizer", help="adamw, adam, momentum or sgd.")]
 Attention = Annotated[str | None, option("--attention", help="flash, sdpa or eager.")]
 Swiglu = Annotated[str | None, option("--swiglu", help="fused, unfused or recomputed.")]

@@ -5,14 +5,17 @@ Sizes in bytes, times in seconds. Fields may be added; none of these goes away w
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from planner.defaults import Job
 from planner.layouts import unsupported
-from planner.ledger import Entry, StageView, components, entries, view
+from planner.ledger import components, entries, view
+from planner.overheads import device_bytes, library_bytes, reserved_bytes
 from planner.program import Solution
+from planner.replay import StageReplay
 from planner.schedule import step_seconds
 from planner.specs import TrainingSpec
 from planner.stages import Prices, price
@@ -21,21 +24,28 @@ from strategies.layout import Layout
 SCHEMA = "planner.plan/1"
 TOLERANCE = 1e-6
 """The solver's own, on a stage's memory."""
-TIGHT = 0.96
-"""Part of the capacity above which a plan is called tight: the allocator's overhead is seen at 1 to
-9 % of what it serves, and is taken at the middle (planner/stacks/base.py)."""
+Verdict = Literal["fits", "at risk", "does not fit"]
 MODEL = ConfigDict(frozen=True, extra="forbid")
 
 
 class StagePlan(BaseModel):
-    """One pipeline stage: what it holds, and its peak with the moment and the components of it."""
+    """One pipeline stage: what it holds, and its peak with the moment and the components of it.
+
+    ``tensor_bytes`` is what PyTorch calls allocated, at its peak; ``reserved_bytes`` what its allocator
+    is expected to hold, ``peak_bytes`` what is taken of the GPU; the job needs at least
+    ``least_bytes`` and no more than ``most_bytes`` of it.
+    """
 
     model_config = MODEL
 
     layers: int
     recompute: dict[str, int]
     in_flight: float
+    tensor_bytes: int
+    reserved_bytes: int
     peak_bytes: int
+    least_bytes: int
+    most_bytes: int
     capacity_bytes: int
     moment: str
     moments: dict[str, int]
@@ -79,8 +89,11 @@ class Plan(BaseModel):
     num_gpus: int
     training: TrainingSpec
     layout: LayoutPlan
+    verdict: Verdict
     fits: bool
     peak_bytes: int
+    least_bytes: int
+    most_bytes: int
     capacity_bytes: int
     step_time_s: float
     critical_path_s: float
@@ -95,8 +108,8 @@ class Plan(BaseModel):
 
     @property
     def headroom_bytes(self) -> int:
-        """Bytes left on the fullest GPU; negative where it does not fit."""
-        return self.capacity_bytes - self.peak_bytes
+        """Bytes left on the fullest GPU whatever it needs; negative where it may not fit."""
+        return self.capacity_bytes - self.most_bytes
 
     @property
     def fullest(self) -> int:
@@ -104,54 +117,58 @@ class Plan(BaseModel):
         return max(range(len(self.stages)), key=lambda j: self.stages[j].peak_bytes)
 
 
-def stage_moments(stage: StageView) -> list[str]:
-    """The moments that a stage goes through, in order."""
-    return [
-        "forward end",
-        *(["loss"] if stage.last else []),
-        "backward",
-        "gradients complete",
-        "optimizer step",
-    ]
-
-
-def stage_entries(prices: Prices, stage: StageView) -> dict[str, list[Entry]]:
-    """The ledger of a stage at each of its moments."""
-    return {moment: list(entries(prices, stage, moment)) for moment in stage_moments(stage)}
-
-
 def plan_stage(prices: Prices, solution: Solution, index: int) -> StagePlan:
-    """One stage of a plan; its figures are sums of the ledger's entries."""
+    """One stage of a plan, replayed; its figures are sums of the ledger's entries."""
     candidate = solution.candidate
     stage = view(candidate, solution.rows, index)
-    ledgers = stage_entries(prices, stage)
-    sizes = {moment: sum(entry.held for entry in items) for moment, items in ledgers.items()}
-    moment = max(sizes, key=lambda name: sizes[name])
+    job, layout = prices.job, prices.layout
+    timeline = StageReplay(prices, index, solution.rows[index]).run()
+    peaks = timeline.peaks()
+    moment = max(peaks, key=lambda name: peaks[name][1])
+    snapshot, tensors = peaks[moment]
+    library = library_bytes(job)
+    held = list(entries(prices, stage, snapshot, timeline.pools))
+
+    def taken(size: float, bound: str = "value") -> int:
+        return round(float(device_bytes(job, layout, size, bound)))
+
     return StagePlan(
         layers=sum(stage.layers.values()),
         recompute={policy: count for policy, count in stage.layers.items() if count},
         in_flight=float(prices.pipeline_at(index).in_flight),
-        peak_bytes=round(sizes[moment]),
-        capacity_bytes=prices.job.cluster.capacity_bytes,
+        tensor_bytes=round(tensors + library),
+        reserved_bytes=round(float(reserved_bytes(job, layout, timeline.pools, tensors))),
+        peak_bytes=taken(timeline.pools),
+        least_bytes=taken(tensors, "least"),
+        most_bytes=taken(timeline.pools, "most"),
+        capacity_bytes=job.cluster.capacity_bytes,
         moment=moment,
-        moments={name: round(size) for name, size in sizes.items()},
-        components={name: round(size) for name, size in components(ledgers[moment]).items()},
+        moments={
+            name: taken(timeline.pools if name == moment else size) for name, (_, size) in peaks.items()
+        },
+        components={name: round(size) for name, size in components(held).items()},
         seconds=candidate.stage_seconds(index, solution.rows[index]),
         embedding=stage.first,
         head=stage.last,
     )
 
 
-def warnings_for(job: Job, layout: Layout, peak: float) -> list[str]:
+def verdict_of(stages: Sequence[StagePlan]) -> Verdict:
+    """``fits`` if every stage does at most, ``does not fit`` if one does not at least."""
+    if any(stage.least_bytes > stage.capacity_bytes * (1 + TOLERANCE) for stage in stages):
+        return "does not fit"
+    if all(stage.most_bytes <= stage.capacity_bytes * (1 + TOLERANCE) for stage in stages):
+        return "fits"
+    return "at risk"
+
+
+def warnings_for(job: Job, layout: Layout, verdict: Verdict) -> list[str]:
     """What a reader of the plan must not overlook."""
     notes = unsupported(job, layout)
     if job.seq_length > (positions := job.model.max_position_embeddings):
         notes.append(f"sequence length {job.seq_length} is beyond the model's {positions} positions")
-    capacity = job.cluster.capacity_bytes
-    if TIGHT < peak / capacity <= 1 + TOLERANCE:
-        notes.append(
-            f"fits with {1 - peak / capacity:.1%} to spare, less than what lies outside tensors may vary by"
-        )
+    if verdict == "at risk":
+        notes.append("at risk: whether it fits depends on what lies outside tensors, which varies")
     return notes
 
 
@@ -182,6 +199,7 @@ def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
         job.recipe.unit if job.recipe.unit in job.cluster.gpu.peak_flops else "fp32"
     ]
     peak = max(stage.peak_bytes for stage in stages)
+    verdict = verdict_of(stages)
     return Plan(
         model=job.model.name,
         num_parameters=job.model.num_parameters,
@@ -189,8 +207,11 @@ def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
         num_gpus=job.cluster.num_gpus,
         training=job.training,
         layout=LayoutPlan(**{name: getattr(layout, name) for name in LayoutPlan.model_fields}),
-        fits=peak <= job.cluster.capacity_bytes * (1 + TOLERANCE),
+        verdict=verdict,
+        fits=verdict == "fits",
         peak_bytes=peak,
+        least_bytes=max(stage.least_bytes for stage in stages),
+        most_bytes=max(stage.most_bytes for stage in stages),
         capacity_bytes=job.cluster.capacity_bytes,
         step_time_s=step,
         critical_path_s=step_seconds(layout, forward, backward) + candidate.step_seconds,
@@ -199,7 +220,7 @@ def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
         days=job.training.tokens / tokens_per_s / 86400 if job.training.tokens else None,
         bubble_fraction=float(prices.pipeline.bubble),
         stages=tuple(stages),
-        warnings=tuple(warnings_for(job, layout, peak)),
+        warnings=tuple(warnings_for(job, layout, verdict)),
         assumptions=job.assumptions,
         proof=proof,
     )

@@ -101,23 +101,23 @@ class _Model:
             spare = [(headroom, 1.0)]
             self.cost.append((headroom, -scale / self.room))
         for j, (stage, own) in enumerate(zip(rows, candidate.stages, strict=True)):
-            least = min(own.working)
-            extra = []
-            for r, (x, working) in enumerate(zip(stage, own.working, strict=True)):
-                if working > least:
+            lightest = {moment: min(working) for moment, (_, _, working) in own.moments.items()}
+            heavy: list[tuple[int, Any]] = []
+            for r, x in enumerate(stage):
+                if any(working[r] > lightest[name] for name, (_, _, working) in own.moments.items()):
                     uses = self.integer(f"uses_{index}_{j}_{r}", 1)
                     self.require(f"working_set_{index}_{j}_{r}", [(x, 1.0), (uses, -candidate.rows)], "<=")
-                    extra.append((uses, working - least))
-            # The heaviest policy in use counts: with two or more above the least, each alone.
-            options: list[tuple[Any, float] | None] = [*extra] or [None]
-            for number, heaviest in enumerate(options):
-                for moment, (per_row, fixed, works) in own.moments.items():
-                    if number and not works:
-                        continue
+                    heavy.append((r, uses))
+            for moment, (per_row, fixed, working) in own.moments.items():
+                # The heaviest policy in use counts: with two or more above the least, each alone.
+                least = lightest[moment]
+                alone: list[tuple[Any, float] | None]
+                alone = [(uses, working[r] - least) for r, uses in heavy if working[r] > least]
+                for number, one in enumerate(alone or [None]):
                     pairs = [(x, b / scale) for x, b in zip(stage, per_row, strict=True)]
-                    if works and heaviest:
-                        pairs.append((heaviest[0], heaviest[1] / scale))
-                    constant = (fixed + least * works) / scale - 1.0
+                    if one:
+                        pairs.append((one[0], one[1] / scale))
+                    constant = (fixed + least) / scale - 1.0
                     name = f"memory_{index}_{j}_{moment.replace(' ', '_')}_{number}"
                     self.require(name, [*pairs, *spare, (choose, constant)], "<=")
 

@@ -57,7 +57,15 @@ def read_cluster(gpus: str, memory_budget: str | None, headroom: str | None) -> 
 def read_training(given: dict[str, Any]) -> TrainingSpec:
     """A TrainingSpec of those of its fields that were given; ``tokens`` may be text."""
     values = {name: given[name] for name in TrainingSpec.model_fields if given.get(name) is not None}
-    values = {name: v.lower() if isinstance(v, str) else v for name, v in values.items()}
+    values = {
+        name: v.lower() if isinstance(v, str) and name != "profile" else v for name, v in values.items()
+    }
+    if given.get("option"):
+        values["options"] = read_options(given["option"])
+    if "profile" in values:
+        from planner.profiles import read_profile
+
+        values["profile"] = read_profile(values["profile"])
     if "tokens" in values:
         values["tokens"] = read_count(values["tokens"])
     try:
@@ -65,6 +73,18 @@ def read_training(given: dict[str, Any]) -> TrainingSpec:
     except ValidationError as error:
         field, _, rest = first_problem(error).partition("=")
         raise InputError(f"--{field.replace('_', '-')} {rest}") from None
+
+
+def read_options(texts: list[str]) -> dict[str, str]:
+    """Options of ``["loss=fused", "norm=recomputed"]``; the framework's table says which there are."""
+    options: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.strip().lower().partition("=")
+        if not (name and equals and value) or len(text) > 100:
+            raise InputError(f"--option {text[:40]!r}: write NAME=VALUE, as in loss=fused")
+        if options.setdefault(name, value) != value:
+            raise InputError(f"--option {name} is given twice: {options[name]} and {value[:40]}")
+    return options
 
 
 def read_count(text: str) -> float:

@@ -1,4 +1,4 @@
-"""Plans as tables for a terminal. Only this module imports rich.
+"""Plans as tables for a terminal.
 
 Tables fit 80 columns and use more where there is more; colour only marks what does not fit.
 """
@@ -18,7 +18,7 @@ from rich.text import Text
 
 from planner.advice import Change
 from planner.ledger import COMPONENTS, Entry, Message
-from planner.plan import Plan, StagePlan
+from planner.plan import Plan, StagePlan, verdict_of
 from planner.specs import Gpu, ModelSpec
 from planner.units import gib, human_bytes, human_count, human_seconds
 
@@ -42,6 +42,9 @@ BARS = {
     "communication_buffers": ("▓", "red"),
     "framework_overhead": ("░", "white"),
 }
+
+
+STYLES = {"fits": "", "at risk": "yellow", "does not fit": "red"}
 
 
 def grid(*headings: str, left: Iterable[str] = (), wrap: Iterable[str] = ()) -> Table:
@@ -79,12 +82,11 @@ def layers_of(plan: Plan) -> str:
 
 def headline(plan: Plan) -> Text:
     """The answer in words."""
-    free = plan.headroom_bytes
-    verdict = "fits" if plan.fits else "does not fit"
-    text = Text(f"{plan.model} {verdict} ", style="bold" if plan.fits else "bold red")
-    text.append(f"on {plan.num_gpus} x {plan.gpu} ", style="bold")
-    text.append(f"as {plan.layout.to_layout().describe()}: peak {gib(plan.peak_bytes)} of ")
-    text.append(f"{gib(plan.capacity_bytes)} GiB, {gib(abs(free))} GiB {'free' if free >= 0 else 'over'}; ")
+    words = {"fits": "fits on", "at risk": "is at risk on", "does not fit": "does not fit on"}
+    text = Text(f"{plan.model} {words[plan.verdict]} ", style=f"bold {STYLES[plan.verdict]}".strip())
+    text.append(f"{plan.num_gpus} x {plan.gpu} ", style="bold")
+    text.append(f"as {plan.layout.to_layout().describe()}: peak {gib(plan.peak_bytes)} GiB, ")
+    text.append(f"at most {gib(plan.most_bytes)}, of {gib(plan.capacity_bytes)}; ")
     text.append(
         f"{human_seconds(plan.step_time_s)} a step, {plan.tokens_per_s:,.0f} tokens/s, MFU {plan.mfu:.0%}"
     )
@@ -108,7 +110,7 @@ def ranking(plans: Sequence[Plan], wide: bool) -> Table:
         "sharding",
         "mb",
         "peak GiB",
-        "free",
+        "most",
         "bubble",
         "step",
         "MFU",
@@ -116,7 +118,7 @@ def ranking(plans: Sequence[Plan], wide: bool) -> Table:
     ]
     if wide:
         names = ["#", "TP", "PP", "DP", "chunks", "sharding", "schedule", "micro-batch", "grad accum"]
-        names += ["peak GiB", "free", "bubble", "step", "tokens/s", "MFU", "layers per stage", "recompute"]
+        names += ["peak GiB", "most", "bubble", "step", "tokens/s", "MFU", "layers per stage", "recompute"]
     table = grid(*names, left=("sharding", "schedule", "layers per stage", "recompute"), wrap=("recompute",))
     for number, plan in enumerate(plans, 1):
         layout = plan.layout
@@ -125,10 +127,10 @@ def ranking(plans: Sequence[Plan], wide: bool) -> Table:
         cells = [str(number), str(layout.tensor_parallel), pipeline, str(layout.data_parallel)]
         cells += [str(layout.chunks), label, layout.schedule] if wide else [label]
         cells += [str(layout.micro_batch_size), *([str(layout.grad_accum)] if wide else [])]
-        cells += [gib(plan.peak_bytes), gib(plan.headroom_bytes), f"{plan.bubble_fraction:.1%}"]
+        cells += [gib(plan.peak_bytes), gib(plan.most_bytes), f"{plan.bubble_fraction:.1%}"]
         cells += [human_seconds(plan.step_time_s), *([f"{plan.tokens_per_s:,.0f}"] if wide else [])]
         cells += [f"{plan.mfu:.0%}", *([layers_of(plan)] if wide else []), recompute_of(plan)]
-        table.add_row(*cells, style="" if plan.fits else "red")
+        table.add_row(*cells, style=STYLES[plan.verdict])
     return table
 
 
@@ -162,10 +164,8 @@ def stage_table(plan: Plan, most: int = 12) -> Table:
             table.add_row("...")
             continue
         sizes = [gib(stage.components[name]) for name in COMPONENTS]
-        over = stage.peak_bytes > stage.capacity_bytes
-        table.add_row(
-            label, str(stage.layers), *sizes, gib(stage.peak_bytes), stage.moment, style="red" if over else ""
-        )
+        style = STYLES[verdict_of([stage])]
+        table.add_row(label, str(stage.layers), *sizes, gib(stage.peak_bytes), stage.moment, style=style)
     return table
 
 
@@ -380,10 +380,17 @@ def show_compare(console: Console, rows: Sequence[tuple[str, Plan | str]]) -> No
         layout = plan.layout
         where = f"TP{layout.tensor_parallel} PP{layout.pipeline_parallel} DP{layout.data_parallel}"
         starred = name + ("*" if recompute_of(plan) != "none" else "")
-        cells = [starred, *([where, recompute_of(plan)] if wide else []), "yes" if plan.fits else "no"]
+        cells = [
+            starred,
+            *([where, recompute_of(plan)] if wide else []),
+            {"fits": "yes", "does not fit": "no"}.get(plan.verdict, "at risk"),
+        ]
         cells += [gib(stage.components[part]) for part in COMPONENTS]
-        cells += [gib(plan.peak_bytes), human_seconds(plan.step_time_s) if plan.fits else "-"]
-        table.add_row(*cells, style="" if plan.fits else "red")
+        cells += [
+            gib(plan.peak_bytes),
+            "-" if plan.verdict == "does not fit" else human_seconds(plan.step_time_s),
+        ]
+        table.add_row(*cells, style=STYLES[plan.verdict])
     console.print(table)
     console.print(Text("GiB per GPU on the fullest stage at its peak. * with recompute, as memory forces."))
     for reason in refused:

@@ -42,7 +42,9 @@ class ModelSpec(BaseModel):
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     position_embedding: Literal["rotary", "learned", "alibi"] = "rotary"
     position_offset: int = Field(0, ge=0, le=1000)  # rows of the learned table before position 0
+    sliding_window: int | None = Field(None, ge=1, le=1_000_000_000)
     qkv_bias: bool = False
+    qk_norm: bool = False  # queries and keys are normalised, head by head
     attention_output_bias: bool = False
     mlp_bias: bool = False
     embedding_norm: bool = False
@@ -204,11 +206,48 @@ class ClusterSpec(BaseModel):
             raise InputError(f"--gpus {text!r}: {first_problem(error)}") from None
 
 
+class OverheadFigure(BaseModel):
+    """Memory outside tensors as measured: what is usual, and the range; bytes or a fraction."""
+
+    model_config = FROZEN
+
+    value: float = Field(ge=0, le=1e12)
+    least: float = Field(ge=0, le=1e12)
+    most: float = Field(ge=0, le=1e12)
+    source: str = Field(max_length=500)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> OverheadFigure:
+        if not self.least <= self.value <= self.most:
+            raise ValueError(f"least {self.least:g}, value {self.value:g}, most {self.most:g}: not in order")
+        return self
+
+
+class Profile(BaseModel):
+    """What lies outside tensors on somebody's own machines: written by ``planner calibrate``.
+
+    ``overheads`` replace the framework's own: ``context`` and ``communicator`` in bytes,
+    ``allocator`` (reserved over allocated) as a fraction of what tensors need.
+    """
+
+    model_config = FROZEN
+
+    schema_version: Literal["planner.profile/1"] = "planner.profile/1"
+    framework: str | None = Field(None, max_length=50)
+    gpu: str | None = Field(None, max_length=100)
+    overheads: dict[Literal["context", "communicator", "allocator"], OverheadFigure]
+    runs: int = Field(ge=1)
+    notes: tuple[str, ...] = ()
+
+
 class TrainingSpec(BaseModel):
     """How a model is trained. None means: the usual value, which the plan lists as assumed.
 
     ``gradient_dtype``, ``master_weights`` and ``optimizer_dtype`` change the precision's recipe;
-    ``tokens`` is what the whole training sees, for its duration.
+    ``tokens`` is what the whole training sees, for its duration. ``options`` are the framework's own
+    choices of kernels and buffers (``loss``, ``norm`` ..., each stack's table lists them);
+    ``attention`` and ``swiglu`` are two of them with a name of their own. ``profile`` replaces
+    the framework's overheads by measured ones.
     """
 
     model_config = FROZEN
@@ -225,6 +264,8 @@ class TrainingSpec(BaseModel):
     optimizer_dtype: Literal["fp32", "bf16"] | None = None
     master_weights: bool | None = None
     tokens: float | None = Field(None, gt=0, le=1e18)
+    options: dict[str, str] = Field(default_factory=dict, max_length=50)
+    profile: Profile | None = None
 
 
 def first_problem(error: ValidationError) -> str:

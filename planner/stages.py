@@ -3,14 +3,16 @@
 :func:`price` prices a whole family of layouts at once, per layer; :meth:`Prices.spread` spreads
 one of them over its stages. Both only add up ``held(term)``: there is no second formula.
 
-The peak of a stage is the maximum over the moments of a step, each linear in the layers it holds:
+A layer's backward is a walk over its steps (planner/layers.py): activations are freed, gradients
+arise, transients live in one step each. ``working`` is the most that a layer needs on the way above
+what it has saved. The peak of a stage is the maximum over the moments of a step, each linear in the
+layers it holds; :mod:`planner.replay` goes through all of them, layer by layer, and is never above:
 
-- ``loss`` (last stage): model states, activations in flight, the loss's own tensors;
-- ``backward``: model states, activations in flight, the working set of one layer's backward
-  (its gradients of activations, and what it recomputes);
-- ``gradients complete``, where gradients arrive during the only backward of a step: model states
-  with all gradients but the embedding's and one layer's working set, activations gone;
-- ``optimizer step``: model states and the optimizer's buckets.
+- ``loss`` (last stage): model states, activations in flight, the working set of the head;
+- ``backward``: model states, activations in flight, the working set of the first or second layer;
+- ``gradients complete``: model states with all gradients, the working set of the last layer to run
+  backward or of the embedding, where gradients arrive during the only backward of a step;
+- ``optimizer step``: model states, the optimizer's buffers and temporaries.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -26,6 +29,7 @@ from planner.candidate import Candidate, Stage
 from planner.defaults import Job
 from planner.layers import Builder
 from planner.network import Network
+from planner.overheads import tensor_capacity
 from strategies.base import (
     STATES,
     AbstractStrategy,
@@ -41,6 +45,31 @@ from strategies.layout import Layout, strategies_of
 from strategies.pipeline_parallel import PipelineParallel
 
 MOMENTS = ("loss", "backward", "gradients complete", "optimizer step")
+SPANS_OF = {
+    "start": {"start"},
+    "forward end": {"passes"},
+    "logits": {"passes", "logits"},
+    "loss": {"passes", "loss"},
+    "first": {"passes", "block", "not last"},
+    "inner": {"passes", "block", "not first", "not last"},
+    "last": {"passes", "block", "not first"},
+    "only": {"passes", "block"},
+    "end": {"passes", "end"},
+    "reduction": {"reduction"},
+    "optimizer step": {"optimizer step"},
+}
+"""The buffers' spans that each place of a step lies in: the first, an inner, the last or the only layer
+to run backward, and the end of the backward."""
+
+
+@dataclass(frozen=True)
+class StepPrice:
+    """One step of a layer's backward: bytes freed after it, gradients that arise, transients."""
+
+    freed: Quantity
+    whole: Quantity  # gradients kept whole to the end of the layer's backward
+    final: Quantity  # gradients in the place and size in which they stay
+    passing: Quantity  # transients, and gradients that are added to others at once
 
 
 @dataclass(frozen=True)
@@ -48,42 +77,36 @@ class LayerPrice:
     """One layer on one GPU, pipeline aside: bytes by role, seconds of one micro-batch."""
 
     states: dict[Role, Quantity]
+    gathered: Quantity  # parameters kept gathered from the forward to the backward
     update_bytes: Quantity  # moved by the optimizer step
+    update_room: Quantity  # the optimizer step's temporaries
     saved: Quantity
-    working: Quantity  # bytes besides ``saved`` while its own backward runs
+    ahead: Quantity  # transients at the end of its forward
+    recomputed: Quantity  # what its backward starts by making again
+    walk: tuple[StepPrice, ...]
+    working: Quantity  # most bytes above ``saved`` while its own backward runs
     seconds: Quantity
     per_step: tuple[tuple[str, Quantity], ...]  # (hidden behind, seconds) of once-a-step messages
 
 
-def exists(buffer: Buffer, moment: str) -> bool:
-    """Is a buffer there at a moment? ``gradients complete`` is within the backward."""
-    if buffer.moment == "passes":
-        return moment != "optimizer step"
-    return buffer.moment == ("backward" if moment == "gradients complete" else moment)
+def working_set(recomputed: Quantity, walk: Iterable[StepPrice]) -> Quantity:
+    """The most that a backward needs above what was there before it."""
+    now, most = recomputed, recomputed
+    for step in walk:
+        now = now + step.whole + step.final
+        most = np.maximum(most, now + step.passing)
+        now = now - step.freed
+    return most
+
+
+def highest(values: Iterable[Quantity]) -> Quantity:
+    """The highest of numbers and arrays, place by place."""
+    return reduce(np.maximum, values, 0.0)
 
 
 def role_sum(layer: Layer, role: Role, strategies: Iterable[AbstractStrategy]) -> Quantity:
     """What one GPU holds of all of a layer's terms of a role."""
     return sum(held(term, strategies) for term in layer.by_role[role])
-
-
-def overhead_bytes(job: Job, layout: Layout) -> Quantity:
-    """Bytes outside tensors that do not grow with them: context, and buffers of each group."""
-    return job.stack.context.value + job.stack.communicator.value * groups(layout)
-
-
-def groups(layout: Layout) -> Quantity:
-    """Kinds of groups that a GPU communicates in: tensor, pipeline, data (two of it if hybrid)."""
-    hybrid = (layout.data_shards > 1) * (layout.data_shards < layout.data_parallel)
-    degrees = (layout.data_parallel, layout.tensor_parallel, layout.pipeline_parallel)
-    return sum((degree > 1) * 1 for degree in degrees) + hybrid * (layout.sharding == "fsdp")
-
-
-def tensor_capacity(job: Job, layout: Layout) -> Quantity:
-    """Bytes that tensors may fill: the budget less what lies outside them."""
-    return (job.cluster.capacity_bytes * job.stretch - overhead_bytes(job, layout)) / (
-        1 + job.stack.allocator.value
-    )
 
 
 def _pick(value: Any, selector: Any) -> Any:
@@ -94,7 +117,7 @@ def _pick(value: Any, selector: Any) -> Any:
         return {key: _pick(item, selector) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_pick(item, selector) for item in value)
-    if isinstance(value, LayerPrice | Layout | PipelineParallel):
+    if isinstance(value, LayerPrice | StepPrice | Layout | PipelineParallel):
         parts = {f.name: _pick(getattr(value, f.name), selector) for f in fields(value)}
         return replace(value, **parts)
     return value
@@ -113,8 +136,8 @@ class Prices:
         peak = peaks.get(job.recipe.unit, peaks["fp32"])
         self.flops = peak * gpu.achievable["matmul"].value * sustained
         self.bandwidth = gpu.hbm_bytes_per_s * gpu.achievable["memory"].value
-        self.wire = job.stack.wire(job.recipe)
-        self.layers = Builder(
+        self.wire = job.stack.wire(job.recipe, job.training.options)
+        builder = Builder(
             job.model,
             job.training,
             job.stack,
@@ -122,7 +145,20 @@ class Prices:
             batch=layout.micro_batch_size,
             tensor_parallel=layout.tensor_parallel,
             pipeline_parallel=layout.pipeline_parallel,
-        ).layers()
+        )
+        self.layers, self.once = builder.layers(), builder.stage()
+        # The part of the gradients' bytes that is there from the start: all of them in one buffer or
+        # from the second micro-batch on, else what DDP's buckets take beside them.
+        buckets = self.wire.bucket_fraction * (layout.sharding == "ddp") * (layout.data_parallel > 1)
+        views = self.wire.bucket_view * (layout.sharding == "ddp") * (layout.data_parallel > 1)
+        always = np.maximum(views, job.stack.gradients_resident) * 1.0
+        whole = np.maximum(layout.grad_accum > 1, always) * 1.0
+        self.resident_at_first = np.maximum(always, buckets / (1 + buckets))
+        self.resident = np.maximum(whole, buckets / (1 + buckets))
+        self.pipelined = (layout.pipeline_parallel > 1) * 1
+        # Gradients in a pool of their own take its room at every moment, whether they are there or not.
+        self.own_pool = strategies_of(layout, self.wire)[0].gradient_stream != "compute"
+        self.held_room = np.maximum(self.resident, self.own_pool * 1.0)
         self.embedding, self.head = (self._price(self.layers[i], "none") for i in (0, 2))
         self.plain = self._price(self.layers[1], "none")
         self.blocks = [
@@ -133,16 +169,14 @@ class Prices:
         depth = job.model.num_hidden_layers
         self.short = (-depth) % layout.chunks
         self.rows = (depth + self.short) // layout.chunks
-        # The part of the gradients' bytes that is there from the start: all of them in one buffer or
-        # from the second micro-batch on, else what DDP's buckets take beside them.
-        buckets = self.wire.bucket_fraction * (layout.sharding == "ddp") * (layout.data_parallel > 1)
-        whole = np.maximum(layout.grad_accum > 1, job.stack.gradients_resident) * 1.0
-        self.resident = np.maximum(whole, buckets / (1 + buckets))
         self.capacity = tensor_capacity(job, layout)
         self.send = self._send_seconds()
         self.step_seconds = self._step_seconds()
         ends = [(first, last) for first in (False, True) for last in (False, True)]
         self.buffer_bytes = {end: self._buffer_bytes(*end) for end in ends}
+        self.gather_bytes = {end: self._buffer_bytes(*end, stream="gather") for end in ends}
+        *shared, _ = strategies_of(layout, self.wire)
+        self.once_bytes = role_sum(self.once, Role.BUFFER, shared)
 
     def take(self, selector: Any) -> Prices:
         """The same prices for a part of the family: an index, or an index array and new axes."""
@@ -159,15 +193,54 @@ class Prices:
             layout.pipeline_parallel, stage, layout.grad_accum, layout.chunks, layout.schedule
         )
 
+    def _walk(self, layer: Layer, policy: str) -> tuple[Quantity, Quantity, tuple[StepPrice, ...]]:
+        """Transients when a layer's forward ends, what its backward makes again, and its steps."""
+        *strategies, _ = strategies_of(self.layout, self.wire, 0, policy)
+        *plain, _ = strategies_of(self.layout, self.wire, 0, "none")
+        data = plain[0]
+        size = size_seen_by(data, plain)
+        freed, again, whole, final, passing = (dict.fromkeys(layer.steps, 0.0) for _ in range(5))
+        at_start = policy in self.job.stack.block_policies
+        ahead: Quantity = 0.0
+        recomputed: Quantity = 0.0
+
+        def add(to: dict[str, Any], term: Term, amount: Quantity) -> None:
+            for step in term.steps:
+                to[step] = to[step] + amount / len(term.steps)
+
+        for term in layer.by_role[Role.ACTIVATION]:
+            if policy in term.kept_by:
+                add(freed, term, held(term, strategies))
+            elif "none" in term.kept_by:
+                made = held(term, plain)
+                add(again, term, made)
+                if at_start:
+                    add(freed, term, made)
+                    recomputed = recomputed + made
+        for term in layer.by_role[Role.TRANSIENT]:
+            if term.steps == ("logits",):
+                ahead = ahead + held(term, plain)
+            else:
+                add(passing, term, held(term, plain))
+        for term in layer.by_role[Role.GRADIENT]:
+            arriving = data.arriving(term, size)
+            if arriving is not None:
+                add(whole, term, arriving)
+            # Else, or in a group of one, it arises where it stays, or is added to what is there.
+            stays = 1.0 if arriving is None else np.where(np.equal(arriving, 0), 1.0, 0.0)
+            add(final, term, held(term, plain) * (1 - self.resident) * stays)
+            if not self.job.stack.fused_accumulation:
+                add(passing, term, size(term) * np.where(self.resident == 1, stays, 0.0))
+        if not at_start:
+            passing = {step: passing[step] + again[step] for step in layer.steps}
+        steps = [StepPrice(freed[k], whole[k], final[k], passing[k]) for k in layer.steps]
+        return ahead, recomputed, tuple(steps)
+
     def _price(self, layer: Layer, policy: str) -> LayerPrice:
         *strategies, _ = strategies_of(self.layout, self.wire, 0, policy)
         saved = role_sum(layer, Role.ACTIVATION, strategies)
-        working = role_sum(layer, Role.TRANSIENT, strategies)
-        if policy != "none":
-            # What is kept by no recompute but not by this policy is there again in the backward.
-            plain = strategies_of(self.layout, self.wire, 0, "none")[:-1]
-            freed = [t for t in layer.by_role[Role.ACTIVATION] if policy not in t.kept_by]
-            working = working + sum(held(t, plain) for t in freed)
+        ahead, recomputed, walk = self._walk(layer, policy)
+        data, size = strategies[0], size_seen_by(strategies[0], strategies)
         compute = role_sum(layer, Role.FLOPS, strategies) / self.flops
         compute = compute + role_sum(layer, Role.TRAFFIC, strategies) / self.bandwidth
         hidden: Quantity = 0.0
@@ -183,10 +256,15 @@ class Prices:
                 else:
                     exposed = exposed + seconds
         return LayerPrice(
-            states={role: role_sum(layer, role, strategies) for role in STATES},
+            states={role: role_sum(layer, role, strategies) for role in (*STATES, Role.BUFFER)},
+            gathered=sum(data.gathered(term, size) for term in layer.by_role[Role.PARAMETER]),
             update_bytes=self._update_bytes(layer, strategies),
+            update_room=self._update_room(layer, strategies),
             saved=saved,
-            working=working,
+            ahead=ahead,
+            recomputed=recomputed,
+            walk=walk,
+            working=working_set(recomputed, walk),
             seconds=np.maximum(compute, hidden) + exposed,
             per_step=tuple(per_step),
         )
@@ -199,6 +277,14 @@ class Prices:
             one = Term(term.name, term.role, term.dims, 1.0)
             total = total + held(one, strategies) * (2 * term.unit + recipe.gradient + recipe.weight)
         return total
+
+    def _update_room(self, layer: Layer, strategies: Sequence[AbstractStrategy]) -> Quantity:
+        # torch's foreach optimizers make one update of every parameter at a time; fused ones none.
+        if self.job.training.options.get("optimizer_step") != "foreach":
+            return 0.0
+        terms = layer.by_role[Role.OPTIMIZER]
+        one = [Term(t.name, t.role, t.dims, self.job.recipe.moment) for t in terms]
+        return sum(held(term, strategies) for term in one)
 
     @property
     def send_bytes(self) -> Quantity:
@@ -238,9 +324,11 @@ class Prices:
         embedding, block, head = self.layers
         return [*([embedding] if first else []), block, *([head] if last else [])]
 
-    def _buffer_bytes(self, first: bool, last: bool) -> dict[str, Quantity]:
-        buffers = self.buffers(first, last)
-        return {m: sum(b.size for b in buffers if exists(b, m)) for m in MOMENTS}
+    def _buffer_bytes(self, first: bool, last: bool, stream: str = "compute") -> dict[str, Quantity]:
+        buffers = [buffer for buffer in self.buffers(first, last) if buffer.stream == stream]
+        return {
+            place: sum((b.size for b in buffers if b.span in spans), 0.0) for place, spans in SPANS_OF.items()
+        }
 
     def buffers(self, first: bool, last: bool) -> list[Buffer]:
         """What the strategies allocate besides the terms on such a stage."""
@@ -262,48 +350,73 @@ class Prices:
 
     def moments(
         self, stage: Quantity, first: bool, last: bool
-    ) -> dict[str, tuple[list[Quantity], Quantity, bool]]:
-        """Every moment of a stage as numbers of the layers it holds; see :class:`Stage`."""
+    ) -> dict[str, tuple[list[Quantity], Quantity, list[Quantity]]]:
+        """Every moment of a stage as numbers of the layers it holds; see :class:`Stage`.
+
+        Bytes that PyTorch's allocator needs to serve the stage's tensors: each stream's pool as large
+        as it ever is.
+        """
         pipeline = self.pipeline_at(stage)
         chunks, flight = self.layout.chunks, pipeline.in_flight
-        sizes = self.buffer_bytes[first, last]
+        there, sizes = self.held_room, self.buffer_bytes[first, last]
+        gathering = highest(self.gather_bytes[first, last].values())
         around = [*([self.embedding] if first else []), *([self.head] if last else [])]
+        block = self.blocks[0]
 
-        def fixed(gradients: Quantity) -> Quantity:
+        # Embedding and head, if kept gathered, stay so to the end of the backward.
+        def fixed(gradients: Quantity, kept: Quantity, ends: float = 1.0) -> Quantity:
             missing = (self.short >= 1) * last + (self.short == 2) * first
-            states = sum(self.state_bytes(price, pipeline, gradients) for price in around)
-            return states - missing * self.state_bytes(self.blocks[0], pipeline, gradients)
+            states = sum(
+                self.state_bytes(price, pipeline, gradients) + price.gathered * ends for price in around
+            )
+            lacking = self.state_bytes(block, pipeline, gradients) + block.gathered * kept
+            return states - missing * lacking + self.once_bytes + gathering
 
-        def rows(gradients: Quantity) -> Quantity:
-            return self.state_bytes(self.blocks[0], pipeline, gradients) * chunks
+        def rows(gradients: Quantity, kept: Quantity) -> Quantity:
+            return (self.state_bytes(block, pipeline, gradients) + block.gathered * kept) * chunks
 
         # The embedding's activations are in flight like a first chunk's; the head's never wait,
         # unless the whole batch is sent forward first.
-        kept: Quantity = 0.0
-        if first:
-            kept = kept + self.embedding.saved * pipeline.first_chunk_in_flight
-        if last:
-            waiting = self.layout.grad_accum if self.layout.schedule == "gpipe" else 1
-            kept = kept + self.head.saved * waiting
-        # The embedding's gradient comes last, when no block is at work any more.
-        late = self.embedding.states[Role.GRADIENT] * (1.0 - self.resident) * first
-        running = [rows(self.resident) + flight * price.saved for price in self.blocks]
+        start = self.embedding.saved * pipeline.first_chunk_in_flight * first
+        waiting = self.layout.grad_accum if self.layout.schedule == "gpipe" else 1
+        running = [rows(there, 1.0) + flight * price.saved for price in self.blocks]
+        head = self.head.states[Role.GRADIENT] * (1.0 - there) * last
+        start = start + self.head.saved * (waiting - 1) * last
+        started = fixed(there, 1.0) + start + head
+        # The second layer may need more than the first: what is left of the first one's gradients.
+        lightest = np.minimum.reduce([price.saved for price in self.blocks])
+        left = sizes["inner"] + block.states[Role.GRADIENT] * (1.0 - there) - lightest
+        left = left - block.gathered * (1 - self.pipelined)
+        # Other micro-batches wait while this one is done.
+        ready = [rows(1.0, self.pipelined) + (flight - 1) * price.saved for price in self.blocks]
+        done = fixed(1.0, self.pipelined) + start
+        # Of the last layer to run backward, its own gradients are not there in full, and the embedding's
+        # come after it; the layer after it in the forward may be heavier yet, where it is prefetched for.
+        own = block.states[Role.GRADIENT] * (1.0 - there)
+        late = self.embedding.states[Role.GRADIENT] * (1.0 - there) * first
+        freed = block.gathered * (1 - self.pipelined) - own - late
+        ending = np.maximum(sizes["end"] + (self.embedding.working - late) * first, sizes["reduction"])
+        ahead = sizes["inner"] > sizes["last"]
+        bottom = []
+        for price in self.blocks:
+            before = sizes["inner"] + price.saved + block.gathered - own
+            around_it = np.where(ahead, np.maximum(sizes["last"], before), sizes["last"])
+            bottom.append(np.maximum(price.working + price.saved + freed + around_it, ending))
+        nothing: list[Quantity] = [0.0] * len(self.blocks)
+        working = [price.working for price in self.blocks]
         result = {
-            "backward": (running, fixed(self.resident) + kept + sizes["backward"], True),
-            "gradients complete": (
-                [rows(1.0)] * len(self.blocks),
-                fixed(1.0) - late + sizes["gradients complete"],
-                True,
-            ),
+            "backward": (running, started + np.maximum(sizes["first"], left), working),
+            "gradients complete": (ready, done, bottom),
             "optimizer step": (
-                [rows(1.0)] * len(self.blocks),
-                fixed(1.0) + sizes["optimizer step"],
-                False,
+                [rows(1.0, 0.0) + self.blocks[0].update_room * chunks] * len(self.blocks),
+                fixed(1.0, 0.0, 0.0) + sizes["optimizer step"] + sum(price.update_room for price in around),
+                nothing,
             ),
         }
         if last:
-            loss = fixed(self.resident) + kept + sizes["loss"] + self.head.working
-            result["loss"] = (running, loss, False)
+            loss = fixed(there, 1.0) + start + self.head.saved
+            room = np.maximum(sizes["loss"] + self.head.working, sizes["logits"] + self.head.ahead)
+            result["loss"] = (running, loss + room, nothing)
         return result
 
     def fixed_seconds(self, first: bool, last: bool) -> Quantity:
@@ -319,13 +432,12 @@ class Prices:
         for j in range(depth):
             first, last = j == 0, j == depth - 1
             moments = {
-                name: (tuple(float(x) for x in per_row), float(fixed), works)
-                for name, (per_row, fixed, works) in self.moments(j, first, last).items()
+                name: (tuple(map(float, per_row)), float(fixed), tuple(map(float, working)))
+                for name, (per_row, fixed, working) in self.moments(j, first, last).items()
             }
             stages.append(
                 Stage(
                     moments=moments,
-                    working=tuple(float(price.working) for price in self.blocks),
                     seconds=tuple(float(price.seconds * self.layout.chunks) for price in self.blocks),
                     fixed_seconds=float(self.fixed_seconds(first, last)),
                 )

@@ -22,6 +22,12 @@ from typing import Any, ClassVar
 Quantity = Any
 """A number, or a numpy array with one number per layout."""
 
+
+def smaller(a: Quantity, b: Quantity) -> Quantity:
+    """min(a, b), for numbers and arrays alike."""
+    return (a + b - abs(a - b)) / 2
+
+
 POLICIES = ("none", "selective", "full")
 """Recompute policies of a layer, from the one that keeps most to the one that keeps least."""
 
@@ -33,7 +39,8 @@ class Role(StrEnum):
     GRADIENT = "gradient"
     OPTIMIZER = "optimizer"
     ACTIVATION = "activation"  # kept from forward to backward, of one micro-batch
-    TRANSIENT = "transient"  # exists only while its own layer runs backward (or the loss)
+    TRANSIENT = "transient"  # exists only in one step of its own layer's backward (or in the loss)
+    BUFFER = "buffer"  # there for the whole step, besides model states
     MESSAGE = "message"  # crosses a tensor-parallel region or a stage boundary
     FLOPS = "flops"  # forward and backward, of one micro-batch
     TRAFFIC = "traffic"  # bytes through the GPU's memory in memory-bound work, one micro-batch
@@ -51,7 +58,9 @@ class Term:
     vocab``) to their lengths; ``unit`` is bytes (or FLOPs) per element. ``residual`` is the
     residual stream of an activation, ``hidden`` the same length in a weight: only the first is
     cut by sequence parallelism. ``kept_by`` lists the recompute policies under which the term is
-    kept after the forward (activations) or not run again (work and messages).
+    kept after the forward (activations) or not run again (work and messages). ``steps`` names the
+    steps of its layer's backward that it belongs to: after which an activation is freed, in which a
+    gradient arises, during which a transient exists; several share the term evenly.
     """
 
     name: str
@@ -59,6 +68,7 @@ class Term:
     dims: Mapping[str, Quantity]
     unit: float
     kept_by: tuple[str, ...] = POLICIES
+    steps: tuple[str, ...] = ()
 
     @property
     def elements(self) -> Quantity:
@@ -73,11 +83,15 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A bill of terms: the embedding, one transformer block, or the head with its loss."""
+    """A bill of terms: the embedding, one transformer block, or the head with its loss.
+
+    ``steps`` are the steps of its backward, in the order in which they run.
+    """
 
     kind: str
     terms: tuple[Term, ...]
     count: int = 1
+    steps: tuple[str, ...] = ()
     by_role: Mapping[Role, tuple[Term, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -109,16 +123,36 @@ Size = Callable[[Term], Quantity]
 """Bytes of a term that the strategies on *other* axes, pipeline aside, leave on this GPU."""
 
 
+SPANS = (
+    "start",
+    "passes",
+    "logits",
+    "loss",
+    "block",
+    "not first",
+    "not last",
+    "end",
+    "reduction",
+    "optimizer step",
+)
+"""When a buffer exists: as the forward starts; in all of forward and backward; when the logits have been
+made; in the loss's and the head's backward; while a block runs backward, any, any but the first to do
+so, any but the last; while the embedding's gradient is made; while the last gradients are reduced; in
+the optimizer step."""
+
+
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """Bytes a strategy allocates besides the terms, at one moment of a step.
+    """Bytes a strategy allocates besides the terms, during one of ``SPANS`` of a step.
 
-    ``passes`` is every moment of the forward and backward passes, all but the optimizer step.
+    ``stream`` names the CUDA stream that allocates it: PyTorch's allocator never hands memory that was
+    freed on one stream to another, so each stream's pool stays as large as it ever was.
     """
 
     name: str
     size: Quantity
-    moment: str = "passes"
+    span: str = "passes"
+    stream: str = "compute"
 
 
 @dataclass(frozen=True)
@@ -129,6 +163,8 @@ class AbstractStrategy(ABC):
     """The group it works in: data, tensor, pipeline, or recompute (a group of one)."""
     label: ClassVar[str]
     """The column heading that ``planner explain`` gives it."""
+    gradient_stream: ClassVar[str] = "compute"
+    """The CUDA stream whose pool the gradients that stay lie in."""
     degree: Quantity = 1
 
     def share(self, term: Term) -> Quantity:
@@ -142,6 +178,20 @@ class AbstractStrategy(ABC):
     def workspace(self, layers: Sequence[Layer], size: Size) -> Iterable[Buffer]:
         """What more must one GPU allocate for these layers, in bytes?"""
         return ()
+
+    def gathered(self, parameter: Term, size: Size) -> Quantity:
+        """Bytes of a parameter that is kept gathered from its layer's forward to its backward.
+
+        Part of the answer to ``workspace``.
+        """
+        return 0
+
+    def arriving(self, gradient: Term, size: Size) -> Quantity | None:
+        """Bytes of a layer's gradient from when it arises to the end of the layer's backward.
+
+        Part of the answer to ``workspace``. None where it arises in the place where it stays.
+        """
+        return None
 
     def objections(self, layers: Sequence[Layer]) -> Iterable[str]:
         """Why can this degree not be used for these layers?"""

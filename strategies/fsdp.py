@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from strategies.base import STATES, Buffer, Collective, Layer, Quantity, Role, Size, Term
-from strategies.zero3 import Zero3, unit_elements
+from strategies.zero3 import Zero3, elements
+
+
+def unit_elements(layers: Iterable[Layer], size: Size, *kinds: str) -> Quantity:
+    """Parameters of the layers of those kinds, one of each."""
+    return sum(elements(layer, size) for layer in layers if layer.kind in kinds)
+
+
+def tied_elements(layers: Sequence[Layer], size: Size) -> Quantity:
+    """Parameters of the embedding that a tied head on the same stage uses: a unit of both."""
+    tied = any("copies" in t.dims for layer in layers for t in layer.by_role[Role.PARAMETER])
+    together = {layer.kind for layer in layers} >= {"embedding", "head"}
+    return unit_elements(layers, size, "embedding") if tied and together else 0
 
 
 @dataclass(frozen=True)
@@ -24,7 +36,10 @@ class FullyShardedDataParallel(Zero3):
     """
 
     label: ClassVar[str] = "FSDP"
+    gradient_stream: ClassVar[str] = "reduce"
     shards: Quantity = 1
+    separate_root: bool = False
+    keeps_last: bool = False
     reshard_after_forward: bool = True
     pipelined: Quantity = 0
 
@@ -32,22 +47,65 @@ class FullyShardedDataParallel(Zero3):
         if term.role not in STATES:
             return 1
         cut = 1 / self.shards
-        kept = self.pipelined if self.reshard_after_forward else 1
-        if term.role is Role.PARAMETER:
-            return cut + kept * self.gather_bytes / term.unit
         if term.role is Role.GRADIENT:
             return cut + self.pipelined * (self.reduce_bytes / term.unit - cut)
         return cut
 
+    def gathered(self, parameter: Term, size: Size) -> Quantity:
+        kept = self.pipelined if self.reshard_after_forward else 1
+        return kept * size(parameter) / parameter.unit * self.gather_bytes
+
     def workspace(self, layers: Sequence[Layer], size: Size) -> Iterable[Buffer]:
-        # What stays gathered or whole is in the share already.
-        for buffer in super().workspace(layers, size):
-            if self.reshard_after_forward or buffer.name == "unsharded gradients":
-                yield Buffer(buffer.name, buffer.size * (1 - self.pipelined), buffer.moment)
+        # What stays gathered needs no second gathering, and a pipeline reduces once, at the end.
+        for buffer in self._units(layers, size):
+            kept = buffer.name.startswith("gathered") and buffer.span not in ("logits", "start")
+            if self.reshard_after_forward or not kept:
+                yield replace(buffer, size=buffer.size * (1 - self.pipelined))
+
+    def arriving(self, gradient: Term, size: Size) -> Quantity:
+        # In the dtype of the products, before the copy into the reduce-scatter's input.
+        return size(gradient) / gradient.unit * self.gather_bytes
+
+    def _units(self, layers: Sequence[Layer], size: Size) -> Iterable[Buffer]:
+        """Units that exist whole: the root, the layers at work, inputs of reduce-scatters.
+
+        The root unit (embedding, final norm and head) stays gathered from the forward to the end
+        of the backward, when its gradients are reduced; where embedding and head are units of
+        their own, only the head's does, through the loss. At the loss the last block is gathered
+        ahead of its backward, or has never been resharded (``keeps_last``); within the backward,
+        one block is in use and one gathered ahead, and the input of the previous block's
+        reduce-scatter is still there. Seen so in traces of torch 2.13's ``fully_shard``.
+        """
+        block = unit_elements(layers, size, "block")
+        yield Buffer("gathered layer, to be copied", block * self.gather_bytes, "logits", "gather")
+        head = unit_elements(layers, size, "head") + tied_elements(layers, size)
+        root = unit_elements(layers, size, "embedding", "head")
+        if self.separate_root:
+            root = unit_elements(layers, size, "embedding")
+            largest = head
+            yield Buffer("gathered head unit", head * self.gather_bytes, "loss")
+            yield Buffer("gathered embedding unit", root * self.gather_bytes, "end")
+        else:
+            largest = root
+            yield Buffer("gathered root unit", root * self.gather_bytes)
+            if self.keeps_last:
+                yield Buffer("gathered layer, the last", block * self.gather_bytes, "loss")
+            else:
+                yield Buffer("gathered layer, prefetched", block * self.gather_bytes, "loss", "gather")
+            yield Buffer("unsharded gradients of the head", head * self.gather_bytes, "block")
+            untied = unit_elements(layers, size, "head")
+            yield Buffer("unsharded gradients of the head", untied * self.gather_bytes, "end")
+        yield Buffer("gathered layer, in use", block * self.gather_bytes, "block")
+        yield Buffer("gathered layer, prefetched", block * self.gather_bytes, "not last", "gather")
+        yield Buffer("gathered unit, to be copied", largest * self.gather_bytes, "start", "gather")
+        for span in ("not first", "end"):
+            yield Buffer("reduce-scatter input, previous layer", block * self.reduce_bytes, span)
+        yield Buffer("unsharded gradients, last unit", root * self.gather_bytes, "reduction")
+        yield Buffer("reduce-scatter input, last unit", root * self.reduce_bytes, "reduction")
 
     def collectives(self, layer: Layer, size: Size) -> Iterable[Collective]:
-        elements = unit_elements([layer], size, layer.kind)
-        gathered, reduced = elements * self.gather_bytes, elements * self.reduce_bytes
+        unit = elements(layer, size)
+        gathered, reduced = unit * self.gather_bytes, unit * self.reduce_bytes
         each = 1 - self.pipelined
         gathers = (2 if self.reshard_after_forward else 1) * each
         shard, replicate = "data_shard", "data_replicate"

@@ -27,8 +27,13 @@ class Wire:
     gather_bytes: float = 2.0  # per parameter all-gathered
     reduce_bytes: float = 2.0  # per gradient reduce-scattered, by ZeRO-3 and FSDP
     bucket_bytes: float = 0.0  # of one ZeRO-1/2 bucket
+    bucket_elements: float = 5e8  # of ZeRO-3's gradient bucket
+    live_elements: float = 1e9  # parameters that ZeRO-3 keeps gathered at most
+    prefetch_elements: float = 5e7  # parameters that ZeRO-3 gathers ahead
     bucket_fraction: float = 0.0  # of DDP's buckets, in copies of the gradients
-    separate_root: bool = False  # embedding and head are ZeRO-3/FSDP units of their own
+    bucket_view: bool = False  # DDP's gradients are views of its buckets
+    separate_root: bool = False  # embedding and head are FSDP units of their own
+    keeps_last: bool = False  # FSDP does not reshard the last block after its forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +100,6 @@ def data_strategy(layout: Layout, wire: Wire) -> AbstractStrategy:
     gathered: dict[str, Any] = {
         "gather_bytes": wire.gather_bytes,
         "reduce_bytes": wire.reduce_bytes,
-        "separate_root": wire.separate_root,
     }
     match layout.sharding:
         case "ddp":
@@ -105,13 +109,16 @@ def data_strategy(layout: Layout, wire: Wire) -> AbstractStrategy:
         case "zero2":
             return Zero2(degree, wire.bucket_bytes)
         case "zero3":
-            return Zero3(degree, **gathered)
+            limits = wire.live_elements, wire.prefetch_elements, wire.bucket_elements
+            return Zero3(degree, wire.gather_bytes, wire.reduce_bytes, *limits)
         case "fsdp":
             return FullyShardedDataParallel(
                 degree,
                 shards=layout.data_shards,
                 reshard_after_forward=layout.reshard_after_forward,
                 pipelined=(layout.pipeline_parallel > 1) * 1,
+                separate_root=wire.separate_root,
+                keeps_last=wire.keeps_last,
                 **gathered,
             )
     raise ValueError(f"sharding={layout.sharding!r}: use one of {', '.join(SHARDINGS)}")

@@ -6,14 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from strategies.base import AbstractStrategy, Layer, Quantity, Role, Term
+from strategies.base import AbstractStrategy, Layer, Quantity, Role, Term, smaller
 
 SCHEDULES = ("1f1b", "interleaved", "gpipe", "pipedream")
-
-
-def smaller(a: Quantity, b: Quantity) -> Quantity:
-    """min(a, b), for numbers and arrays alike."""
-    return (a + b - abs(a - b)) / 2
 
 
 @dataclass(frozen=True)

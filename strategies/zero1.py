@@ -43,5 +43,5 @@ class Zero1(AbstractStrategy):
 
     def workspace(self, layers: Sequence[Layer], size: Size) -> Iterable[Buffer]:
         if self.bucket_bytes:
-            yield Buffer("reduce bucket", self.bucket_bytes, "backward")
+            yield Buffer("reduce bucket", self.bucket_bytes, "block")
             yield Buffer("all-gather bucket", self.bucket_bytes, "optimizer step")

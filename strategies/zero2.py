@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from strategies.base import Buffer, Collective, Layer, Quantity, Role, Size, Term
+from strategies.base import Collective, Layer, Quantity, Role, Size, Term
 from strategies.zero1 import Zero1
 
 
@@ -23,12 +23,9 @@ class Zero2(Zero1):
     def share(self, term: Term) -> Quantity:
         return 1 / self.degree if term.role in (Role.OPTIMIZER, Role.GRADIENT) else 1
 
-    def workspace(self, layers: Sequence[Layer], size: Size) -> Iterable[Buffer]:
-        yield from super().workspace(layers, size)
+    def arriving(self, gradient: Term, size: Size) -> Quantity:
         # Whole until they are reduce-scattered, right after the layer's backward.
-        block = [layer for layer in layers if layer.kind == "block"]
-        whole = sum(size(term) for layer in block for term in layer.by_role[Role.GRADIENT])
-        yield Buffer("unsharded gradients", whole * (self.degree > 1), "backward")
+        return size(gradient) * (self.degree > 1)
 
     def collectives(self, layer: Layer, size: Size) -> Iterable[Collective]:
         gradients = sum(size(term) for term in layer.by_role[Role.GRADIENT])

@@ -1,4 +1,4 @@
-"""ZeRO stage 3 (P_os+g+p): parameters too; whole layers exist only while they run."""
+"""ZeRO stage 3 (P_os+g+p): parameters too; they are gathered where they are used."""
 
 from __future__ import annotations
 
@@ -16,24 +16,13 @@ from strategies.base import (
     Role,
     Size,
     Term,
+    smaller,
 )
 
 
-def unit_elements(layers: Iterable[Layer], size: Size, *kinds: str) -> Quantity:
-    """Parameters of the layers of those kinds, one of each."""
-    return sum(
-        size(term) / term.unit
-        for layer in layers
-        if layer.kind in kinds
-        for term in layer.by_role[Role.PARAMETER]
-    )
-
-
-def tied_elements(layers: Sequence[Layer], size: Size) -> Quantity:
-    """Parameters of the embedding that a tied head on the same stage uses: a unit of both."""
-    tied = any("copies" in t.dims for layer in layers for t in layer.by_role[Role.PARAMETER])
-    together = {layer.kind for layer in layers} >= {"embedding", "head"}
-    return unit_elements(layers, size, "embedding") if tied and together else 0
+def elements(layer: Layer, size: Size) -> Quantity:
+    """Parameters of one layer."""
+    return sum(size(term) / term.unit for term in layer.by_role[Role.PARAMETER])
 
 
 @dataclass(frozen=True)
@@ -42,42 +31,32 @@ class Zero3(AbstractStrategy):
 
     Rajbhandari et al. 2020, arXiv:1910.02054, sections 5.3 and 7.2.2: two all-gathers of the
     parameters and one reduce-scatter of the gradients per micro-batch, 3 Psi.
-    ``gather_bytes`` and ``reduce_bytes`` are bytes per element on the wire.
+    ``gather_bytes`` and ``reduce_bytes`` are bytes per element on the wire. DeepSpeed keeps up to
+    ``live_elements`` (``stage3_max_live_parameters``) gathered, gathers ``prefetch_elements``
+    (``stage3_prefetch_bucket_size``) ahead and collects gradients in a bucket of ``bucket_elements``
+    (``reduce_bucket_size``).
     """
 
     axis: ClassVar[str] = "data"
     label: ClassVar[str] = "ZeRO-3"
     gather_bytes: float = 2.0
     reduce_bytes: float = 2.0
-    separate_root: bool = False
+    live_elements: float = 1e9
+    prefetch_elements: float = 5e7
+    bucket_elements: float = 5e8
 
     def share(self, term: Term) -> Quantity:
         return 1 / self.degree if term.role in STATES else 1
 
     def collectives(self, layer: Layer, size: Size) -> Iterable[Collective]:
-        elements = unit_elements([layer], size, layer.kind)
-        gathered, reduced = elements * self.gather_bytes, elements * self.reduce_bytes
+        unit = elements(layer, size)
+        gathered, reduced = unit * self.gather_bytes, unit * self.reduce_bytes
         yield Collective("all_gather", self.axis, gathered, times=2, behind="layer")
         yield Collective("reduce_scatter", self.axis, reduced, behind="layer")
 
     def workspace(self, layers: Sequence[Layer], size: Size) -> Iterable[Buffer]:
-        """Units that exist whole: the root, the layers at work, their gradients.
-
-        The root unit (embedding, final norm and head) stays gathered from the forward to the end
-        of the backward; where embedding and head are units of their own, only the head's does,
-        through the loss. At the loss the last block is gathered ahead of its backward; within the
-        backward, one block is in use and one gathered ahead, this block's gradients are whole and
-        the previous one's are the reduce-scatter's input.
-        """
-        block = unit_elements(layers, size, "block")
-        if self.separate_root:
-            head = unit_elements(layers, size, "head") + tied_elements(layers, size)
-            yield Buffer("gathered head unit", head * self.gather_bytes, "loss")
-        else:
-            root = unit_elements(layers, size, "embedding", "head")
-            yield Buffer("gathered root unit", root * self.gather_bytes)
-            yield Buffer("gathered layer, prefetched", block * self.gather_bytes, "loss")
-        gathered = 2 * block * self.gather_bytes
-        yield Buffer("gathered layers, in use and prefetched", gathered, "backward")
-        gradients = block * (self.gather_bytes + self.reduce_bytes)
-        yield Buffer("unsharded gradients", gradients, "backward")
+        everything = sum(layer.count * elements(layer, size) for layer in layers)
+        alive = smaller(everything, self.live_elements + self.prefetch_elements)
+        yield Buffer("gathered parameters", alive * self.gather_bytes)
+        for span in ("block", "end"):
+            yield Buffer("reduce bucket", smaller(everything, self.bucket_elements) * self.reduce_bytes, span)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from planner.errors import InputError, nearest_names
 from planner.stacks.base import Stack
+from planner.stacks.deepspeed import DEEPSPEED
+from planner.stacks.fsdp import FSDP
 from planner.stacks.hf import HF
 from planner.stacks.megatron import MEGATRON
 from planner.stacks.torchtitan import TORCHTITAN
 
-STACKS: dict[str, Stack] = {stack.name: stack for stack in (MEGATRON, TORCHTITAN, HF)}
+STACKS: dict[str, Stack] = {stack.name: stack for stack in (MEGATRON, TORCHTITAN, FSDP, DEEPSPEED, HF)}
 
 
 def stack_named(name: str) -> Stack:

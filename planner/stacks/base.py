@@ -11,13 +11,14 @@ that can be read beside the code they were counted in. Options select rows by wo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from strategies.base import POLICIES, Role
 from strategies.layout import Wire
 
-COMPUTE, FP32, BYTE, INT64 = "compute", "fp32", "byte", "int64"
-"""Element types of a row; ``compute`` is the precision that the matrix products run in."""
+COMPUTE, GRADIENT, FP32, BYTE, INT64 = "compute", "gradient", "fp32", "byte", "int64"
+"""Element types of a row; ``compute`` is the precision that the matrix products run in, ``gradient``
+that in which autograd makes the gradients of the weights."""
 
 ALWAYS = POLICIES
 NONE = ("none",)
@@ -29,7 +30,8 @@ class Row:
     """``count`` tensors of ``dims``, kept under the policies ``kept_by``, if ``when`` holds.
 
     ``when`` is a list of feature words that must all be present, or absent after a ``!``:
-    ``rotary !eager``.
+    ``rotary !eager``. ``steps`` lists the steps of the layer's backward (planner/layers.py) that the
+    tensors belong to, evenly: after which an activation is freed, during which a transient lives.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Row:
     kept_by: tuple[str, ...] = ALWAYS
     when: str = ""
     role: Role = Role.ACTIVATION
+    steps: str = ""
 
     def applies(self, features: frozenset[str]) -> bool:
         """Does this row belong to a model and job with these features?"""
@@ -61,12 +64,50 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Overhead:
-    """Memory outside tensors: a named, tagged number with the range it was seen in."""
+    """Memory outside tensors: a named, tagged number with the range it was seen in.
+
+    Bytes, or for the allocator a fraction of what tensors need. ``least`` and ``most`` bound what a
+    job needs of it: between them a plan is at risk.
+    """
 
     name: str
     value: float
+    least: float
+    most: float
     tag: str  # measured or assumed
     source: str
+    fraction: bool = False
+
+
+CONTEXT = Overhead(
+    "CUDA context and libraries",
+    0.5 * 2**30,
+    0.3 * 2**30,
+    0.6 * 2**30,
+    "assumed",
+    "0.3-0.6 GiB are commonly reported",
+)
+COMMUNICATOR = Overhead(
+    "NCCL buffers, per group of GPUs",
+    0.25 * 2**30,
+    0.1 * 2**30,
+    0.4 * 2**30,
+    "assumed",
+    "NVIDIA/nccl#964: 544-688 MB with one group, context included; nvidia-smi readings of BLOOM's runs "
+    "hold 1.1-1.6 GB beside PyTorch's with three",
+)
+
+
+ALLOCATOR = Overhead(
+    "allocator: reserved over what its pools serve",
+    0.09,
+    0.0,
+    0.12,
+    "measured",
+    "28 readings of torchtitan, eager and compiled, two thirds of them 5 to 12 %; under pressure PyTorch "
+    "returns cached blocks before it fails",
+    fraction=True,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,51 +122,64 @@ class Stack:
     sharding_notes: Mapping[str, str]
     schedules: tuple[str, ...]
     options: Mapping[str, tuple[str, ...]]  # option -> its values, the default first
+    other_rows: Mapping[str, Mapping[str, tuple[Row, ...]]] = field(default_factory=dict)
+    """Rows in place of ``rows`` under an option, as in ``kernels:megatron``."""
     notes: Mapping[str, str] = field(default_factory=dict)  # precision -> what to know of it
+    autocast: tuple[str, ...] = ()  # precisions that run fp32 weights under torch.autocast
     vocabulary_multiple: int = 1  # the vocabulary is padded to a multiple of this times t
     gradients_resident: bool = False  # one buffer for the whole step
+    casts_weights: bool = False  # FSDP2's mixed precision: half-precision copies run forward and backward
+    fused_accumulation: bool = False  # products add to the gradients without a copy of their own
     gradient_copies: bool = False  # half-precision gradients are copied to fp32 beside the master
+    both_gradients: bool = False  # fp32 gradients are kept besides half-precision ones
     tensor_parallel: bool = True
     policies: tuple[str, ...] = POLICIES  # the recompute policies it knows
+    block_policies: tuple[str, ...] = ("full",)  # those that run a whole block again before its backward
     rerun: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Products that a policy milder than ``full`` runs again: name -> policies that do not."""
-    reduce_bytes: float | None = None  # of ZeRO-3/FSDP's reduce-scatter; None: the gradient's
     families: tuple[str, ...] = ()  # the model types it has; all, if empty
-    separate_root: bool = False  # FSDP units: embedding and head each one of their own
-    bucket_elements: float = 0.0
+    separate_root: bool = False  # FSDP units: embedding and head each one of their own, unless root=one
+    keeps_last: bool = False  # with one root unit, FSDP does not reshard the last block after its forward
+    sizes: Mapping[str, float] = field(default_factory=dict)  # options that are numbers of elements
     bucket_fraction: float = 0.0
+    eager_alibi: bool = False  # no fused attention for ALiBi models
     hidden_transfers: str = ""  # the flags behind the overlap that is assumed
-    context: Overhead = field(
-        default=Overhead(
-            "CUDA context and libraries",
-            0.5 * 2**30,
-            "assumed",
-            "0.3-0.6 GiB are commonly reported; the middle is taken",
-        )
-    )
-    communicator: Overhead = field(
-        default=Overhead(
-            "NCCL buffers, per group of GPUs",
-            0.5 * 2**30,
-            "assumed",
-            "NVIDIA/nccl#964 reports 544-688 MB for a process with one group, context included",
-        )
-    )
-    allocator: Overhead = field(
-        default=Overhead(
-            "allocator: reserved over allocated",
-            0.05,
-            "assumed",
-            "1.01-1.09 in SimuMax's per-rank readings of Megatron-LM on B200; the middle is taken",
-        )
-    )
+    libraries: int = 1  # matrix libraries that keep a workspace among the tensors
+    context: Overhead = CONTEXT
+    communicator: Overhead = COMMUNICATOR
+    allocator: Overhead = ALLOCATOR
 
-    def wire(self, recipe: Recipe) -> Wire:
-        """What this stack sends for data parallelism under a recipe."""
-        return Wire(
+    def rows_of(self, options: Mapping[str, str]) -> Mapping[str, tuple[Row, ...]]:
+        """The rows that a job's options select."""
+        for name, value in options.items():
+            if found := self.other_rows.get(f"{name}:{value}"):
+                return found
+        return self.rows
+
+    def autograd_bytes(self, recipe: Recipe) -> float:
+        """Bytes per element of the gradients that autograd makes, before they are stored."""
+        return recipe.compute if self.casts_weights else recipe.weight
+
+    def size(self, name: str, options: Mapping[str, str]) -> float:
+        """Elements of a buffer: as asked for, else the stack's own; 0 if it has none of that name."""
+        return float(options.get(name, self.sizes.get(name, 0.0)))
+
+    def wire(self, recipe: Recipe, options: Mapping[str, str]) -> Wire:
+        """What this stack sends for data parallelism under a recipe and options."""
+        wire = Wire(
             gather_bytes=recipe.compute,
-            reduce_bytes=self.reduce_bytes or recipe.gradient,
-            bucket_bytes=self.bucket_elements * recipe.compute,
-            bucket_fraction=self.bucket_fraction,
-            separate_root=self.separate_root,
+            reduce_bytes={"fp32": 4.0, "bf16": 2.0}.get(options.get("reduce_dtype", ""), recipe.gradient),
+            bucket_bytes=self.size("reduce_bucket_size", options) * recipe.compute,
+            bucket_fraction=self.bucket_fraction if options.get("gradient_view") != "on" else 0.0,
+            bucket_view=options.get("gradient_view") == "on",
+            separate_root=self.separate_root and options.get("root") != "one",
+            keeps_last=self.keeps_last and options.get("root") == "one",
+        )
+        if not self.sizes:
+            return wire
+        return replace(
+            wire,
+            bucket_elements=self.size("reduce_bucket_size", options),
+            live_elements=self.size("stage3_max_live_parameters", options),
+            prefetch_elements=self.size("stage3_prefetch_bucket_size", options),
         )

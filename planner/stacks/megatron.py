@@ -8,6 +8,7 @@ attention keeps ``sbh(12 + 4k/a + 6f/h)`` plus log-sum-exp and statistics.
 from __future__ import annotations
 
 from planner.stacks.base import (
+    ALLOCATOR,
     ALWAYS,
     BYTE,
     COMPUTE,
@@ -15,63 +16,114 @@ from planner.stacks.base import (
     INT64,
     NONE,
     UNTIL_FULL,
+    Overhead,
     Recipe,
     Row,
     Stack,
 )
 from strategies.base import Role
 
+H, A, AD, KD, F, SS, V = (
+    "batch seq residual",
+    "batch seq heads",
+    "batch seq heads head_dim",
+    "batch seq kv_heads head_dim",
+    "batch seq ffn",
+    "batch heads seq seq_k",
+    "batch seq vocab",
+)
+TRANSIENT, BUFFER = Role.TRANSIENT, Role.BUFFER
+
 BLOCK = (
-    Row("block input", "batch seq residual", 1, COMPUTE, ALWAYS),
-    Row("norm statistics", "batch seq residual:1", 2, FP32, UNTIL_FULL, "rmsnorm"),
-    Row("norm statistics", "batch seq residual:1", 4, FP32, UNTIL_FULL, "layernorm"),
-    Row("attention input (norm output)", "batch seq residual", 1, COMPUTE, UNTIL_FULL),
-    Row("query", "batch seq heads head_dim", 1, COMPUTE, UNTIL_FULL),
-    Row("key and value", "batch seq kv_heads head_dim", 2, COMPUTE, UNTIL_FULL),
+    Row("block input", H, 1, COMPUTE, ALWAYS, steps="norm1"),
+    Row("norm statistics", "batch seq residual:1", 2, FP32, UNTIL_FULL, "rmsnorm", steps="norm1 norm2"),
+    Row("norm statistics", "batch seq residual:1", 4, FP32, UNTIL_FULL, "layernorm", steps="norm1 norm2"),
+    Row("attention input (norm output)", H, 1, COMPUTE, UNTIL_FULL, "!norm:recomputed", steps="qkv"),
+    Row("query", AD, 1, COMPUTE, UNTIL_FULL, steps="core"),
+    Row("key and value", KD, 2, COMPUTE, UNTIL_FULL, steps="core"),
+    # The norms of queries and keys keep their inputs.
+    Row("query before its norm", AD, 1, COMPUTE, UNTIL_FULL, "qk_norm", steps="qkv"),
+    Row("key before its norm", KD, 1, COMPUTE, UNTIL_FULL, "qk_norm", steps="qkv"),
     # Without Transformer Engine's fused rotary embedding both versions of q and k are kept.
-    Row("rotated query", "batch seq heads head_dim", 1, COMPUTE, UNTIL_FULL, "rotary eager"),
-    Row("rotated key", "batch seq kv_heads head_dim", 1, COMPUTE, UNTIL_FULL, "rotary eager"),
-    Row("rotary angles", "seq head_dim", 2, FP32, UNTIL_FULL, "rotary eager"),
-    Row("attention probabilities", "batch heads seq seq_k", 1, COMPUTE, NONE, "eager"),
-    Row("attention dropout mask", "batch heads seq seq_k", 1, BYTE, NONE, "eager attention_dropout"),
-    Row("attention after dropout", "batch heads seq seq_k", 1, COMPUTE, NONE, "eager attention_dropout"),
-    Row("log-sum-exp of the scores", "batch seq heads", 1, FP32, NONE, "!eager"),
-    Row("attention output", "batch seq heads head_dim", 1, COMPUTE, UNTIL_FULL),
-    Row("dropout mask after attention", "batch seq residual", 1, BYTE, UNTIL_FULL, "dropout"),
-    Row("input of the second norm", "batch seq residual", 1, COMPUTE, UNTIL_FULL, "!parallel"),
-    Row("MLP input (norm output)", "batch seq residual", 1, COMPUTE, UNTIL_FULL),
-    Row("activation's input", "batch seq ffn", 1, COMPUTE, UNTIL_FULL, "!gated"),
-    Row("second product's input", "batch seq ffn", 1, COMPUTE, UNTIL_FULL, "!gated"),
-    Row("gate and up", "batch seq ffn", 2, COMPUTE, UNTIL_FULL, "gated"),
-    Row("activated gate", "batch seq ffn", 1, COMPUTE, UNTIL_FULL, "gated swiglu:unfused"),
-    Row("gated product", "batch seq ffn", 1, COMPUTE, UNTIL_FULL, "gated !swiglu:recomputed"),
-    Row("dropout mask after MLP", "batch seq residual", 1, BYTE, UNTIL_FULL, "dropout"),
-    # Backward of the MLP: gradients of the product and of what it was made from.
-    Row("gradients within the MLP", "batch seq ffn", 2, role=Role.TRANSIENT),
-    Row("gradient of the block's output", "batch seq residual", 1, role=Role.TRANSIENT),
-    Row("gradient of the scores", "batch heads seq seq_k", 1, when="eager", role=Role.TRANSIENT),
+    Row("rotated query", AD, 1, COMPUTE, UNTIL_FULL, "rotary eager", steps="core"),
+    Row("rotated key", KD, 1, COMPUTE, UNTIL_FULL, "rotary eager", steps="core"),
+    Row("rotary angles", "seq head_dim", 2, FP32, UNTIL_FULL, "rotary eager", steps="core"),
+    Row("attention probabilities", SS, 1, COMPUTE, NONE, "eager", steps="core"),
+    Row("attention dropout mask", SS, 1, BYTE, NONE, "eager attention_dropout", steps="core"),
+    Row("attention after dropout", SS, 1, COMPUTE, NONE, "eager attention_dropout", steps="core"),
+    Row("log-sum-exp of the scores", A, 1, FP32, NONE, "!eager", steps="core"),
+    Row("attention output", AD, 1, COMPUTE, UNTIL_FULL, steps="core"),
+    Row("dropout mask after attention", H, 1, BYTE, UNTIL_FULL, "dropout", steps="out"),
+    Row("input of the second norm", H, 1, COMPUTE, UNTIL_FULL, "!parallel", steps="norm2"),
+    Row("MLP input (norm output)", H, 1, COMPUTE, UNTIL_FULL, "!norm:recomputed", steps="up"),
+    Row("activation's input", F, 1, COMPUTE, UNTIL_FULL, "!gated", steps="act"),
+    Row("second product's input", F, 1, COMPUTE, UNTIL_FULL, "!gated", steps="down"),
+    Row("gate and up", F, 2, COMPUTE, UNTIL_FULL, "gated", steps="act"),
+    Row("activated gate", F, 1, COMPUTE, UNTIL_FULL, "gated swiglu:unfused", steps="act"),
+    Row("gated product", F, 1, COMPUTE, UNTIL_FULL, "gated !swiglu:recomputed", steps="down"),
+    Row("dropout mask after MLP", H, 1, BYTE, UNTIL_FULL, "dropout", steps="down"),
+    Row("gradient of the block's output", H, 8, role=TRANSIENT, steps="down act up norm2 out core qkv norm1"),
+    Row("gradient of the second product's input", F, 2, role=TRANSIENT, steps="down act"),
+    Row("gradients of gate and up", F, 4, when="gated", role=TRANSIENT, steps="act up"),
+    Row("gradient of the activation's input", F, 2, when="!gated", role=TRANSIENT, steps="act up"),
+    Row("gradient of a norm's output", H, 4, role=TRANSIENT, steps="up norm2 qkv norm1"),
+    Row("gradient of the attention output", AD, 2, role=TRANSIENT, steps="out core"),
+    Row("gradient of the query", AD, 2, role=TRANSIENT, steps="core qkv"),
+    Row("gradients of key and value", KD, 4, role=TRANSIENT, steps="core qkv"),
+    Row("gradient of the scores", SS, 1, when="eager", role=TRANSIENT, steps="core"),
+    Row("norm outputs, recomputed", H, 2, when="norm:recomputed", role=TRANSIENT, steps="qkv up"),
+    Row("gated product, recomputed", F, 1, when="gated swiglu:recomputed", role=TRANSIENT, steps="down"),
 )
 
 EMBEDDING = (
     Row("token ids", "batch seq", 1, INT64),
-    Row("dropout mask of the embedding", "batch seq residual", 1, BYTE, when="dropout"),
-    Row("input of the embedding norm", "batch seq residual", 1, when="embedding_norm"),
+    Row("dropout mask of the embedding", H, 1, BYTE, when="dropout"),
+    Row("input of the embedding norm", H, 1, when="embedding_norm"),
+    Row("gradient of the embedding's output", H, 1, role=TRANSIENT, steps="embedding"),
+    # The look-up's backward makes a dense gradient, which is then added to the main one.
+    Row("dense gradient of the look-up", "vocab hidden", 1, role=TRANSIENT, steps="embedding"),
 )
 
 HEAD = (
-    Row("input of the final norm", "batch seq residual", 1),
-    Row("final norm statistics", "batch seq residual:1", 1, FP32, when="rmsnorm"),
-    Row("final norm statistics", "batch seq residual:1", 2, FP32, when="layernorm"),
-    Row("head input (norm output)", "batch seq residual", 1),
-    # Vocabulary-parallel cross entropy keeps the probabilities, in fp32.
-    Row("probabilities of the loss", "batch seq vocab", 1, FP32),
-    Row("logits", "batch seq vocab", 1, role=Role.TRANSIENT),
+    Row("input of the final norm", H, 1, steps="norm"),
+    Row("final norm statistics", "batch seq residual:1", 1, FP32, when="rmsnorm", steps="norm"),
+    Row("final norm statistics", "batch seq residual:1", 2, FP32, when="layernorm", steps="norm"),
+    Row("head input (norm output)", H, 1, steps="head"),
+    # Vocabulary-parallel cross entropy keeps the probabilities, in fp32; Transformer Engine's fused one
+    # the logits, which its backward turns into their gradients in place.
+    Row("probabilities of the loss", V, 1, FP32, when="!loss:fused", steps="loss"),
+    Row("logits", V, 1, when="loss:fused", steps="head"),
+    Row("logits", V, 1, when="!loss:fused", role=TRANSIENT, steps="loss"),
+    Row("gradient of the logits", V, 1, when="!loss:fused", role=TRANSIENT, steps="head"),
+    Row("gradient of the head's input", H, 2, role=TRANSIENT, steps="head norm"),
+    # Fused accumulation adds to the main gradient; autograd is handed an empty one of the weight's shape.
+    Row("stand-in gradient of the head weight", "vocab hidden", 1, role=TRANSIENT, steps="head"),
+)
+
+# Transformer Engine keeps one stand-in for each shape of weight, for good (get_dummy_wgrad).
+STAGE = (
+    Row(
+        "stand-in gradient, query, key, value: query", "hidden heads head_dim", 1, when="!eager", role=BUFFER
+    ),
+    Row(
+        "stand-in gradient, query, key, value: key and value",
+        "hidden kv_heads head_dim",
+        2,
+        when="!eager",
+        role=BUFFER,
+    ),
+    Row("stand-in gradient, attention output", "heads head_dim hidden", 1, when="!eager", role=BUFFER),
+    Row("stand-in gradient, gate and up", "hidden ffn", 2, when="!eager gated", role=BUFFER),
+    Row("stand-in gradient, up", "hidden ffn", 1, when="!eager !gated", role=BUFFER),
+    Row("stand-in gradient, down", "ffn hidden", 1, when="!eager", role=BUFFER),
+    # The scores of unfused attention go into one buffer that all layers share.
+    Row("attention scores, shared", SS, 1, when="eager", role=BUFFER),
 )
 
 MEGATRON = Stack(
     name="megatron",
     version="Megatron-LM core 0.16, Transformer Engine kernels",
-    rows={"embedding": EMBEDDING, "block": BLOCK, "head": HEAD},
+    rows={"embedding": EMBEDDING, "block": BLOCK, "head": HEAD, "stage": STAGE},
     recipes={
         "bf16": Recipe(2, 4, 4, 4),
         "fp16": Recipe(2, 4, 4, 4, unit="fp16"),
@@ -85,10 +137,26 @@ MEGATRON = Stack(
         "fsdp": "--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params",
     },
     schedules=("1f1b", "interleaved"),
-    options={"attention": ("flash", "eager"), "swiglu": ("fused", "unfused", "recomputed")},
+    options={
+        "attention": ("flash", "eager"),
+        "swiglu": ("fused", "unfused", "recomputed"),
+        "norm": ("kept", "recomputed"),
+        "loss": ("parallel", "fused"),
+    },
     rerun={"attention core": NONE},
     vocabulary_multiple=128,
     gradients_resident=True,
+    fused_accumulation=True,
+    libraries=2,
     gradient_copies=True,
+    allocator=Overhead(
+        ALLOCATOR.name,
+        0.03,
+        0.0,
+        0.09,
+        "measured",
+        "1.01-1.09 in SimuMax's per-rank readings of Megatron-LM on B200, 1.03 in most",
+        fraction=True,
+    ),
     hidden_transfers="--overlap-grad-reduce --overlap-param-gather",
 )

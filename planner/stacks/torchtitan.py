@@ -2,7 +2,9 @@
 
 Sums per Llama block, counted in torchtitan 0.3.0 under torch 2.13: without recompute
 ``sb[8h + 2(a+2k)d + 2ad + 8f] + 4sba + 4sbd + 8sb``; ``selective`` keeps the block's input and
-the outputs of every second product and of attention; ``full`` keeps ``2sbh``.
+the outputs of every second product and of attention; ``full`` keeps ``2sbh``. Compiled block by block
+(inductor's min-cut partitioner, torch 2.13): ``sb[8h + 4ad + 4kd + 6f + 4a + 8]`` without recompute,
+``sb[2h + 4ad + 2kd + 2f + 4a]`` under ``selective`` with three separate products.
 """
 
 from __future__ import annotations
@@ -14,46 +16,121 @@ from planner.stacks.base import (
     INT64,
     NONE,
     UNTIL_FULL,
-    Overhead,
     Recipe,
     Row,
     Stack,
 )
 from strategies.base import Role
 
+H, W, A, AD, KD, F, V = (
+    "batch seq residual",
+    "batch seq hidden",
+    "batch seq heads",
+    "batch seq heads head_dim",
+    "batch seq kv_heads head_dim",
+    "batch seq ffn",
+    "batch seq vocab",
+)
+TRANSIENT = Role.TRANSIENT
+ALL = "down act up norm2 out core qkv norm1"
+
 BLOCK = (
-    Row("block input", "batch seq residual", 1, COMPUTE, ALWAYS),
-    Row("norm statistics", "batch seq residual:1", 2, FP32, NONE, "rmsnorm"),
-    Row("norm statistics", "batch seq residual:1", 4, FP32, NONE, "layernorm"),
+    Row("block input", H, 1, COMPUTE, ALWAYS, "!norm:eager", steps="norm1"),
+    # Until 2025 the norm was written out: in fp32, its inputs and results kept, unless compiled.
+    Row("block input", H, 1, COMPUTE, ("selective", "full"), "norm:eager", steps="norm1"),
+    Row("norm inputs in fp32", H, 2, FP32, NONE, "norm:eager", steps="norm1 norm2"),
+    Row("normalised values", H, 2, COMPUTE, NONE, "norm:eager", steps="qkv up"),
+    Row("norm statistics", "batch seq residual:1", 2, FP32, NONE, "rmsnorm", steps="norm1 norm2"),
+    Row("norm statistics", "batch seq residual:1", 4, FP32, NONE, "layernorm", steps="norm1 norm2"),
     # DTensor keeps a column-parallel product's input as gathered: whole, not cut by the sequence.
-    Row("attention input (norm output)", "batch seq hidden", 1, COMPUTE, NONE),
-    Row("query", "batch seq heads head_dim", 1, COMPUTE, UNTIL_FULL),
-    Row("key and value", "batch seq kv_heads head_dim", 2, COMPUTE, UNTIL_FULL),
-    Row("rotary angles", "batch seq head_dim", 1, FP32, NONE, "rotary"),
-    Row("attention output", "batch seq heads head_dim", 1, COMPUTE, UNTIL_FULL),
-    Row("log-sum-exp of the scores", "batch seq heads", 1, FP32, UNTIL_FULL),
-    Row("input of the second norm", "batch seq residual", 1, COMPUTE, NONE),
-    Row("MLP input (norm output)", "batch seq hidden", 1, COMPUTE, NONE),
-    Row("gate (first product's output)", "batch seq ffn", 1, COMPUTE, UNTIL_FULL),
-    Row("up", "batch seq ffn", 1, COMPUTE, NONE, "gated"),
-    Row("activated gate", "batch seq ffn", 1, COMPUTE, NONE),
-    Row("gated product", "batch seq ffn", 1, COMPUTE, NONE, "gated"),
+    Row("attention input (norm output)", W, 1, COMPUTE, NONE, steps="qkv"),
+    Row("query before its norm", AD, 1, COMPUTE, NONE, "qk_norm", steps="core"),
+    Row("key before its norm", KD, 1, COMPUTE, NONE, "qk_norm", steps="core"),
+    Row("statistics of the query's norm", A, 1, FP32, NONE, "qk_norm", steps="core"),
+    Row("statistics of the key's norm", "batch seq kv_heads", 1, FP32, NONE, "qk_norm", steps="core"),
+    Row("query", AD, 1, COMPUTE, UNTIL_FULL, steps="core"),
+    Row("value", KD, 1, COMPUTE, UNTIL_FULL, steps="core"),
+    # Of three separate products, every second one is run again under selective checkpointing: the key's.
+    Row("key", KD, 1, COMPUTE, UNTIL_FULL, "!qkv:separate", steps="core"),
+    Row("key", KD, 1, COMPUTE, NONE, "qkv:separate", steps="core"),
+    Row("rotary angles", "batch seq head_dim", 1, FP32, NONE, "rotary !compile:on", steps="core"),
+    Row("attention output", AD, 1, COMPUTE, UNTIL_FULL, steps="core"),
+    Row("log-sum-exp of the scores", A, 1, FP32, UNTIL_FULL, steps="core"),
+    Row("input of the second norm", H, 1, COMPUTE, NONE, "!norm:eager", steps="norm2"),
+    Row("MLP input (norm output)", W, 1, COMPUTE, NONE, steps="up"),
+    Row("gate (first product's output)", F, 1, COMPUTE, UNTIL_FULL, steps="act"),
+    Row("up", F, 1, COMPUTE, NONE, "gated", steps="act"),
+    Row("activated gate", F, 1, COMPUTE, NONE, "!compile:on", steps="act"),
+    Row("gated product", F, 1, COMPUTE, NONE, "gated", steps="down"),
     # Kept only because op-level selective checkpointing keeps every second product's output.
-    Row("MLP output", "batch seq hidden", 1, COMPUTE, ("selective",)),
-    Row("reduce-scattered outputs", "batch seq residual tensor_group", 2, COMPUTE, ("selective",)),
-    Row("gradients within the MLP", "batch seq ffn", 2, role=Role.TRANSIENT),
-    Row("gradient of the block's output", "batch seq residual", 1, role=Role.TRANSIENT),
+    Row("MLP output", W, 1, COMPUTE, ("selective",), "!compile:on", steps="norm1"),
+    Row("reduce-scattered outputs", f"{H} tensor_group", 2, COMPUTE, ("selective",), steps="norm1"),
+    Row("gradient of the block's output", H, 8, role=TRANSIENT, steps=ALL),
+    Row("gradient of the second product's input", F, 2, role=TRANSIENT, steps="down act"),
+    Row("gradients of activated gate and up", F, 2, when="gated !compile:on", role=TRANSIENT, steps="act"),
+    Row(
+        "gradient of gate or up, the other in place",
+        F,
+        1,
+        when="gated compile:on",
+        role=TRANSIENT,
+        steps="act",
+    ),
+    Row("gradient of the activation's input", F, 2, when="!gated", role=TRANSIENT, steps="act up"),
+    Row("gradient of gate or up", F, 1, when="gated", role=TRANSIENT, steps="up"),
+    Row("gradients of the norms' outputs", W, 4, role=TRANSIENT, steps="up qkv"),
+    Row("gradients of the norms' inputs", H, 4, when="!norm:eager", role=TRANSIENT, steps="norm2 norm1"),
+    Row(
+        "temporaries of the norms' backward",
+        H,
+        10,
+        FP32,
+        when="norm:eager",
+        role=TRANSIENT,
+        steps="norm2 norm1",
+    ),
+    Row("gradient of the attention output", AD, 2, role=TRANSIENT, steps="out core"),
+    Row("gradients of query, key and value", AD, 3, role=TRANSIENT, steps="core"),
+    Row("gradient of the query", AD, 1, role=TRANSIENT, steps="qkv"),
+    # The table of rotary angles, a copy in every layer.
+    Row("rotary table", "seq head_dim", 1, FP32, when="rotary", role=Role.BUFFER),
 )
 
-EMBEDDING = (Row("token ids", "batch seq", 1, INT64),)
+EMBEDDING = (
+    Row("token ids", "batch seq", 1, INT64),
+    Row("gradient of the embedding's output", H, 1, role=TRANSIENT, steps="embedding"),
+    Row("gradients of the tied weight", "vocab hidden tied", 2, role=TRANSIENT, steps="embedding"),
+)
+
+EAGER = "!loss:compiled !loss:chunked !loss:eager-chunked"
 
 HEAD = (
-    Row("input of the final norm", "batch seq residual", 1),
-    Row("final norm statistics", "batch seq residual:1", 1, FP32),
-    Row("head input (norm output)", "batch seq residual", 1),
-    Row("log-probabilities", "batch seq vocab", 1, FP32),
-    Row("gradients of the logits", "batch seq vocab", 2, FP32, role=Role.TRANSIENT),
-    Row("copy in loss parallel", "batch seq vocab tensor_group", 1, FP32, role=Role.TRANSIENT),
+    Row("input of the final norm", H, 1, steps="norm"),
+    Row("final norm statistics", "batch seq residual:1", 1, FP32, steps="norm"),
+    Row("head input (norm output)", H, 1, steps="head"),
+    Row("log-probabilities", V, 1, FP32, when="!loss:compiled !loss:chunked", steps="loss"),
+    # Until June 2024 the trainer held on to the logits while it ran backward.
+    Row("logits in fp32", V, 1, FP32, when="loss:eager-kept", steps="loss"),
+    Row("gradients of the logits", V, 2, FP32, when=EAGER, role=TRANSIENT, steps="loss"),
+    Row("copy in loss parallel", f"{V} tensor_group", 1, FP32, when=EAGER, role=TRANSIENT, steps="loss"),
+    # The cross entropy alone in eight chunks of the sequence: the logits stay whole.
+    Row("logits", V, 1, when="loss:eager-chunked", steps="loss"),
+    Row(
+        "gradients of a chunk's logits",
+        V,
+        2 / 8,
+        FP32,
+        when="loss:eager-chunked",
+        role=TRANSIENT,
+        steps="loss",
+    ),
+    # Compiled, the loss reads the logits and writes their gradient, both in half precision.
+    Row("logits", V, 1, when="loss:compiled", steps="loss"),
+    Row("gradient of the logits", V, 1, when="loss:compiled", role=TRANSIENT, steps="loss"),
+    # Head and loss together in chunks: nothing of the vocabulary's width is ever whole.
+    Row("logits of a chunk, in fp32", V, 3 / 8, FP32, when="loss:chunked", role=TRANSIENT, steps="loss"),
+    Row("gradient of the logits, cast", V, 1, when="!loss:chunked", role=TRANSIENT, steps="head"),
+    Row("gradient of the head's input", H, 2, role=TRANSIENT, steps="head norm"),
 )
 
 TORCHTITAN = Stack(
@@ -67,17 +144,21 @@ TORCHTITAN = Stack(
         "fsdp": "data_parallel_shard_degree, HSDP with data_parallel_replicate_degree",
     },
     schedules=("1f1b", "interleaved", "gpipe"),
-    options={"attention": ("flash",)},
+    options={
+        "attention": ("flash",),
+        "loss": ("eager", "eager-kept", "eager-chunked", "compiled", "chunked"),
+        "qkv": ("fused", "separate"),
+        "norm": ("fused", "eager"),
+        "root": ("split", "one"),
+        "compile": ("off", "on"),
+        "reduce_dtype": ("fp32", "bf16"),
+        "optimizer_step": ("fused", "foreach"),
+    },
+    block_policies=("selective", "full"),
     rerun={"attention output weight": NONE, "up weight": NONE},
-    reduce_bytes=4,
-    families=("llama", "mistral", "qwen2"),
+    casts_weights=True,
+    families=("llama", "mistral", "qwen2", "qwen3"),
     separate_root=True,
+    keeps_last=True,
     bucket_fraction=1.0,
-    allocator=Overhead(
-        "allocator: reserved over allocated",
-        0.1,
-        "assumed",
-        "1.03-1.36 between torchtitan's reserved readings and what tensors need; under pressure "
-        "the allocator returns cached blocks before it fails, so the lower part is taken",
-    ),
 )

@@ -47,14 +47,18 @@ def test_a_strategy_does_not_see_the_others_but_what_it_extends() -> None:
         assert seen - {"base"} <= extends.get(name, set())
 
 
-def test_pulp_rich_and_typer_have_one_home_each() -> None:
+def test_heavy_packages_have_a_home_each() -> None:
     assert who_imports("pulp") == {"planner/program.py"}
-    assert who_imports("rich") == {"planner/render.py"}
+    renderers = {"planner/render.py", "planner/render_measure.py", "planner/render_validate.py"}
+    assert who_imports("rich") == renderers
     assert who_imports("typer") == {"planner/cli.py", "planner/options.py"}
+    for package in ("torch", "transformers"):
+        assert {str(Path(file).parent) for file in who_imports(package)} == {"planner/truth"}, package
 
 
 def test_prices_know_no_solver_no_rendering_and_no_plan() -> None:
     lower = ("layers", "layouts", "candidate", "stages", "network", "bounds", "defaults", "specs", "families")
+    lower += ("replay", "ledger", "stacks/base")
     upper = {
         "planner.plan",
         "planner.api",

@@ -47,8 +47,11 @@ def test_json_of_search_has_the_promised_fields() -> None:
     plan = document["plans"][0]
     wanted = {
         "layout",
+        "verdict",
         "fits",
         "peak_bytes",
+        "least_bytes",
+        "most_bytes",
         "capacity_bytes",
         "step_time_s",
         "tokens_per_s",
@@ -142,7 +145,10 @@ def test_what_must_not_be_overlooked_is_a_warning() -> None:
     }
     for part, arguments in warnings.items():
         assert f"{part}" in run("estimate", *base, *arguments).output, part
-    assert "to spare" in run("search", *base, "--memory-budget", "77GiB").output
+    # What tensors need leaves too little for the most that may lie outside them.
+    at_risk = run("estimate", *base, "-tp", "8", "-pp", "2").output
+    assert "at risk: whether it fits depends on what lies outside tensors" in " ".join(at_risk.split())
+    assert "at risk" not in run("search", *base).output
 
 
 def test_catalog_lists_and_shows_sources() -> None:
@@ -161,9 +167,12 @@ def test_nothing_fits_exits_1_with_the_nearest_layout_and_three_changes_that_do_
     result = run("search", "--model", "llama-65b", "--gpus", "8x80G", "--json")
     assert result.exit_code == 1
     document = json.loads(result.stdout)
-    assert "GiB over on stage 0 at backward" in document["error"]
-    assert "optimizer states" in document["error"]
-    assert document["nearest"]["fits"] is False
+    nearest = document["nearest"]
+    assert (nearest["fits"], nearest["verdict"]) == (False, "does not fit")
+    (stage,) = nearest["stages"]
+    over = (stage["most_bytes"] - stage["capacity_bytes"]) / 2**30
+    assert f"at {stage['moment']} stage 0 is up to {over:.2f} GiB over" in document["error"]
+    assert f"optimizer states, {stage['components']['optimizer_states'] / 2**30:.2f} GiB" in document["error"]
     assert len(document["changes"]) >= 3
     for change in document["changes"]:
         option, value = change["option"].split(" ", 1)
@@ -179,8 +188,22 @@ def test_nothing_fits_exits_1_with_the_nearest_layout_and_three_changes_that_do_
 def test_nothing_fits_in_words_too() -> None:
     result = run("search", "--model", "llama-65b", "--gpus", "8x80G")
     assert result.exit_code == 1
-    assert result.output.startswith("llama-65b does not fit on 8 x A100")
+    assert result.output.startswith("llama-65b fits on none of ")
+    assert "layouts of 8 x A100" in result.output
     assert "What would fit" in result.output
+
+
+def test_a_nearest_layout_at_risk_is_said_to_be_no_sure_fit() -> None:
+    arguments = ["--model", "gpt2-small", "--gpus", "1xA100", "-b", "1"]
+    found = run("search", *arguments, "--objective", "headroom", "-n", "1", "--json").stdout
+    (leanest,) = json.loads(found)["plans"]
+    between = (leanest["least_bytes"] + leanest["most_bytes"]) // 2
+    result = run("search", *arguments, "--memory-budget", f"{between}B", "--json")
+    assert result.exit_code == 1
+    document = json.loads(result.stdout)
+    assert document["nearest"]["verdict"] == "at risk"
+    assert document["error"].startswith("gpt2-small fits for sure on none of ")
+    assert "stage 0 may be " in document["error"]
 
 
 BAD = {

@@ -59,9 +59,11 @@ def test_activations_depend_on_named_kernels_and_lie_between_4_4_and_6(swiglu: s
     [(8, 2, 39.28, 36.78), (8, 4, 28.06, 24.31), (4, 4, 44.58, 37.10)],
 )
 def test_totals_agree_with_an_independent_tool(tensor: int, pipeline: int, first: float, last: float) -> None:
+    """It leaves out Transformer Engine's stand-in gradients, one block's matrices in two bytes."""
     plan = plan_of(tensor, pipeline)
-    assert tensors(plan, 0) == pytest.approx(first, rel=0.003)
-    assert tensors(plan, pipeline - 1) == pytest.approx(last, rel=0.003)
+    stand_ins = 2 * (4 * 8192**2 + 3 * 8192 * 22016) / tensor / GIB
+    assert tensors(plan, 0) - stand_ins == pytest.approx(first, rel=0.003)
+    assert tensors(plan, pipeline - 1) - stand_ins == pytest.approx(last, rel=0.003)
 
 
 def test_full_recompute_has_a_working_set_and_its_checkpoints_in_flight() -> None:

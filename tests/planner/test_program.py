@@ -13,6 +13,7 @@ from planner.candidate import Candidate, Stage
 from planner.defaults import Job
 from planner.layouts import Choices, enumerate_layouts
 from planner.program import Solution, cost_of, settle, solve
+from planner.stacks.base import Overhead
 from planner.stages import price
 from strategies.layout import Layout
 from tests.helpers import gpt, job_of, llama
@@ -57,14 +58,19 @@ def candidates_of(job: Job, choices: Choices) -> list[Candidate]:
     return found
 
 
+NOTHING = Overhead("nothing", 0.0, 0.0, 0.0, "assumed", "tensors alone")
+
+
 def small_job(budget: float, layers: int = 5) -> Job:
+    """A job whose tensors may fill so many GiB, as nothing lies outside them."""
     model = llama(layers, 1024, 8, 8, vocab_size=32000)
     job = job_of(model, "4xA100", seq_length=4096, global_batch_size=8)
     cluster = job.cluster.model_copy(update={"budget_bytes": int(budget * GIB)})
-    return replace(job, cluster=cluster)
+    stack = replace(job.stack, context=NOTHING, communicator=NOTHING, allocator=NOTHING, libraries=0)
+    return replace(job, cluster=cluster, stack=stack)
 
 
-BUDGETS = (2.4, 2.5, 2.6, 2.8, 3.2, 5.0)
+BUDGETS = (0.8, 0.9, 1.0, 1.1, 1.25, 3.0)
 CHOICES = Choices(pipeline_parallel=(1, 2, 4), tensor_parallel=(1, 2), micro_batch_size=(1, 2))
 PIPELINES = Choices(pipeline_parallel=(2, 4), tensor_parallel=(1, 2), micro_batch_size=(1,))
 
@@ -116,16 +122,17 @@ def test_best_first_equals_one_program_per_layout_on_a_real_job(objective: str) 
     assert ours.enumerated == ours.unfitting + ours.pruned + ours.solved
 
 
-def by_hand(capacity: float) -> Candidate:
+def by_hand(capacity: float, working: float = 0.0) -> Candidate:
     """Eight GPUs as two stages of TP4: six layers, 10 GB and 1 s each, 4 GB and 4/3 s recomputed.
 
     The first stage holds two micro-batches (activations double), the second one and a head of
-    0.5 s and 6 GB. Model states are 2 GB a layer; four micro-batches a step.
+    0.5 s and 6 GB. Model states are 2 GB a layer; four micro-batches a step. A layer that is
+    recomputed needs ``working`` GB while it runs backward.
     """
 
     def stage(flight: int, fixed: float, seconds: float) -> Stage:
         per_row = (2 + 8.0 * flight, 2 + 2.0 * flight)
-        return Stage({"backward": (per_row, fixed, False)}, (0.0, 0.0), (1.0, 4 / 3), seconds)
+        return Stage({"backward": (per_row, fixed, (0.0, working))}, (1.0, 4 / 3), seconds)
 
     return Candidate(
         layout=Layout(tensor_parallel=4, pipeline_parallel=2, grad_accum=4),
@@ -156,6 +163,24 @@ def test_a_case_solved_by_hand() -> None:
     assert tighter.rows == ((2, 1), (3, 0))
     assert tighter.cost == pytest.approx(10 / 3 + 3.5 + 10.5 + 0.25)
     assert solve([by_hand(10)]) is None
+
+
+def test_a_working_set_counts_once_where_a_layer_runs_under_its_policy() -> None:
+    """As above with 42 GB: 2 x 18 + 6 leaves nothing for a working set of 3 GB.
+
+    One plain layer and two recomputed take 18 + 12 + 3 = 33 on the first stage, 11/3 s; so do two and
+    one where there are 45 GB, however many layers are recomputed.
+    """
+    solution = solve([by_hand(42, working=3.0)])
+    assert solution is not None
+    assert solution.rows == ((1, 2), (3, 0))
+    assert solution.cost == pytest.approx(11 / 3 + 3.5 + 3 * 11 / 3 + 0.25)
+    roomier = solve([by_hand(45, working=3.0)])
+    assert roomier is not None
+    assert roomier.rows == ((2, 1), (3, 0))
+    assert roomier.candidate.peak(0, (2, 1))[0] == 2 * 18 + 6 + 3
+    assert roomier.candidate.peak(0, (0, 3))[0] == 3 * 6 + 3
+    assert roomier.candidate.peak(0, (2, 0))[0] == 2 * 18
 
 
 def test_at_a_time_limit_the_proof_does_not_say_optimal() -> None:
@@ -196,7 +221,7 @@ def test_a_single_gpu_a_prime_count_and_too_few_layers_behave() -> None:
 
 
 def test_the_order_in_which_policies_are_named_changes_nothing() -> None:
-    job = small_job(2.8)
+    job = small_job(1.15)
     found = [
         find(job, Choices(recompute=policies), "time", top=3).answers
         for policies in (("none", "full"), ("full", "none"), ("full", "none", "full"))
@@ -213,7 +238,7 @@ def test_of_equally_quick_splits_the_one_with_most_memory_free_is_shown() -> Non
         short=0,
         capacity=100.0,
         stages=tuple(
-            Stage({"backward": ((float(per_row),), 0.0, False)}, (0.0,), (1.0,), fixed)
+            Stage({"backward": ((float(per_row),), 0.0, (0.0,))}, (1.0,), fixed)
             for per_row, fixed in ((10, 0.0), (10, 0.0), (10, 4.0))
         ),
         fill=1.0,

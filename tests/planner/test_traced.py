@@ -7,20 +7,26 @@ tensors without storage, so they are exact; what the tables leave out is named i
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 import pytest
 
 from planner import ModelSpec
 from planner.families import model_from_config
-from planner.stages import price
+from planner.replay import StageReplay
+from planner.stages import Prices, price
+from strategies.base import Role
 from strategies.layout import Layout
 from tests.helpers import block_of, gpt, job_of, llama, saved
 
+RECIPE = (Role.PARAMETER, Role.GRADIENT, Role.OPTIMIZER)
 DATA = Path(__file__).parents[1] / "data"
 LAYERS = json.loads((DATA / "traced_layers.json").read_text())["rows"]
 PEAKS = json.loads((DATA / "traced_peaks.json").read_text())["rows"]
+STATES = json.loads((DATA / "traced_states.json").read_text())["rows"]
 COUNTS = json.loads((DATA / "parameter_counts.json").read_text())["models"]
 
 
@@ -34,9 +40,10 @@ def shape(row: dict[str, Any]) -> ModelSpec:
         "vocab_size": row["v"],
         "max_position_embeddings": 131072,
     }
-    if family in ("llama", "mistral", "qwen2"):
+    if family in ("llama", "mistral", "qwen2", "qwen3"):
         kv = common.pop("num_key_value_heads")
-        return llama(2, row["h"], row["a"], kv, **common, qkv_bias=family == "qwen2")
+        more = {"qkv_bias": family == "qwen2", "qk_norm": family == "qwen3"}
+        return llama(2, row["h"], row["a"], kv, **common, **more)
     defaults = {"gpt2": (0.1, 0.1), "opt": (0.1, 0.0), "gpt": (0.1, 0.1)}.get(family, (0.0, 0.0))
     return gpt(
         2,
@@ -53,11 +60,14 @@ def shape(row: dict[str, Any]) -> ModelSpec:
 
 @pytest.mark.parametrize("row", LAYERS, ids=lambda row: row["id"])
 def test_saved_bytes_of_a_layer(row: dict[str, Any]) -> None:
-    """Exact but for seeds and offsets of random generators, and 512-byte rounding: 2e-5."""
+    """Exact but for seeds and offsets of random generators, and 512-byte rounding: 2e-5.
+
+    Under autocast (fp32 parameters, ``bf16``) the copies of the weights count: they live with the graph.
+    """
     job = job_of(
         shape(row),
         framework=row["stack"],
-        precision="pure-bf16" if row["stack"] == "hf" else "bf16",
+        precision=row["precision"],
         attention=row["attention"],
         seq_length=row["s"],
         dropout=row["dropout"],
@@ -68,19 +78,18 @@ def test_saved_bytes_of_a_layer(row: dict[str, Any]) -> None:
     assert ours == pytest.approx(row["bytes"], rel=2e-5)
 
 
-@pytest.mark.parametrize("row", PEAKS, ids=lambda row: row["id"])
-def test_peak_of_a_whole_model(row: dict[str, Any]) -> None:
-    """Within 1.6 %: exact moments in closed form; tied embeddings' second gradient is left out."""
-    model = model_from_config(row["config"], "traced/config.json")
+def priced(row: dict[str, Any]) -> Prices:
+    """The layout that a whole model was traced in."""
     data = row["gpus"] // row["tp"]
     job = job_of(
-        model,
+        model_from_config(row["config"], "traced/config.json"),
         f"{row['gpus']}xH100",
         framework=row["stack"],
-        precision="pure-bf16" if row["stack"] == "hf" else "bf16",
+        precision=row["precision"],
         attention=row["attention"],
         seq_length=row["s"],
         global_batch_size=row["b"] * data,
+        options=row["options"],
     )
     layout = Layout(
         data_parallel=data,
@@ -88,12 +97,122 @@ def test_peak_of_a_whole_model(row: dict[str, Any]) -> None:
         data_shards=data,
         micro_batch_size=row["b"],
         sequence_parallel=row["tp"] > 1,
-        sharding="ddp" if row["stack"] == "hf" else "fsdp",
+        sharding=row["sharding"],
         reshard_after_forward=row["reshard"],
     )
-    candidate = price(job, layout, (row["recompute"],)).spread()
-    peak, _ = candidate.peak(0, [candidate.rows])
-    assert peak == pytest.approx(row["bytes"], rel=0.016)
+    return price(job, layout, (row["recompute"],))
+
+
+@pytest.mark.parametrize("row", PEAKS, ids=lambda row: row["id"])
+def test_peak_of_a_whole_model(row: dict[str, Any]) -> None:
+    """Tensors at the highest place of a step, within 1 %; the search's closed form is never below."""
+    prices = priced(row)
+    candidate = prices.spread()
+    timeline = StageReplay(prices, 0, [candidate.rows]).run()
+    highest = max(size for _, size in timeline.snapshots)
+    assert highest == pytest.approx(row["bytes"], rel=0.01)
+    closed, _ = candidate.peak(0, [candidate.rows])
+    assert closed >= timeline.pools * (1 - 1e-12)
+    assert timeline.pools >= highest * (1 - 1e-12)
+
+
+def test_most_peaks_of_whole_models_are_met_to_a_ten_thousandth() -> None:
+    """On average over all traces the prediction is a thousandth off, and half are met to 5e-5."""
+    errors = []
+    for row in PEAKS:
+        prices = priced(row)
+        timeline = StageReplay(prices, 0, [int(prices.rows)]).run()
+        errors.append(abs(max(size for _, size in timeline.snapshots) / row["bytes"] - 1))
+    assert len(errors) == 89
+    assert median(errors) < 5e-5
+    assert mean(errors) < 1.5e-3
+
+
+def of_stack(stack: str) -> list[dict[str, Any]]:
+    return [row for row in STATES if row["stack"] == stack]
+
+
+def unpadded(model: ModelSpec, row: dict[str, Any], layout: Layout, **training: Any) -> Prices:
+    """The layout that states were traced in, the vocabulary as it is."""
+    job = job_of(
+        model,
+        f"{row['gpus']}xH100",
+        framework=row["stack"],
+        seq_length=row["s"],
+        global_batch_size=row["b"] * layout.data_parallel,
+        gradient_dtype=row["gradient_dtype"],
+        **training,
+    )
+    return price(replace(job, stack=replace(job.stack, vocabulary_multiple=1)), layout, ("selective",))
+
+
+def states_of(prices: Prices) -> dict[Role, float]:
+    """Bytes of a whole model's states on one GPU."""
+    layers = [prices.embedding, prices.head, *prices.blocks * prices.job.model.num_hidden_layers]
+    return {role: sum(float(one.states[role]) for one in layers) for role in RECIPE}
+
+
+@pytest.mark.parametrize("row", of_stack("deepspeed"), ids=lambda row: row["id"])
+def test_what_a_deepspeed_engine_keeps_between_steps(row: dict[str, Any]) -> None:
+    """2 + 12/d bytes a parameter, 4 more with fp32 accumulation; the step's own copies are gone."""
+    model = gpt(8, 256, 1, vocab=2048, tie_word_embeddings=False, position_embedding="alibi")
+    assert model.num_parameters == row["parameters"]
+    sharding = ("ddp", "zero1", "zero2", "zero3")[row["stage"]]
+    layout = Layout(data_parallel=row["gpus"], micro_batch_size=row["b"], sharding=sharding)
+    sizes = states_of(unpadded(model, row, layout))
+    cut = row["gpus"] if row["stage"] else 1
+    # From stage 3 on, small parameters stay gathered: more than an eighth is there.
+    if row["stage"] < 3:
+        assert sizes[Role.PARAMETER] == row["bf16"]
+    else:
+        assert sizes[Role.PARAMETER] == 2 * row["parameters"] / 8 < row["bf16"]
+    copies = 0 if row["gradient_dtype"] == "fp32" else 4 * row["parameters"] / cut
+    kept = row["fp32"]
+    if row["gradient_dtype"] == "fp32" and row["stage"] == 1:  # one of both gradients, whole
+        kept -= sizes[Role.GRADIENT] - 2 * row["parameters"]
+    assert sizes[Role.OPTIMIZER] - copies == pytest.approx(kept, rel=1e-5)
+
+
+def megatron_prices(row: dict[str, Any]) -> Prices:
+    """Megatron-core's local kernels: unfused attention, recomputed selectively."""
+    width = (row["layers"], row["h"], row["a"])
+    if row["family"] == "llama":
+        model = llama(*width, row["kv"], intermediate_size=row["f"], vocab_size=row["v"])
+    else:
+        model = gpt(*width, vocab=row["v"], seq=row["s"])
+    layout = Layout(
+        data_parallel=row["dp"],
+        tensor_parallel=row["tp"],
+        micro_batch_size=row["b"],
+        sequence_parallel=row["sp"],
+        sharding=row["sharding"],
+    )
+    return unpadded(model, row, layout, attention="eager")
+
+
+@pytest.mark.parametrize("row", of_stack("megatron"), ids=lambda row: row["id"])
+def test_states_of_megatrons_optimizers(row: dict[str, Any]) -> None:
+    """Weights and main gradients to the byte; of the sharded rest all but the buckets' padding."""
+    sizes = states_of(megatron_prices(row))
+    assert sizes[Role.PARAMETER] == row["param"] == 2 * row["parameters"]
+    assert sizes[Role.GRADIENT] == row["grad"]
+    # The master and two moments; with half-precision gradients a copy of them in fp32 too.
+    kept = row["master"] + row["opt"] + row["copies"]
+    assert sizes[Role.OPTIMIZER] == pytest.approx(kept, rel=5e-5)
+    assert bool(row["copies"]) == (row["gradient_dtype"] == "bf16")
+
+
+@pytest.mark.parametrize("row", of_stack("megatron"), ids=lambda row: row["id"])
+def test_peak_of_megatrons_second_step(row: dict[str, Any]) -> None:
+    """Within 1 %; copies of half-precision gradients count in all of the step, not in its end alone."""
+    prices = megatron_prices(row)
+    timeline = StageReplay(prices, 0, [int(prices.rows)]).run()
+    highest = max(size for _, size in timeline.snapshots)
+    if row["copies"]:
+        assert row["peak"] < highest < row["peak"] + row["copies"]
+    else:
+        assert highest == pytest.approx(row["peak"], rel=0.01)
+    assert prices.spread().peak(0, [int(prices.rows)])[0] >= timeline.pools
 
 
 @pytest.mark.parametrize("row", COUNTS, ids=lambda row: row["name"])

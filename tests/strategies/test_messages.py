@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from planner.defaults import resolve
 from planner.layers import Builder
 from planner.specs import ClusterSpec, ModelSpec, TrainingSpec
-from strategies.base import AbstractStrategy, Collective, Layer, Role, Term, size_seen_by
+from strategies.base import AbstractStrategy, Collective, Layer, Role, Term, held, size_seen_by
 from strategies.ddp import DataParallel
 from strategies.fsdp import FullyShardedDataParallel
 from strategies.layout import SHARDINGS, Layout, Wire, strategies_of
@@ -319,16 +319,49 @@ def test_messages_of_arrays_are_the_messages_of_their_numbers(sharding: str, seq
 # --- What is allocated for messages ---------------------------------------------------------------
 
 
-def in_backward(strategy: AbstractStrategy, together: Sequence[AbstractStrategy]) -> float:
-    """Bytes that a strategy allocates for messages of one layer while the backward runs."""
+def at_once(
+    strategy: AbstractStrategy, together: Sequence[AbstractStrategy], *spans: str, stream: str = ""
+) -> float:
+    """Bytes that a strategy allocates for messages of one layer during any of these spans."""
     buffers = strategy.workspace([LAYER], size_seen_by(strategy, together))
-    return float(sum(one.size for one in buffers if one.moment in ("passes", "backward")))
+    return float(sum(one.size for one in buffers if one.span in spans and stream in ("", one.stream)))
 
 
-def test_zero3_holds_two_gathered_layers_and_their_gradients_in_the_backward() -> None:
-    # One in use and one prefetched; a layer's gradients and the reduce-scatter's input before it.
+def in_backward(strategy: AbstractStrategy, together: Sequence[AbstractStrategy]) -> float:
+    return at_once(strategy, together, "passes", "block")
+
+
+def test_zero3_gathers_all_of_a_small_model_and_keeps_its_gradients_in_a_bucket() -> None:
     zero = Zero3(64, gather_bytes=2.0, reduce_bytes=4.0)
-    assert in_backward(zero, [zero]) == 2 * PSI * 2.0 + PSI * (2.0 + 4.0)
+    assert in_backward(zero, [zero]) == PSI * 2.0 + PSI * 4.0
+    assert at_once(zero, [zero], "passes") == PSI * 2.0
+
+
+def test_zero3_keeps_no_more_gathered_than_its_limits_say() -> None:
+    # DeepSpeed's stage3_max_live_parameters, stage3_prefetch_bucket_size and reduce_bucket_size.
+    live, prefetch, bucket = 0.3 * PSI, 0.1 * PSI, 0.2 * PSI
+    zero = Zero3(64, 2.0, 4.0, live, prefetch, bucket)
+    assert in_backward(zero, [zero]) == pytest.approx(0.4 * PSI * 2.0 + 0.2 * PSI * 4.0)
+
+
+def test_fsdp_has_two_blocks_gathered_in_the_backward_and_the_input_of_one_reduce_scatter() -> None:
+    fsdp = FullyShardedDataParallel(64, shards=64, gather_bytes=2.0, reduce_bytes=4.0)
+    inner = ("passes", "block", "not first", "not last")
+    assert at_once(fsdp, [fsdp], *inner) == 2 * PSI * 2.0 + PSI * 4.0
+    # The second of them is allocated on the stream that gathers: a pool of its own.
+    assert at_once(fsdp, [fsdp], *inner, stream="gather") == PSI * 2.0
+    # At the end nothing is left to be gathered.
+    assert at_once(fsdp, [fsdp], "passes", "block", "not first") == PSI * 2.0 + PSI * 4.0
+
+
+def test_fsdp_that_keeps_what_it_gathered_gathers_nothing_in_the_backward() -> None:
+    kept = FullyShardedDataParallel(64, shards=64, reshard_after_forward=False, reduce_bytes=4.0)
+    assert at_once(kept, [kept], "passes", "block", "not first", "not last") == PSI * 4.0
+
+
+def test_fsdp_within_a_pipeline_sends_once_and_allocates_nothing_for_it_in_between() -> None:
+    fsdp = FullyShardedDataParallel(64, shards=64, pipelined=1)
+    assert sum(one.size for one in fsdp.workspace([LAYER], size_seen_by(fsdp, [fsdp]))) == 0
 
 
 def test_gathered_layers_shrink_with_tensor_parallelism_and_not_with_their_own_sharding() -> None:
@@ -347,14 +380,26 @@ def test_zero1_and_zero2_hold_their_buckets_only_where_a_framework_has_them() ->
     for kind in (Zero1, Zero2):
         zero = kind(8, bucket_bytes=1e9)
         buffers = list(zero.workspace([LAYER], size_seen_by(zero, [zero])))
-        buckets = {one.moment: one.size for one in buffers if "bucket" in one.name}
-        assert buckets == {"backward": 1e9, "optimizer step": 1e9}
+        buckets = {one.span: one.size for one in buffers if "bucket" in one.name}
+        assert buckets == {"block": 1e9, "optimizer step": 1e9}
         assert not any("bucket" in one.name for one in kind(8).workspace([LAYER], size_seen_by(zero, [zero])))
 
 
 def test_zero2_holds_a_blocks_whole_gradients_until_they_are_scattered() -> None:
     zero = Zero2(8)
     size = size_seen_by(zero, [zero])
-    whole = sum(size(term) for term in LAYER.by_role[Role.GRADIENT])
-    assert {one.name: one.size for one in zero.workspace([LAYER], size)} == {"unsharded gradients": whole}
-    assert sum(one.size for one in Zero2(1).workspace([LAYER], size)) == 0
+    (gradient,) = LAYER.by_role[Role.GRADIENT]
+    assert zero.arriving(gradient, size) == PSI * WIRE
+    assert held(gradient, [zero]) == PSI * WIRE / 8
+    # On one GPU they arise in the place where they stay, as ZeRO-1's and DDP's do.
+    assert not Zero2(1).arriving(gradient, size)
+    assert Zero1(8).arriving(gradient, size) is None
+    assert DataParallel(8).arriving(gradient, size) is None
+
+
+def test_fsdps_gradients_arise_whole_in_the_dtype_of_the_products() -> None:
+    (gradient,) = LAYER.by_role[Role.GRADIENT]
+    in_fp32 = Term("up weight", Role.GRADIENT, gradient.dims, 4.0)
+    fsdp = FullyShardedDataParallel(64, shards=64, gather_bytes=2.0, reduce_bytes=4.0)
+    assert fsdp.arriving(in_fp32, size_seen_by(fsdp, [fsdp])) == PSI * 2.0
+    assert held(in_fp32, [fsdp]) == PSI * 4.0 / 64

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strategies.base import STATES, AbstractStrategy, Layer, Role, Term, held
+from strategies.base import STATES, AbstractStrategy, Layer, Role, Term, held, size_seen_by
 from strategies.ddp import DataParallel
 from strategies.fsdp import FullyShardedDataParallel
 from strategies.layout import SHARDINGS, Layout, Wire, strategies_of
@@ -151,11 +151,17 @@ def test_hsdp_shares_out_over_its_shards_not_over_its_replicas() -> None:
 
 
 def test_fsdp_that_keeps_its_gathered_parameters_holds_a_copy_of_them_on_the_wires_width() -> None:
-    # 1/64 of 16 bytes, and the whole parameters once more in 2 bytes.
+    # 1/64 of 16 bytes, and from the forward to the backward the whole parameters in 2 bytes.
     kept = FullyShardedDataParallel(64, shards=64, reshard_after_forward=False)
-    assert gigabytes(kept) == pytest.approx(7.5 * (16 / 64 + 2))
+    assert gigabytes(kept) == pytest.approx(7.5 * 16 / 64)
     in_fp32 = Term("weights", Role.PARAMETER, {"hidden": PSI}, 4.0)
-    assert held(in_fp32, [kept]) == pytest.approx(PSI * (4 / 64 + 2))
+    assert held(in_fp32, [kept]) == PSI * 4 / 64
+    assert kept.gathered(in_fp32, size_seen_by(kept, [kept])) == PSI * 2
+    resharded = FullyShardedDataParallel(64, shards=64)
+    assert resharded.gathered(in_fp32, size_seen_by(resharded, [resharded])) == 0
+    # A pipeline keeps them gathered from its first micro-batch to its last.
+    pipelined = FullyShardedDataParallel(64, shards=64, pipelined=1)
+    assert pipelined.gathered(in_fp32, size_seen_by(pipelined, [pipelined])) == PSI * 2
 
 
 def test_gpt3_keeps_114_bytes_per_element_without_any_strategy() -> None:

@@ -1,0 +1,58 @@
+"""DeepSpeed: its ZeRO engine, under Hugging Face's modules or Megatron-DeepSpeed's kernels.
+
+The model runs in half precision throughout. An fp16 or bf16 engine keeps half-precision weights and
+gradients and cuts, from stage 1 on, everything that is fp32: master weights, both moments and, during the
+step, a copy of the gradients (DeepSpeed 0.19, runtime/zero/stage_1_and_2.py; BLOOM's 200B on one replica
+and on two differ by 16 bytes a parameter). bf16 with fp32 accumulation (``--gradient-dtype fp32``,
+runtime/bf16_optimizer.py) keeps fp32 gradients besides the half-precision ones, whole.
+"""
+
+from __future__ import annotations
+
+from planner.stacks.base import ALLOCATOR, Overhead, Recipe, Stack
+from planner.stacks.hf import HF
+from planner.stacks.megatron import MEGATRON
+
+DEEPSPEED = Stack(
+    name="deepspeed",
+    version="DeepSpeed 0.19 engine",
+    rows=HF.rows,
+    other_rows={"kernels:megatron": MEGATRON.rows},
+    recipes={
+        "bf16": Recipe(2, 2, 4, 4),
+        "fp16": Recipe(2, 2, 4, 4, unit="fp16"),
+        "fp32": Recipe(4, 4, 0, 4, compute=4, unit="tf32"),
+    },
+    shardings={"zero1": True, "zero2": False, "zero3": False, "ddp": True},
+    sharding_notes={
+        "zero1": "zero_optimization stage 1",
+        "zero2": "stage 2",
+        "zero3": "stage 3",
+        "ddp": "stage 0",
+    },
+    schedules=("1f1b",),
+    options={
+        "kernels": ("hf", "megatron"),
+        "attention": ("sdpa", "flash", "eager"),
+        "loss": ("eager", "fused", "chunked", "parallel"),
+        "swiglu": ("unfused", "fused"),
+        "optimizer_step": ("fused", "foreach"),
+    },
+    gradient_copies=True,
+    both_gradients=True,
+    sizes={
+        "reduce_bucket_size": 5e8,
+        "stage3_max_live_parameters": 1e9,
+        "stage3_prefetch_bucket_size": 5e7,
+    },
+    eager_alibi=True,
+    allocator=Overhead(
+        ALLOCATOR.name,
+        0.2,
+        0.0,
+        0.24,
+        "measured",
+        "1.18-1.24 in the per-rank logs of BigScience's GPT runs with Megatron-DeepSpeed",
+        fraction=True,
+    ),
+)

@@ -47,7 +47,7 @@ class Candidate:
         return own.fixed_seconds + sum(n * s for n, s in zip(rows, own.seconds, strict=True))
 
     def peak(self, stage: int, rows: Sequence[int]) -> tuple[float, str]:
-        """The peak bytes of a stage's tensors and the moment at which they are reached."""
+        """Bytes of a stage's pools, at most, and the moment at which they are reached."""
         own = self.stages[stage]
         sizes = []
         for moment, (per_row, fixed, working) in own.moments.items():

@@ -14,16 +14,12 @@ if TYPE_CHECKING:
 EXAMPLE = "Example: planner measure --model tinyllama-1.1b --framework fsdp --gpus 8 --seq-length 2048"
 
 Built = Annotated[
-    str, option("--framework", help="hf: one GPU, or accelerate over several; fsdp: FSDP2's fully_shard.")
+    str, option("--framework", help="hf: one GPU, or DDP over several; fsdp: FSDP2's fully_shard.")
 ]
-Shared = Annotated[str | None, option("--sharding", help="hf on several GPUs: ddp or fsdp; ddp by default.")]
 Count = Annotated[int, option("--gpus", "-g", help="GPUs of the group; one of them is run.")]
 Depth = Annotated[int | None, option("--layers", help="Measure so many layers instead of the model's.")]
 Policy = Annotated[str, option("--recompute", help="none, or full: every block is checkpointed.")]
 Kernel = Annotated[str, option("--attention", help="sdpa or eager.")]
-Step = Annotated[
-    str, option("--optimizer-implementation", help="fused or foreach: how torch's AdamW updates.")
-]
 Keep = Annotated[
     bool,
     option(
@@ -31,17 +27,12 @@ Keep = Annotated[
         help="FSDP frees gathered units after the forward.",
     ),
 ]
-Units = Annotated[
-    str | None, option("--wrapping", help="FSDP's units: blocks (fsdp's default) or accelerate (hf's).")
-]
-Reduce = Annotated[str | None, option("--reduce-dtype", help="What FSDP reduces gradients in: fp32 or bf16.")]
 
 
 def measure(
     model: o.Model,
     framework: Built = "hf",
     gpus: Count = 1,
-    sharding: Shared = None,
     tensor_parallel: o.TP = 1,
     layers: Depth = None,
     seq_length: o.Seq = None,
@@ -50,10 +41,8 @@ def measure(
     attention: Kernel = "sdpa",
     precision: o.Precision = None,
     dropout: o.Dropout = None,
-    optimizer_implementation: Step = "fused",
+    option: o.Choice = None,
     reshard_after_forward: Keep = True,
-    wrapping: Units = None,
-    reduce_dtype: Reduce = None,
     as_json: o.Json = False,
     verbose: o.Verbose = False,
 ) -> None:
@@ -66,9 +55,6 @@ def measure(
         from planner.measure import measure as run
 
         layout = layout_of(given)
-        given["options"] = {"optimizer_step": optimizer_implementation}
-        if framework == "fsdp" and reduce_dtype is not None:
-            given["options"]["reduce_dtype"] = reduce_dtype
         if precision is None and tensor_parallel > 1:
             given["precision"] = "pure-bf16"  # DTensor's own parallelism is run in one type
         training = reading.read_training(given)
@@ -80,8 +66,6 @@ def measure(
             layout,
             recompute=recompute,
             layers=layers,
-            wrapping=wrapping,
-            reduce_dtype=reduce_dtype,
         )
         if as_json:
             return print_json(found.as_dict())
@@ -110,7 +94,7 @@ def layout_of(given: dict[str, Any]) -> Layout:
         )
     return Layout(
         data_parallel=gpus,
-        sharding="fsdp" if framework == "fsdp" else given["sharding"] or "ddp",
+        sharding="fsdp" if framework == "fsdp" else "ddp",
         micro_batch_size=given["micro_batch_size"],
         reshard_after_forward=given["reshard_after_forward"],
     )

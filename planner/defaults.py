@@ -9,9 +9,8 @@ from typing import Any
 from planner.errors import InputError
 from planner.specs import ClusterSpec, ModelSpec, Profile, TrainingSpec
 from planner.stacks import stack_named
-from planner.stacks.base import Recipe, Stack
+from planner.stacks.base import WIDTHS, Recipe, Stack
 
-WIDTHS = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0}
 USUAL_TOKENS = 4 * 2**20
 """Tokens per step where none are given: LLaMA's 4M (Touvron et al. 2023, arXiv:2302.13971, 2.3)."""
 
@@ -84,7 +83,9 @@ def _precision(job_precision: str | None, peaks: dict[str, float], stack: Stack,
     return job_precision
 
 
-def _options(stack: Stack, training: TrainingSpec, model: ModelSpec) -> dict[str, str]:
+def _options(
+    stack: Stack, training: TrainingSpec, model: ModelSpec, gpus: int, precision: str
+) -> dict[str, str]:
     """Every option of the stack with its value: what was asked for, or the first that is listed."""
     given = dict(training.options)
     for name in ("attention", "swiglu"):
@@ -102,7 +103,12 @@ def _options(stack: Stack, training: TrainingSpec, model: ModelSpec) -> dict[str
         if value not in stack.options[name]:
             allowed = " or ".join(stack.options[name])
             raise InputError(f"{name}={value[:40]} is not offered by {stack.name}: use {allowed}")
-    chosen = {name: given.get(name, allowed[0]) for name, allowed in stack.options.items()}
+    usual = {name: allowed[0] for name, allowed in stack.options.items()}
+    if gpus == 1:
+        usual |= stack.alone
+    if "reduce_dtype" in usual and stack.recipes[precision].weight == 2:
+        usual["reduce_dtype"] = "bf16"
+    chosen = {name: given.get(name, value) for name, value in usual.items()}
     return chosen | {name: given.get(name, f"{size:g}") for name, size in stack.sizes.items()}
 
 
@@ -122,7 +128,7 @@ def _with_profile(stack: Stack, profile: Profile | None) -> Stack:
     if profile.framework not in (None, stack.name):
         raise InputError(f"the profile was measured under {profile.framework}, not {stack.name}")
     measured: dict[str, Any] = {
-        str(name): replace(getattr(stack, name), **figure.model_dump(), tag="measured")
+        str(name): replace(getattr(stack, name), **figure.model_dump(), tag="measured", of_tensors=True)
         for name, figure in profile.overheads.items()
     }
     return replace(stack, **measured)
@@ -153,13 +159,13 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
             f"{model.name}: use {model.max_position_embeddings} or less"
         )
     batch = training.global_batch_size or usual_batch(seq, cluster.num_gpus)
-    options = _options(stack, training, model)
+    options = _options(stack, training, model, cluster.num_gpus, precision)
     if options.get("compile") == "on" and not (model.gated_mlp and model.norm == "rmsnorm"):
         raise InputError(
             "compile=on: what compiled blocks keep is known of gated MLPs with RMSNorm only, "
             f"not of {model.model_type}"
         )
-    stack = _with_profile(stack, training.profile)
+    stack = _with_profile(stack.under(options), training.profile)
     asked = training.attention or training.options.get("attention")
     if "bf16" not in cluster.gpu.peak_flops and "eager" in stack.options["attention"]:
         if asked == "flash":

@@ -126,7 +126,12 @@ def count_matrix_parameters(model: ModelSpec) -> int:
 
 def features(model: ModelSpec, training: TrainingSpec, stack: Stack) -> frozenset[str]:
     """The words that rows of a stack are selected by."""
-    words = {model.norm, model.model_type, f"act:{model.hidden_act}", model.position_embedding}
+    words = set(stack.words) | {
+        model.norm,
+        model.model_type,
+        f"act:{model.hidden_act}",
+        model.position_embedding,
+    }
     words |= {str(training.attention)} | {f"{name}:{value}" for name, value in training.options.items()}
     dropout = model.dropout if training.dropout is None else training.dropout
     attention_dropout = model.attention_dropout if training.dropout is None else training.dropout
@@ -218,7 +223,6 @@ class Builder:
         self.width = {COMPUTE: recipe.compute, GRADIENT: stack.autograd_bytes(recipe), FP32: 4.0, BYTE: 1.0}
         self.width[INT64] = 8.0
         self.features = features(model, training, stack)
-        self.kept = stack.rows_of(training.options)
 
     def states(self, weight: Weight) -> Iterator[Term]:
         """Parameter, gradient and optimizer states of one weight."""
@@ -263,14 +267,14 @@ class Builder:
         per_pair = ATTENTION_FLOPS[str(self.training.attention)]
         kept = self.stack.rerun.get("attention core", UNTIL_FULL)
         terms.append(Term("attention core", Role.FLOPS, core, per_pair, kept))
-        terms += self.rows(self.kept["block"] + BLOCK_TRAFFIC)
+        terms += self.rows(self.stack.rows["block"] + BLOCK_TRAFFIC)
         terms.append(self.regions(4, UNTIL_FULL))
         return Layer("block", tuple(terms), self.model.num_hidden_layers, STEPS["block"])
 
     def embedding(self) -> Layer:
         """Word and position embedding."""
         terms = [t for w in embedding_weights(self.model, self.vocab) for t in self.states(w)]
-        terms += self.rows(self.kept["embedding"] + AROUND_TRAFFIC["embedding"])
+        terms += self.rows(self.stack.rows["embedding"] + AROUND_TRAFFIC["embedding"])
         return Layer("embedding", (*terms, self.regions(1)), steps=STEPS["embedding"])
 
     def head(self) -> Layer:
@@ -279,12 +283,12 @@ class Builder:
         terms = [t for w in weights for t in self.states(w)]
         dims = {"vocab": self.vocab, "hidden": self.model.hidden_size}
         terms.append(self.product("head weight", dims, ALWAYS))
-        terms += self.rows(self.kept["head"] + AROUND_TRAFFIC["head"])
+        terms += self.rows(self.stack.rows["head"] + AROUND_TRAFFIC["head"])
         return Layer("head", (*terms, self.regions(1)), steps=STEPS["head"])
 
     def stage(self) -> Layer:
         """What a stage holds once, however many layers it has."""
-        return Layer("stage", tuple(self.rows(self.kept.get("stage", ()))))
+        return Layer("stage", tuple(self.rows(self.stack.rows.get("stage", ()))))
 
     def graph(self) -> nx.DiGraph[str]:
         """The layers in the order in which a token meets them."""

@@ -33,7 +33,8 @@ FULL_DEPTH = 40
 """Models of up to so many layers are traced whole; deeper ones from two shallow traces."""
 SHALLOW = (4, 6)
 """The layers of those two traces. Every moment is linear in the layers from the fourth on."""
-WRAPPING = {"fsdp": "blocks", "hf": "accelerate"}
+WRAPPING = {"one": "blocks", "split": "accelerate"}
+"""FSDP's units by the option ``root``."""
 """The planner's frameworks that can be built, and whose FSDP units they have."""
 PRECISIONS = {"bf16": "bf16", "fp16": "bf16", "fp32": "fp32", "pure-bf16": "pure-bf16"}
 """The planner's precisions and what is traced: fp16 takes the bytes of bf16."""
@@ -148,14 +149,12 @@ def measure(
     recompute: str = "none",
     layers: int | None = None,
     cluster: ClusterSpec | None = None,
-    wrapping: str | None = None,
-    reduce_dtype: str | None = None,
 ) -> Comparison:
     """Runs the model of ``layers`` layers (its own by default) and compares with the prediction.
 
-    ``layout`` is one GPU, DDP or FSDP over ``data_parallel``, or tensor parallelism over
-    ``tensor_parallel``. Of FSDP, ``wrapping`` is ``blocks`` (by default for the framework fsdp) or
-    ``accelerate`` (for hf), and ``reduce_dtype`` what the planner reckons with unless it is given.
+    ``layout`` is one GPU or DDP over ``data_parallel`` (framework hf), FSDP over it (framework fsdp), or
+    tensor parallelism over ``tensor_parallel``. With the option ``root=split`` FSDP's units are those
+    that accelerate makes.
     Raises InputError for what cannot be built, and where torch is missing.
     """
     require()
@@ -164,23 +163,21 @@ def measure(
         if not 1 <= layers <= 1000:
             raise InputError(f"layers={layers}: use 1 to 1000")
         spec = spec.model_copy(update={"num_hidden_layers": layers})
-    if training.framework not in WRAPPING:
-        raise InputError(f"framework={training.framework} cannot be built here: use {' or '.join(WRAPPING)}")
-    wrapping = wrapping or WRAPPING[training.framework]
+    if training.framework not in ("hf", "fsdp"):
+        raise InputError(f"framework={training.framework} cannot be built here: use fsdp or hf")
+    if layout.sharding == "fsdp" and training.framework == "hf" and layout.world_size > 1:
+        raise InputError("framework=hf is one GPU or DDP: for FSDP use framework fsdp")
     cluster = cluster or ClusterSpec.parse(f"{layout.world_size}xH100")
     job = resolve(spec, cluster, training.model_copy(update={"global_batch_size": layout.global_batch_size}))
     if recompute not in job.stack.policies:
         raise InputError(f"recompute={recompute!r}: use {' or '.join(job.stack.policies)}")
     prices = price(job, layout, (recompute,))
     ledgers = predicted_ledgers(prices)
-    reduce_dtype = reduce_dtype or ("fp32" if prices.wire.reduce_bytes == 4 else "bf16")
-    for name, value, allowed in (
-        ("wrapping", wrapping, tuple(WRAPPING.values())),
-        ("reduce_dtype", reduce_dtype, ("fp32", "bf16")),
-    ):
-        if value not in allowed:
-            raise InputError(f"{name}={value[:40]!r}: use {' or '.join(allowed)}")
-    run = replace(_run(values, job, layout, recompute), wrapping=wrapping, reduce_dtype=reduce_dtype)
+    run = replace(
+        _run(values, job, layout, recompute),
+        wrapping=WRAPPING[job.training.options.get("root", "one")],
+        reduce_dtype="fp32" if prices.wire.reduce_bytes == 4 else "bf16",
+    )
     traced, notes = _trace(run, spec.num_hidden_layers)
     return _compare(spec, run, traced, ledgers, (*notes, *_caveats(run)))
 

@@ -10,14 +10,16 @@ from planner.defaults import Job
 from strategies.base import Quantity
 from strategies.layout import Layout
 
-LIBRARY_WORKSPACE = {True: 32 * 2**20, False: 8519680}
-"""Bytes that cuBLAS is given, from compute capability 9 on and before: PyTorch's defaults of
-``CUBLAS_WORKSPACE_CONFIG``; Transformer Engine takes another 32 MiB (get_cublas_workspace_size_bytes)."""
+MIB = 2**20
+WORKSPACE = {"torch": (8519680, 32 * MIB), "mcore": (4 * MIB, 32 * MIB)}
+"""Bytes that cuBLAS is given before compute capability 9 and from there on: PyTorch's defaults of
+``CUBLAS_WORKSPACE_CONFIG``, and Transformer Engine's own (get_cublas_workspace_size_bytes)."""
 
 
 def library_bytes(job: Job) -> float:
     """Workspace of the matrix libraries: allocated like tensors, by none of the layers."""
-    return float(LIBRARY_WORKSPACE["fp8" in job.cluster.gpu.peak_flops] * job.stack.libraries)
+    recent = (job.cluster.gpu.compute_capability or 0) >= 9
+    return float(sum(WORKSPACE[name][recent] for name in ("torch", *job.stack.words)))
 
 
 def device_bytes(job: Job, layout: Layout, tensors: Quantity, bound: str = "value") -> Quantity:

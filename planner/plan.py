@@ -31,9 +31,9 @@ MODEL = ConfigDict(frozen=True, extra="forbid")
 class StagePlan(BaseModel):
     """One pipeline stage: what it holds, and its peak with the moment and the components of it.
 
-    ``tensor_bytes`` is what PyTorch calls allocated, at its peak; ``reserved_bytes`` what its allocator
-    is expected to hold, ``peak_bytes`` what is taken of the GPU; the job needs at least
-    ``least_bytes`` and no more than ``most_bytes`` of it.
+    ``tensor_bytes`` is what PyTorch calls allocated, at its peak, ``moments`` that of every moment;
+    ``reserved_bytes`` is what its allocator is expected to hold, ``peak_bytes`` what is taken of the
+    GPU; the job needs at least ``least_bytes`` of it and no more than ``most_bytes``.
     """
 
     model_config = MODEL
@@ -143,9 +143,7 @@ def plan_stage(prices: Prices, solution: Solution, index: int) -> StagePlan:
         most_bytes=taken(timeline.pools, "most"),
         capacity_bytes=job.cluster.capacity_bytes,
         moment=moment,
-        moments={
-            name: taken(timeline.pools if name == moment else size) for name, (_, size) in peaks.items()
-        },
+        moments={name: round(size + library) for name, (_, size) in peaks.items()},
         components={name: round(size) for name, size in components(held).items()},
         seconds=candidate.stage_seconds(index, solution.rows[index]),
         embedding=stage.first,

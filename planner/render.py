@@ -224,8 +224,9 @@ def assumption_list(plan: Plan, verbose: bool) -> Group:
     """What was assumed; sources only when asked for."""
     lines: list[Text | Padding] = [Text("Assumed:", style="bold")]
     for note in plan.assumptions:
-        if not verbose and "(assumed: " in note:
-            note = note.split(": ", 2)[0] + ": " + note.split(": ", 1)[1].split(" (assumed")[0] + " (assumed)"
+        for tag in ("assumed", "measured"):
+            if not verbose and f" ({tag}: " in note:
+                note = note.split(f" ({tag}: ")[0] + f" ({tag})"
         lines.append(Padding(Text(note), (0, 0, 0, 2)))
     return Group(*lines)
 
@@ -285,7 +286,7 @@ def show_plan(console: Console, plan: Plan, verbose: bool = False) -> None:
     for moment in ("forward end", "loss", "backward", "gradients complete", "optimizer step"):
         sizes = [stage.moments.get(moment) if stage else None for _, stage in groups]
         table.add_row(moment, *("-" if size is None else gib(size) for size in sizes))
-    console.print(Text("Every moment of a step, GiB per GPU, by stage", style="bold"))
+    console.print(Text("Tensors at every moment of a step, GiB per GPU, by stage", style="bold"))
     console.print(table)
     console.print()
     console.print(assumption_list(plan, verbose))

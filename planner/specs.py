@@ -129,6 +129,7 @@ class Gpu(BaseModel):
     name: str
     aliases: tuple[str, ...] = ()
     vendor: str
+    compute_capability: float | None = None  # NVIDIA's
     marketed_gb: int
     memory_bytes: int = Field(gt=0)
     usable_bytes: int = Field(gt=0)

@@ -157,7 +157,8 @@ class Prices:
         self.resident = np.maximum(whole, buckets / (1 + buckets))
         self.pipelined = (layout.pipeline_parallel > 1) * 1
         # Gradients in a pool of their own take its room at every moment, whether they are there or not.
-        self.own_pool = strategies_of(layout, self.wire)[0].gradient_stream != "compute"
+        self.streams = not job.stack.allocator.of_tensors
+        self.own_pool = self.streams and strategies_of(layout, self.wire)[0].gradient_stream != "compute"
         self.held_room = np.maximum(self.resident, self.own_pool * 1.0)
         self.embedding, self.head = (self._price(self.layers[i], "none") for i in (0, 2))
         self.plain = self._price(self.layers[1], "none")
@@ -325,7 +326,11 @@ class Prices:
         return [*([embedding] if first else []), block, *([head] if last else [])]
 
     def _buffer_bytes(self, first: bool, last: bool, stream: str = "compute") -> dict[str, Quantity]:
-        buffers = [buffer for buffer in self.buffers(first, last) if buffer.stream == stream]
+        buffers = [
+            buffer
+            for buffer in self.buffers(first, last)
+            if (buffer.stream if self.streams else "compute") == stream
+        ]
         return {
             place: sum((b.size for b in buffers if b.span in spans), 0.0) for place, spans in SPANS_OF.items()
         }

@@ -53,6 +53,7 @@ class FullyShardedDataParallel(Zero3):
 
     def gathered(self, parameter: Term, size: Size) -> Quantity:
         kept = self.pipelined if self.reshard_after_forward else 1
+        kept = kept * (self.shards > 1)  # a group of one is not wrapped
         return kept * size(parameter) / parameter.unit * self.gather_bytes
 
     def workspace(self, layers: Sequence[Layer], size: Size) -> Iterable[Buffer]:
@@ -60,11 +61,11 @@ class FullyShardedDataParallel(Zero3):
         for buffer in self._units(layers, size):
             kept = buffer.name.startswith("gathered") and buffer.span not in ("logits", "start")
             if self.reshard_after_forward or not kept:
-                yield replace(buffer, size=buffer.size * (1 - self.pipelined))
+                yield replace(buffer, size=buffer.size * (1 - self.pipelined) * (self.shards > 1))
 
     def arriving(self, gradient: Term, size: Size) -> Quantity:
         # In the dtype of the products, before the copy into the reduce-scatter's input.
-        return size(gradient) / gradient.unit * self.gather_bytes
+        return size(gradient) / gradient.unit * self.gather_bytes * (self.shards > 1)
 
     def _units(self, layers: Sequence[Layer], size: Size) -> Iterable[Buffer]:
         """Units that exist whole: the root, the layers at work, inputs of reduce-scatters.

@@ -15,6 +15,7 @@ from strategies.base import (
     Role,
     Size,
     Term,
+    smaller,
 )
 
 
@@ -43,5 +44,6 @@ class Zero1(AbstractStrategy):
 
     def workspace(self, layers: Sequence[Layer], size: Size) -> Iterable[Buffer]:
         if self.bucket_bytes:
-            yield Buffer("reduce bucket", self.bucket_bytes, "block")
-            yield Buffer("all-gather bucket", self.bucket_bytes, "optimizer step")
+            whole = sum(layer.count * size(t) for layer in layers for t in layer.by_role[Role.PARAMETER])
+            yield Buffer("reduce bucket", smaller(whole, self.bucket_bytes), "block")
+            yield Buffer("all-gather bucket", smaller(whole, self.bucket_bytes), "optimizer step")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from strategies.base import POLICIES, Role
 from strategies.layout import Wire
@@ -19,6 +20,9 @@ from strategies.layout import Wire
 COMPUTE, GRADIENT, FP32, BYTE, INT64 = "compute", "gradient", "fp32", "byte", "int64"
 """Element types of a row; ``compute`` is the precision that the matrix products run in, ``gradient``
 that in which autograd makes the gradients of the weights."""
+
+WIDTHS = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0}
+"""Bytes of an element."""
 
 ALWAYS = POLICIES
 NONE = ("none",)
@@ -77,6 +81,7 @@ class Overhead:
     tag: str  # measured or assumed
     source: str
     fraction: bool = False
+    of_tensors: bool = False  # measured against what is allocated, whatever the pools
 
 
 CONTEXT = Overhead(
@@ -122,8 +127,10 @@ class Stack:
     sharding_notes: Mapping[str, str]
     schedules: tuple[str, ...]
     options: Mapping[str, tuple[str, ...]]  # option -> its values, the default first
-    other_rows: Mapping[str, Mapping[str, tuple[Row, ...]]] = field(default_factory=dict)
-    """Rows in place of ``rows`` under an option, as in ``kernels:megatron``."""
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Fields that an option replaces, as in ``kernels:megatron``."""
+    words: tuple[str, ...] = ()  # feature words of its own
+    alone: Mapping[str, str] = field(default_factory=dict)  # options' defaults on a single GPU
     notes: Mapping[str, str] = field(default_factory=dict)  # precision -> what to know of it
     autocast: tuple[str, ...] = ()  # precisions that run fp32 weights under torch.autocast
     vocabulary_multiple: int = 1  # the vocabulary is padded to a multiple of this times t
@@ -144,17 +151,16 @@ class Stack:
     bucket_fraction: float = 0.0
     eager_alibi: bool = False  # no fused attention for ALiBi models
     hidden_transfers: str = ""  # the flags behind the overlap that is assumed
-    libraries: int = 1  # matrix libraries that keep a workspace among the tensors
     context: Overhead = CONTEXT
     communicator: Overhead = COMMUNICATOR
     allocator: Overhead = ALLOCATOR
 
-    def rows_of(self, options: Mapping[str, str]) -> Mapping[str, tuple[Row, ...]]:
-        """The rows that a job's options select."""
+    def under(self, options: Mapping[str, str]) -> Stack:
+        """The stack as a job's options make it."""
+        changed: dict[str, Any] = {}
         for name, value in options.items():
-            if found := self.other_rows.get(f"{name}:{value}"):
-                return found
-        return self.rows
+            changed |= self.variants.get(f"{name}:{value}", {})
+        return replace(self, **changed) if changed else self
 
     def autograd_bytes(self, recipe: Recipe) -> float:
         """Bytes per element of the gradients that autograd makes, before they are stored."""
@@ -166,9 +172,10 @@ class Stack:
 
     def wire(self, recipe: Recipe, options: Mapping[str, str]) -> Wire:
         """What this stack sends for data parallelism under a recipe and options."""
+        usual = recipe.compute if self.both_gradients else recipe.gradient
         wire = Wire(
             gather_bytes=recipe.compute,
-            reduce_bytes={"fp32": 4.0, "bf16": 2.0}.get(options.get("reduce_dtype", ""), recipe.gradient),
+            reduce_bytes=WIDTHS.get(options.get("reduce_dtype", ""), usual),
             bucket_bytes=self.size("reduce_bucket_size", options) * recipe.compute,
             bucket_fraction=self.bucket_fraction if options.get("gradient_view") != "on" else 0.0,
             bucket_view=options.get("gradient_view") == "on",

@@ -20,7 +20,7 @@ FSDP = Stack(
         "fp32": Recipe(4, 4, 0, 4, compute=4, unit="tf32"),
         "pure-bf16": Recipe(2, 2, 0, 2),
     },
-    shardings={"fsdp": True, "ddp": False},
+    shardings={"fsdp": True},
     sharding_notes={"fsdp": "fully_shard, HSDP with a device mesh of two dimensions"},
     schedules=("1f1b", "gpipe", "interleaved"),
     options={
@@ -30,9 +30,7 @@ FSDP = Stack(
         "compile": ("off", "on"),
         "reduce_dtype": ("fp32", "bf16"),
         "optimizer_step": ("fused", "foreach"),
-        "gradient_view": ("off", "on"),
     },
-    bucket_fraction=1.0,
     casts_weights=True,
     separate_root=True,
     tensor_parallel=False,

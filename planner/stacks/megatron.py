@@ -81,7 +81,7 @@ EMBEDDING = (
     Row("input of the embedding norm", H, 1, when="embedding_norm"),
     Row("gradient of the embedding's output", H, 1, role=TRANSIENT, steps="embedding"),
     # The look-up's backward makes a dense gradient, which is then added to the main one.
-    Row("dense gradient of the look-up", "vocab hidden", 1, role=TRANSIENT, steps="embedding"),
+    Row("dense gradient of the look-up", "vocab hidden", 1, when="mcore", role=TRANSIENT, steps="embedding"),
 )
 
 HEAD = (
@@ -97,13 +97,19 @@ HEAD = (
     Row("gradient of the logits", V, 1, when="!loss:fused", role=TRANSIENT, steps="head"),
     Row("gradient of the head's input", H, 2, role=TRANSIENT, steps="head norm"),
     # Fused accumulation adds to the main gradient; autograd is handed an empty one of the weight's shape.
-    Row("stand-in gradient of the head weight", "vocab hidden", 1, role=TRANSIENT, steps="head"),
+    Row(
+        "stand-in gradient of the head weight", "vocab hidden", 1, when="mcore", role=TRANSIENT, steps="head"
+    ),
 )
 
 # Transformer Engine keeps one stand-in for each shape of weight, for good (get_dummy_wgrad).
 STAGE = (
     Row(
-        "stand-in gradient, query, key, value: query", "hidden heads head_dim", 1, when="!eager", role=BUFFER
+        "stand-in gradient, query, key, value: query",
+        "hidden heads head_dim",
+        1,
+        when="mcore !eager",
+        role=BUFFER,
     ),
     Row(
         "stand-in gradient, query, key, value: key and value",
@@ -112,12 +118,12 @@ STAGE = (
         when="!eager",
         role=BUFFER,
     ),
-    Row("stand-in gradient, attention output", "heads head_dim hidden", 1, when="!eager", role=BUFFER),
-    Row("stand-in gradient, gate and up", "hidden ffn", 2, when="!eager gated", role=BUFFER),
-    Row("stand-in gradient, up", "hidden ffn", 1, when="!eager !gated", role=BUFFER),
-    Row("stand-in gradient, down", "ffn hidden", 1, when="!eager", role=BUFFER),
+    Row("stand-in gradient, attention output", "heads head_dim hidden", 1, when="mcore !eager", role=BUFFER),
+    Row("stand-in gradient, gate and up", "hidden ffn", 2, when="mcore !eager gated", role=BUFFER),
+    Row("stand-in gradient, up", "hidden ffn", 1, when="mcore !eager !gated", role=BUFFER),
+    Row("stand-in gradient, down", "ffn hidden", 1, when="mcore !eager", role=BUFFER),
     # The scores of unfused attention go into one buffer that all layers share.
-    Row("attention scores, shared", SS, 1, when="eager", role=BUFFER),
+    Row("attention scores, shared", SS, 1, when="mcore eager", role=BUFFER),
 )
 
 MEGATRON = Stack(
@@ -147,7 +153,7 @@ MEGATRON = Stack(
     vocabulary_multiple=128,
     gradients_resident=True,
     fused_accumulation=True,
-    libraries=2,
+    words=("mcore",),
     gradient_copies=True,
     allocator=Overhead(
         ALLOCATOR.name,

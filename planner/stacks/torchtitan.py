@@ -33,6 +33,7 @@ H, W, A, AD, KD, F, V = (
 )
 TRANSIENT = Role.TRANSIENT
 ALL = "down act up norm2 out core qkv norm1"
+AUTOCAST = "mixed_precision:autocast"
 
 BLOCK = (
     Row("block input", H, 1, COMPUTE, ALWAYS, "!norm:eager", steps="norm1"),
@@ -62,6 +63,34 @@ BLOCK = (
     Row("up", F, 1, COMPUTE, NONE, "gated", steps="act"),
     Row("activated gate", F, 1, COMPUTE, NONE, "!compile:on", steps="act"),
     Row("gated product", F, 1, COMPUTE, NONE, "gated", steps="down"),
+    # Without FSDP fp32 weights run under autocast: the residual stream is fp32, casts of it and of the
+    # weights are kept; compiled, one cast for all products of an input.
+    Row("block input, fp32", H, 1, COMPUTE, ALWAYS, AUTOCAST, steps="norm1"),
+    Row("input of the second norm, fp32", H, 1, COMPUTE, NONE, f"{AUTOCAST} !compile:on", steps="norm2"),
+    Row(
+        "further casts of the norms' outputs", H, 3, COMPUTE, NONE, f"{AUTOCAST} !compile:on", steps="qkv up"
+    ),
+    Row("query weight, cast", "hidden heads head_dim", 1, COMPUTE, UNTIL_FULL, AUTOCAST, steps="qkv"),
+    Row(
+        "key and value weights, cast",
+        "hidden kv_heads head_dim",
+        2,
+        COMPUTE,
+        UNTIL_FULL,
+        AUTOCAST,
+        steps="qkv",
+    ),
+    Row(
+        "attention output weight, cast",
+        "hidden heads head_dim",
+        1,
+        COMPUTE,
+        UNTIL_FULL,
+        AUTOCAST,
+        steps="out",
+    ),
+    Row("gate and up weights, cast", "hidden ffn", 2, COMPUTE, UNTIL_FULL, AUTOCAST, steps="up"),
+    Row("down weight, cast", "hidden ffn", 1, COMPUTE, UNTIL_FULL, AUTOCAST, steps="down"),
     # Kept only because op-level selective checkpointing keeps every second product's output.
     Row("MLP output", W, 1, COMPUTE, ("selective",), "!compile:on", steps="norm1"),
     Row("reduce-scattered outputs", f"{H} tensor_group", 2, COMPUTE, ("selective",), steps="norm1"),
@@ -108,6 +137,7 @@ HEAD = (
     Row("input of the final norm", H, 1, steps="norm"),
     Row("final norm statistics", "batch seq residual:1", 1, FP32, steps="norm"),
     Row("head input (norm output)", H, 1, steps="head"),
+    Row("head weight, cast", "vocab hidden", 1, when=AUTOCAST, steps="head"),
     Row("log-probabilities", V, 1, FP32, when="!loss:compiled !loss:chunked", steps="loss"),
     # Until June 2024 the trainer held on to the logits while it ran backward.
     Row("logits in fp32", V, 1, FP32, when="loss:eager-kept", steps="loss"),
@@ -138,9 +168,8 @@ TORCHTITAN = Stack(
     version="torchtitan 0.3.0, torch 2.13, eager",
     rows={"embedding": EMBEDDING, "block": BLOCK, "head": HEAD},
     recipes={"bf16": Recipe(4, 4, 0, 4), "fp32": Recipe(4, 4, 0, 4, compute=4, unit="tf32")},
-    shardings={"ddp": True, "fsdp": True},
+    shardings={"fsdp": True},
     sharding_notes={
-        "ddp": "data_parallel_replicate_degree",
         "fsdp": "data_parallel_shard_degree, HSDP with data_parallel_replicate_degree",
     },
     schedules=("1f1b", "interleaved", "gpipe"),
@@ -151,14 +180,15 @@ TORCHTITAN = Stack(
         "norm": ("fused", "eager"),
         "root": ("split", "one"),
         "compile": ("off", "on"),
+        "mixed_precision": ("fsdp", "autocast"),
         "reduce_dtype": ("fp32", "bf16"),
         "optimizer_step": ("fused", "foreach"),
     },
+    alone={"mixed_precision": "autocast"},
     block_policies=("selective", "full"),
     rerun={"attention output weight": NONE, "up weight": NONE},
     casts_weights=True,
     families=("llama", "mistral", "qwen2", "qwen3"),
     separate_root=True,
     keeps_last=True,
-    bucket_fraction=1.0,
 )

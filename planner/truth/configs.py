@@ -23,6 +23,7 @@ def _llama(spec: ModelSpec) -> dict[str, Any]:
         "attention_bias": biased,
         "mlp_bias": spec.mlp_bias,
         "attention_dropout": spec.attention_dropout,
+        **({"sliding_window": spec.sliding_window} if spec.model_type == "mistral" else {}),
     }
 
 

@@ -175,5 +175,7 @@ def bytes_outside(job: Job, layout: Layout, bound: str = "value") -> float:
 
 
 def library_workspace(job: Job) -> int:
-    """What PyTorch gives each matrix library before compute capability 9: 4,096 KiB twice, 16 KiB 8 times."""
-    return (2 * 4096 + 8 * 16) * 1024 * job.stack.libraries
+    """Before compute capability 9 PyTorch gives cuBLAS 4,096 KiB twice and 16 KiB 8 times, Transformer
+    Engine 4 MiB."""
+    torch = (2 * 4096 + 8 * 16) * 1024
+    return torch + 4 * 2**20 * (job.stack.name == "megatron")

@@ -101,7 +101,7 @@ def test_json_of_a_plan_reads_back_equal() -> None:
 def test_components_add_up_to_the_peak_on_every_stage() -> None:
     for stage in plan_of(4, 4).stages:
         assert abs(sum(stage.components.values()) - stage.peak_bytes) <= len(stage.components)
-        assert stage.peak_bytes == max(stage.moments.values()) == stage.moments[stage.moment]
+        assert stage.tensor_bytes == max(stage.moments.values()) == stage.moments[stage.moment]
 
 
 def test_mfu_is_model_flops_over_peak() -> None:

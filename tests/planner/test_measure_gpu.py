@@ -21,14 +21,18 @@ SMALL = {"hidden": 128, "layers": 3, "heads": 4, "kv_heads": 2, "ffn": 320, "voc
 
 
 @pytest.fixture(scope="module")
-def script() -> Any:
+def script() -> Iterator[Any]:
     spec = importlib.util.spec_from_file_location("measure_gpu", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    return module
+    yield module
+    from torch import distributed
+
+    if distributed.is_initialized():  # the script is a process of its own and leaves its group to the end
+        distributed.destroy_process_group()
 
 
 @pytest.fixture

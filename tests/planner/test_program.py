@@ -12,6 +12,7 @@ from planner.best_first import exhaustive, find
 from planner.candidate import Candidate, Stage
 from planner.defaults import Job
 from planner.layouts import Choices, enumerate_layouts
+from planner.overheads import library_bytes
 from planner.program import Solution, cost_of, settle, solve
 from planner.stacks.base import Overhead
 from planner.stages import price
@@ -62,11 +63,11 @@ NOTHING = Overhead("nothing", 0.0, 0.0, 0.0, "assumed", "tensors alone")
 
 
 def small_job(budget: float, layers: int = 5) -> Job:
-    """A job whose tensors may fill so many GiB, as nothing lies outside them."""
+    """A job whose tensors may fill so many GiB, as nothing but a workspace lies outside them."""
     model = llama(layers, 1024, 8, 8, vocab_size=32000)
     job = job_of(model, "4xA100", seq_length=4096, global_batch_size=8)
-    cluster = job.cluster.model_copy(update={"budget_bytes": int(budget * GIB)})
-    stack = replace(job.stack, context=NOTHING, communicator=NOTHING, allocator=NOTHING, libraries=0)
+    stack = replace(job.stack, context=NOTHING, communicator=NOTHING, allocator=NOTHING)
+    cluster = job.cluster.model_copy(update={"budget_bytes": int(budget * GIB + library_bytes(job))})
     return replace(job, cluster=cluster, stack=stack)
 
 

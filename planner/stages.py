@@ -336,14 +336,21 @@ class Prices:
         }
 
     def buffers(self, first: bool, last: bool) -> list[Buffer]:
-        """What the strategies allocate besides the terms on such a stage."""
+        """What the strategies and the pipeline allocate besides the terms on such a stage."""
         *strategies, _ = strategies_of(self.layout, self.wire)
         layers = self.stage_layers(first, last)
-        return [
+        found = [
             buffer
             for strategy in strategies
             for buffer in strategy.workspace(layers, size_seen_by(strategy, strategies))
         ]
+        if self.job.stack.receives_ahead:
+            # torch.distributed.pipelining has a buffer for every micro-batch that it will receive, forward
+            # and backward, and its last stage keeps every output.
+            sides = 2 * self.layout.chunks - first
+            size = sides * self.layout.grad_accum * self.send_bytes * self.pipelined
+            found.append(Buffer("what the pipeline receives, all micro-batches", size))
+        return found
 
     def state_bytes(self, price: LayerPrice, pipeline: PipelineParallel, gradients: Quantity) -> Quantity:
         """Model states of a layer on a stage, with that fraction of its gradients."""

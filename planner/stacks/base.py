@@ -138,6 +138,7 @@ class Stack:
     casts_weights: bool = False  # FSDP2's mixed precision: half-precision copies run forward and backward
     fused_accumulation: bool = False  # products add to the gradients without a copy of their own
     gradient_copies: bool = False  # half-precision gradients are copied to fp32 beside the master
+    receives_ahead: bool = False  # pipelines allocate what they receive of all micro-batches
     both_gradients: bool = False  # fp32 gradients are kept besides half-precision ones
     tensor_parallel: bool = True
     policies: tuple[str, ...] = POLICIES  # the recompute policies it knows

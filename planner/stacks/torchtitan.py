@@ -188,6 +188,7 @@ TORCHTITAN = Stack(
     block_policies=("selective", "full"),
     rerun={"attention output weight": NONE, "up weight": NONE},
     casts_weights=True,
+    receives_ahead=True,
     families=("llama", "mistral", "qwen2", "qwen3"),
     separate_root=True,
     keeps_last=True,

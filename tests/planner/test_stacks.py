@@ -356,3 +356,17 @@ def test_options_survive_a_plans_json() -> None:
     job = resolve(MODEL, job_of(MODEL).cluster, spec)
     again = TrainingSpec.model_validate_json(job.training.model_dump_json())
     assert resolve(MODEL, job.cluster, again).training == job.training
+
+
+def test_torchs_pipelines_hold_what_they_receive_of_every_micro_batch() -> None:
+    """torch.distributed.pipelining, traced on 4 stages of 8 micro-batches: one stage input each, from behind
+    only on the first stage, from both sides in the middle; the last one keeps its outputs instead."""
+    job = job_of(llama(8), "4xH100", framework="torchtitan", seq_length=512, global_batch_size=8)
+    layout = Layout(pipeline_parallel=4, grad_accum=8, sharding="fsdp")
+    prices = price(job, layout, ("none",))
+    once = 512 * job.model.hidden_size * 2
+    for first, last, held in ((True, False, 8), (False, False, 16), (False, True, 16)):
+        found = [b.size for b in prices.buffers(first, last) if "receives" in b.name]
+        assert found == [held * once]
+    megatron = price(job_of(llama(8), "4xH100", seq_length=512, global_batch_size=8), layout, ("none",))
+    assert not any("receives" in b.name for b in megatron.buffers(True, False))

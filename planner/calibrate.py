@@ -1,11 +1,16 @@
 """Fits what lies outside tensors to readings of real runs; what tensors take is counted, never fitted.
 
-Three terms, as :class:`planner.stacks.base.Stack` names them:
+Three terms, as :class:`planner.stacks.base.Stack` names them, each with its range:
 
 - ``allocator``: ``reserved / allocated - 1`` of each reading's peaks; their median.
 - ``context`` and ``communicator``: what is in use of the GPU beyond PyTorch's own part is
   ``context + communicator x groups``; least squares, neither below zero, where readings with
   different numbers of groups were given; otherwise ``context`` alone.
+
+A range is meant to hold the next run nine times in ten. Of ``n`` runs that are alike, whatever their
+distribution, the next lies between the least and the most with probability ``(n - 1) / (n + 1)``, and
+between the ``r``-th from either end with ``(n + 1 - 2r) / (n + 1)`` (Wilks 1948, "Order statistics",
+Bulletin of the AMS 54). So it takes :data:`ENOUGH` runs; with fewer, the framework's own range counts too.
 
 Sizes are in bytes. A term that no reading speaks of stays the framework's own.
 """
@@ -29,7 +34,7 @@ if TYPE_CHECKING:
 
 Term = Literal["context", "communicator", "allocator"]
 TERMS: tuple[Term, ...] = ("allocator", "context", "communicator")
-MANY = 20  # readings from which 5 % of them is at least one; below it the range is all of them
+ENOUGH = 19  # runs: 18 / 20 is nine in ten
 MAX_NOTES = 20
 NOTHING = (
     "nothing to fit. The allocator's part needs allocated and reserved bytes of a peak; context needs "
@@ -54,6 +59,11 @@ class Residual:
     reserved_off: float | None = None  # bytes: reserved, less allocated x (1 + allocator)
     outside_off: float | None = None  # bytes: the GPU's, less reserved, context and groups
     tensors_off: float | None = None  # allocated / predicted - 1; never fitted
+
+    @property
+    def used(self) -> bool:
+        """Was a term fitted to it?"""
+        return self.reserved_off is not None or self.outside_off is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +102,13 @@ def calibrate(
         raise InputError(f"{len(readings):,} readings; at most {MAX_READINGS:,}")
     for one in readings if card else ():
         _fits_card(one, card)
-    known = framework or _framework_of(files)
+    known = framework or _framework_of(paths, files)
     notes = [note for file in files for note in file.notes]
+    if known is None:
+        notes.append("no file says of which framework it is: give --framework; megatron's figures are shown")
+    elif framework is None:
+        unsaid = [path.name for path, file in zip(paths, files, strict=True) if file.framework is None]
+        notes += [f"{plain(name)}: taken to be of {known}, as the others are" for name in unsaid]
     return fit(readings, stack_named(known or "megatron"), known, card.name if card else None, notes)
 
 
@@ -130,10 +145,18 @@ def _files(paths: Sequence[Path], format: str | None, groups: int | None) -> lis
     return [read_file(path, format, groups) for path in paths]
 
 
-def _framework_of(files: Sequence[Readings]) -> str | None:
-    """The framework whose logs these are, if all of them are of one."""
-    kinds = {file.format for file in files}
-    return kinds.pop() if kinds in ({"megatron"}, {"torchtitan"}) else None
+def _framework_of(paths: Sequence[Path], files: Sequence[Readings]) -> str | None:
+    """The framework of those files that are of one. Raises InputError if they are of several."""
+    first: dict[str, Path] = {}
+    for path, file in zip(paths, files, strict=True):
+        if file.framework is not None:
+            first.setdefault(file.framework, path)
+    if len(first) > 1:
+        each = ", ".join(f"{plain(path.name)} is of {name}" for name, path in first.items())
+        raise InputError(
+            f"{each}: a profile is of one framework; calibrate each by itself, or name it with --framework"
+        )
+    return next(iter(first), None)
 
 
 def fit(
@@ -157,24 +180,33 @@ def fit(
         raise InputError("; ".join([NOTHING, *dict.fromkeys(left.values()), *notes[:4]]))
     figures = {term: one.figure for term, one in fits.items()}
     residuals = tuple(_residual(one, figures, stack) for one in readings)
-    used = sum(1 for one in residuals if one.reserved_off is not None or one.outside_off is not None)
-    said = [*notes, *_tensors_note(residuals), *(f"{term}: {why}" for term, why in left.items())]
+    used = runs_of([one.reading for one in residuals if one.used])
+    said = [*notes, *_tensors_note(residuals), *_few_note(fits, used)]
+    said += [f"{term}: {why}" for term, why in left.items()]
     if len(said) > MAX_NOTES:
         said = [*said[: MAX_NOTES - 1], f"and {len(said) - MAX_NOTES + 1} notes more"]
     profile = Profile(framework=framework, gpu=gpu, overheads=figures, runs=used, notes=tuple(said))
     return Calibration(profile, fits, residuals, defaults, left)
 
 
-def spread(values: Sequence[float]) -> tuple[float, float, str]:
-    """The range of values, and in words: 5th to 95th percentile, or all of them when they are few.
+def runs_of(readings: Sequence[Reading]) -> int:
+    """How many runs readings are of: the ranks of a run spread less than runs do, and count as one."""
+    return len({one.run for one in readings} - {None}) + sum(one.run is None for one in readings)
 
-    >>> spread([0.05, 0.02, 0.09])
-    (0.02, 0.09, 'all of them')
+
+def spread(values: Sequence[float], runs: int) -> tuple[float, float, bool]:
+    """The range of values that are of so many runs, and whether these are too few for it.
+
+    All of them if so; else from the 5th to the 95th percentile, counted in ``n + 1`` parts, which
+    holds the next one nine times in ten.
+
+    >>> spread([0.05, 0.02, 0.09], 3)
+    (0.02, 0.09, True)
     """
-    if len(values) < MANY:
-        return min(values), max(values), "all of them"
-    cuts = statistics.quantiles(values, n=20, method="inclusive")
-    return cuts[0], cuts[-1], "5th to 95th percentile"
+    if runs < ENOUGH:
+        return min(values), max(values), True
+    cuts = statistics.quantiles(values, n=20, method="exclusive")
+    return cuts[0], cuts[-1], False
 
 
 def slack_of(reading: Reading) -> float | None:
@@ -185,63 +217,65 @@ def slack_of(reading: Reading) -> float | None:
 
 
 def _fit_allocator(readings: Sequence[Reading], fits: dict[Term, Fit], left: dict[Term, str]) -> None:
-    slacks = [slack for one in readings if (slack := slack_of(one)) is not None]
-    if not slacks:
+    told = [one for one in readings if slack_of(one) is not None]
+    slacks = [slack_of(one) or 0.0 for one in told]
+    if not told:
         left["allocator"] = "no reading has both allocated and reserved bytes of a peak"
         return
-    least, most, words = spread(slacks)
-    source = f"planner calibrate: median of {plural(len(slacks), 'reading')}, range: {words}"
-    fits["allocator"] = Fit(_figure(statistics.median(slacks), least, most, source), len(slacks))
+    source = f"planner calibrate: median of {counted(told)}"
+    fits["allocator"] = _fitted(statistics.median(slacks), slacks, source, runs_of(told))
 
 
 def _fit_outside(
     readings: Sequence[Reading], stack: Stack, fits: dict[Term, Fit], left: dict[Term, str]
 ) -> None:
     """Context, and the communicator's part where the numbers of groups differ."""
-    told = [one for one in readings if one.outside is not None]
-    points = [(one.groups, one.outside or 0.0) for one in told if one.groups is not None]
+    measured = [one for one in readings if one.outside is not None]
+    told = [one for one in measured if one.groups is not None]
+    points = [(one.groups or 0, one.outside or 0.0) for one in told]
     counts = {groups for groups, _ in points}
     if not points:
         why = "no reading has the bytes in use of the whole GPU and those reserved"
-        if told:
+        if measured:
             why = (
-                f"{plural(len(told), 'reading')} of the whole GPU without the number of groups: give --groups"
+                f"{plural(len(measured), 'reading')} of the whole GPU without the number of groups: "
+                "give --groups"
             )
         left["context"] = left["communicator"] = why
         return
+    runs, less = runs_of(told), 0
     if len(counts) > 1:
         context, share = line(points)
-        words = f"planner calibrate: least squares, {len(points)} readings, {len(counts)} numbers of groups"
-        figure = _figure(share, share, share, f"{words}; the spread is the context's")
-        fits["communicator"] = Fit(figure, len(points))
+        words = f"planner calibrate: least squares, {counted(told)}, {len(counts)} numbers of groups"
+        less = 2
+        source = f"{words}; the spread is the context's"
+        fits["communicator"] = _fitted(share, [share] * len(points), source, runs, less)
     else:
-        context, share, words = _context_alone(points, counts.pop(), stack, fits, left)
+        context, share, words = _context_alone(told, counts.pop(), stack, fits, left)
     rest = [outside - share * groups for groups, outside in points]
-    least, most, range_words = spread(rest)
-    source = f"{words}; range: {range_words}"
-    fits["context"] = Fit(_figure(context, least, most, source), len(points))
+    fits["context"] = _fitted(context, rest, words, runs, less)
 
 
 def _context_alone(
-    points: Sequence[tuple[int, float]],
+    told: Sequence[Reading],
     groups: int,
     stack: Stack,
     fits: dict[Term, Fit],
     left: dict[Term, str],
 ) -> tuple[float, float, str]:
     """Context beside the framework's own communicator, which shrinks if it leaves nothing over."""
-    usual = statistics.median(outside for _, outside in points)
+    sizes = [one.outside or 0.0 for one in told]
+    usual = statistics.median(sizes)
     share = stack.communicator.value
-    words = f"planner calibrate: median of {plural(len(points), 'reading')} with {plural(groups, 'group')}"
+    words = f"planner calibrate: median of {counted(told)} with {plural(groups, 'group')}"
     if share * groups <= usual:
         each = plural(groups, "group")
         left["communicator"] = f"every reading has {each}, so its part cannot be told from context"
         less = f" less {share * groups / GIB:.3g} GiB for the communicators" if groups else ""
         return usual - share * groups, share, words + less
     share = usual / groups
-    least, most, range_words = spread([outside / groups for _, outside in points])
-    source = f"{words}, all of it, as it is less than the framework's own; range: {range_words}"
-    fits["communicator"] = Fit(_figure(share, least, most, source), len(points))
+    source = f"{words}, all of it, as it is less than the framework's own"
+    fits["communicator"] = _fitted(share, [size / groups for size in sizes], source, runs_of(told))
     return 0.0, share, f"{words}: the communicators take all of it"
 
 
@@ -265,13 +299,28 @@ def line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
     return min(flat, through_zero, key=error)
 
 
-def _figure(value: float, least: float, most: float, source: str) -> OverheadFigure:
-    """A figure whose range holds its value, and nothing below zero; whole bytes, or a millionth."""
+def _fitted(value: float, values: Sequence[float], source: str, runs: int, less: int = 0) -> Fit:
+    """A term with the range of its values, which holds the figure and nothing below zero.
+
+    Whole bytes, or a millionth. ``less`` is how many runs a line takes up: any two lie on one.
+    """
+    least, most, few = spread(values, runs - less)
     digits = None if max(value, most) > MOST_RATIO else 6
     low, usual, high = (
         float(round(x, digits)) for x in (max(0.0, min(least, value)), value, max(most, value))
     )
-    return OverheadFigure(value=usual, least=low, most=high, source=source)
+    words = "5th to 95th percentile"
+    if few:
+        words = f"all of them, and the framework's own until there are {ENOUGH + less} runs"
+    figure = OverheadFigure(value=usual, least=low, most=high, few=few, source=f"{source}; range: {words}")
+    return Fit(figure, len(values))
+
+
+def counted(readings: Sequence[Reading]) -> str:
+    """``5 readings``, and of how many runs if these are fewer."""
+    runs = runs_of(readings)
+    words = plural(len(readings), "reading")
+    return words if runs == len(readings) else f"{words} of {plural(runs, 'run')}"
 
 
 def plural(count: int, word: str) -> str:
@@ -292,12 +341,23 @@ def _residual(one: Reading, figures: dict[Term, OverheadFigure], stack: Stack) -
     return Residual(one, slack, reserved_off, outside_off, off)
 
 
+def _few_note(fits: dict[Term, Fit], runs: int) -> list[str]:
+    """Which terms rest on too few runs to tell their range."""
+    few = " and ".join(
+        ", ".join(term for term in TERMS if term in fits and fits[term].figure.few).rsplit(", ", 1)
+    )
+    if not few:
+        return []
+    return [f"few runs ({runs}): the range of {few} takes in the framework's own"]
+
+
 def _tensors_note(residuals: Sequence[Residual]) -> list[str]:
     """How far the counted tensors are from the measured ones, which no term may hide."""
-    off = [one.tensors_off for one in residuals if one.tensors_off is not None]
+    told = [one for one in residuals if one.tensors_off is not None]
+    off = [one.tensors_off or 0.0 for one in told]
     if not off:
         return []
-    least, most, _ = spread(off)
+    least, most, _ = spread(off, runs_of([one.reading for one in told]))
     middle = statistics.median(off)
     return [
         f"tensors: allocated over predicted {middle:+.1%} ({least:+.1%} to {most:+.1%}) in "

@@ -1,16 +1,17 @@
 """The command line. Everything heavy is imported where it is used: starting up is part of the answer.
 
-Exit status: 0 fits, 1 does not fit, 2 bad input.
+Exit status: 0 fits, 1 does not fit, 2 bad input, 3 no answer within the time limit.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from planner import options as o
 
@@ -18,8 +19,26 @@ if TYPE_CHECKING:
     from planner.plan import Plan
     from planner.specs import ClusterSpec, ModelSpec
 
+UsageError: Any = typer.BadParameter.__base__
+
+
+class Commands(TyperGroup):
+    """The commands. What is wrong with their options is said as JSON too, if JSON is asked for."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **more: Any) -> Any:
+        if "--json" not in (sys.argv[1:] if args is None else args):
+            return super().main(args, *rest, **more)
+        try:
+            status = super().main(args, *rest, **more | {"standalone_mode": False})
+        except UsageError as error:
+            print_json({"error": error.format_message()})
+            status = error.exit_code
+        sys.exit(status)
+
+
 app = typer.Typer(
     name="planner",
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help starts twice as fast
@@ -42,7 +61,7 @@ def fail(message: str, status: int, as_json: bool = False, **more: Any) -> NoRet
 @contextmanager
 def reported(as_json: bool = False) -> Iterator[None]:
     """Turns the planner's errors into a message and an exit status."""
-    from planner.errors import InfeasibleError, PlannerError
+    from planner.errors import InfeasibleError, PlannerError, SolverError
 
     try:
         yield
@@ -50,7 +69,7 @@ def reported(as_json: bool = False) -> Iterator[None]:
     except InfeasibleError as error:
         report_infeasible(error, as_json)
     except PlannerError as error:
-        fail(str(error), 2, as_json)
+        fail(str(error), 3 if isinstance(error, SolverError) else 2, as_json)
     except OSError as error:
         leave_output(error)
 
@@ -182,6 +201,9 @@ def search(
         choices = Choices(**only, sequence_parallel=sequence_parallel, across_nodes=across_nodes)
         training = reading.read_training(given)
         spec, cluster = reading.read_model(model), reading.read_cluster(gpus, memory_budget, headroom)
+        if only["micro_batch_size"] and len(only["micro_batch_size"]) == 1:
+            unit = cluster.num_gpus * only["micro_batch_size"][0]
+            training = reading.with_batch(spec, cluster, training, unit)
         with progress(quiet or as_json) as report:
             plans = api.search(
                 spec,
@@ -207,7 +229,7 @@ def one_layout(given: dict[str, Any]) -> tuple[Any, ...]:
     spec = reading.read_model(given["model"])
     cluster = reading.read_cluster(given["gpus"], given["memory_budget"], given["headroom"])
     training = reading.read_training(given)
-    return spec, cluster, training, reading.read_layout(spec, cluster, training, given)
+    return spec, cluster, *reading.read_layout(spec, cluster, training, given)
 
 
 @app.command(
@@ -311,7 +333,8 @@ def explain(
         from planner import api, reading
 
         layers = reading.numbers("--layers-per-stage", layers_per_stage)
-        found = api.explain(*job, recompute=recompute, layers=layers, stage=stage, moment=moment)
+        when = moment.lower() if moment else None
+        found = api.explain(*job, recompute=recompute, layers=layers, stage=stage, moment=when)
         if as_json:
             from dataclasses import asdict
 
@@ -360,6 +383,8 @@ def compare(
 
         spec, cluster = reading.read_model(model), reading.read_cluster(gpus, memory_budget, headroom)
         training = reading.read_training(given)
+        if micro_batch_size > 0:
+            training = reading.with_batch(spec, cluster, training, cluster.num_gpus * micro_batch_size)
         rows = api.compare(spec, cluster, training, micro_batch_size=micro_batch_size, recompute=recompute)
         found = [plan for _, plan in rows if not isinstance(plan, str)]
         if not found:
@@ -395,16 +420,18 @@ def catalog(
             raise InputError(f"catalog {what[:40]!r}: ask for models or gpus")
         load: Any = load_model if what == "models" else load_gpu
         entries = [load(stem) for stem in ([name] if name else names(what))]
-        if as_json or name:
-            dumped = [entry.model_dump(mode="json") for entry in entries]
-            if what == "models":
-                for entry, values in zip(entries, dumped, strict=True):
-                    values["num_parameters"] = entry.num_parameters
+        dumped = [entry.model_dump(mode="json") for entry in entries]
+        if what == "models":
+            for entry, values in zip(entries, dumped, strict=True):
+                values["num_parameters"] = entry.num_parameters
+        if as_json:
             return print_json({"schema": "planner.catalog/1", what: dumped})
-        from planner.render import console_for, show_gpus, show_models
+        from planner.render_catalog import show_entry, show_gpus, show_models
 
+        if name:
+            return show_entry(dumped[0])
         show: Any = show_models if what == "models" else show_gpus
-        show(console_for(), entries)
+        show(entries)
 
 
 def _register() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from planner import options as o
 
@@ -12,9 +12,8 @@ if TYPE_CHECKING:
 Output = Annotated[
     str | None, o.option("--output", "-o", help="The profile to write, as in profile.json; none by default.")
 ]
-Framework = Annotated[
-    str | None, o.option("--framework", help="megatron, torchtitan or hf; that of the logs by default.")
-]
+NAMES = get_args(o.Framework)[1].help.rstrip(".")  # the frameworks, as the other commands list them
+Framework = Annotated[str | None, o.option("--framework", help=f"{NAMES}; that of the files by default.")]
 Gpu = Annotated[str | None, o.option("--gpu", help="The kind of GPU, as planner catalog gpus has it.")]
 Format = Annotated[
     str | None,

@@ -8,7 +8,7 @@ from typing import Any
 
 from planner.errors import InputError
 from planner.specs import ClusterSpec, ModelSpec, Profile, TrainingSpec
-from planner.stacks import stack_named
+from planner.stacks import STACKS, stack_named
 from planner.stacks.base import WIDTHS, Recipe, Stack
 
 USUAL_TOKENS = 4 * 2**20
@@ -122,16 +122,44 @@ def _check_size(name: str, value: str) -> None:
 
 
 def _with_profile(stack: Stack, profile: Profile | None) -> Stack:
-    """The stack with the overheads that a profile has measured."""
+    """The stack with the overheads that a profile has measured.
+
+    Those of few runs never narrow the framework's range. Raises InputError for another framework's.
+    """
     if profile is None:
         return stack
     if profile.framework not in (None, stack.name):
         raise InputError(f"the profile was measured under {profile.framework}, not {stack.name}")
-    measured: dict[str, Any] = {
-        str(name): replace(getattr(stack, name), **figure.model_dump(), tag="measured", of_tensors=True)
-        for name, figure in profile.overheads.items()
-    }
+    measured: dict[str, Any] = {}
+    for name, figure in profile.overheads.items():
+        own = getattr(stack, name)
+        least, most = figure.range_beside(own)
+        measured[str(name)] = replace(
+            own,
+            value=figure.value,
+            least=least,
+            most=most,
+            tag="measured",
+            source=figure.source,
+            of_tensors=not figure.few,  # the framework's own range is of what the pools serve
+        )
     return replace(stack, **measured)
+
+
+def profile_notes(profile: Profile | None, gpu: str) -> list[str]:
+    """Why a profile's figures may not be those of the job: framework, kind of GPU, number of runs."""
+    if profile is None:
+        return []
+    notes = []
+    if profile.framework is None:
+        notes.append("the profile names no framework: it may have been measured under another")
+    if profile.gpu not in (None, gpu):
+        differ = " and ".join(name for name in ("context", "communicator") if name in profile.overheads)
+        effect = f"its {differ} may differ" if differ else "the allocator's part depends little on the GPU"
+        notes.append(f"the profile was measured on {profile.gpu}, not {gpu}: {effect}")
+    if few := " and ".join(name for name, figure in profile.overheads.items() if figure.few):
+        notes.append(f"the profile has few runs: the range of {few} takes in the framework's own")
+    return notes
 
 
 def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> Job:
@@ -141,9 +169,10 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
             raise InputError(f"{str(given)[:60]!r} is not a {kind.__name__}: make one, as the README shows")
     stack = stack_named(training.framework)
     if stack.families and model.model_type not in stack.families:
+        others = [one.name for one in STACKS.values() if not one.families or model.model_type in one.families]
         raise InputError(
             f"framework={stack.name} has no {model.model_type} models, only {', '.join(stack.families)}: "
-            "use --framework megatron or hf"
+            f"use --framework {', '.join(others[:-1])} or {others[-1]}"
         )
     if cluster.capacity_bytes < LEAST_BYTES:
         raise InputError(
@@ -190,10 +219,11 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     if "seq_length" not in given_fields:
         whole = "all" if seq == model.max_position_embeddings else f"8192 of {model.max_position_embeddings}"
         notes.append(f"sequence length {seq}: {whole} positions of the model")
-    if "global_batch_size" not in given_fields:
-        notes.append(
-            f"global batch of {batch} sequences: about 4M tokens a step, a sequence per 8 GPUs at least"
-        )
+    if training.global_batch_size is None or "global_batch_size" not in training.model_fields_set:
+        about = "about 4M tokens a step, a sequence per 8 GPUs at least"
+        if batch != usual_batch(seq, cluster.num_gpus):
+            about += ", in whole micro-batches"
+        notes.append(f"global batch of {batch} sequences: {about}")
     if "precision" not in given_fields:
         notes.append(f"precision {precision}")
     states = f"{recipe.weight:g} + {recipe.gradient:g} + {recipe.master:g} + moments of {recipe.moment:g}"
@@ -206,6 +236,7 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     notes.append(TIMES)
     if stack.hidden_transfers:
         notes.append(f"data-parallel messages overlap with compute, as with {stack.hidden_transfers}")
+    notes += profile_notes(training.profile, cluster.gpu.name)
     overheads = (stack.context, stack.communicator, stack.allocator)
     for overhead in overheads:
         small = overhead.fraction

@@ -3,7 +3,7 @@
     PlannerError
     ├── InputError        a value that cannot be: exit status 2
     ├── InfeasibleError   a job that fits nowhere: exit status 1, with the nearest layout
-    └── SolverError       the solver gave no usable answer
+    └── SolverError       the solver gave no usable answer, in time: exit status 3
 
 Every message names the value, the rule and the nearest fix.
 """

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from os import PathLike
+from os.path import abspath
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from planner.errors import InputError, nearest_names
+from planner.errors import InputError
 from planner.specs import ModelSpec, first_problem
 
 MAX_BYTES = 1_000_000
@@ -191,26 +192,34 @@ FAMILIES: dict[str, Callable[[_Config], dict[str, Any]]] = {
     "bloom": _bloom,
 }
 
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""Keys that only a mixture of experts has, or has above zero."""
+
 
 def model_from_config(data: Any, origin: str, name: str = "", source: str = "") -> ModelSpec:
     """A ModelSpec from a configuration's keys. Raises InputError; ``origin`` is named in it."""
     if not isinstance(data, dict):
         raise InputError(f"{origin}: a model configuration is a JSON object, not {type(data).__name__}")
     family = data.get("model_type")
+    if any(data.get(key) for key in EXPERTS) or str(family).endswith("_moe"):
+        kind = f"model_type={str(family)[:60]!r}"
+        raise InputError(f"{origin}: {kind}: mixtures of experts are not planned (yet)")
     if not isinstance(family, str) or family not in FAMILIES:
-        hint = nearest_names(family, FAMILIES) if isinstance(family, str) else ""
         raise InputError(
-            f"{origin}: model_type={str(family)[:60]!r} is not modelled; known are "
-            f"{', '.join(FAMILIES)}. {hint}".strip()
+            f"{origin}: model_type={str(family)[:60]!r} is not modelled; known are {', '.join(FAMILIES)}"
         )
     reader = FAMILIES[family](_Config(data, origin))
-    if family in ("llama", "mistral", "qwen2", "qwen3") and data.get("num_local_experts"):
-        raise InputError(f"{origin}: num_local_experts: mixtures of experts are not modelled")
-    label = name or str(data.get("_name_or_path") or "").strip()[:200] or Path(origin).parent.name or family
+    label = name or str(data.get("_name_or_path") or "").strip() or _file_name(origin) or family
     try:
-        return ModelSpec(name=label, source=source, **reader)
+        return ModelSpec(name=label[:200], source=source, **reader)
     except ValidationError as error:
         raise InputError(f"{origin}: {first_problem(error)}") from None
+
+
+def _file_name(origin: str) -> str:
+    """What a file calls its model: a ``config.json`` has its folder's name, another file its own."""
+    path = Path(abspath(origin))
+    return path.parent.name if path.name == "config.json" else path.stem if path.suffix else ""
 
 
 def read_json(path: Path, what: str) -> Any:

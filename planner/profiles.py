@@ -43,7 +43,7 @@ def read_profile(path: str | PathLike[str]) -> Profile:
     try:
         profile = Profile.model_validate_json(data, strict=True)
     except ValidationError as error:
-        raise InputError(f"profile {file}: {first_problem(error)}") from None
+        raise InputError(f"{file} is not a profile of planner calibrate: {first_problem(error)}") from None
     _check(profile, f"profile {file}")
     return profile
 
@@ -52,6 +52,10 @@ def _check(profile: Profile, what: str) -> None:
     """Units that cannot be, which the fields' own bounds do not see."""
     if not profile.overheads:
         raise InputError(f"{what}: overheads is empty: it must hold context, communicator or allocator")
+    figures = profile.overheads.values()
+    for text in (profile.framework, profile.gpu, *profile.notes, *(figure.source for figure in figures)):
+        if text and not text.isprintable():
+            raise InputError(f"{what}: {text[:60]!r}: text that cannot be shown")
     for name, figure in profile.overheads.items():
         if name == "allocator" and figure.most > MOST_SLACK:
             raise InputError(

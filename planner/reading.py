@@ -118,20 +118,38 @@ def words(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(part.strip() for part in text.split(","))
 
 
+def with_batch(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, unit: int) -> TrainingSpec:
+    """The training with the multiple of ``unit`` sequences nearest to the usual global batch.
+
+    A batch that was given stays; one that was not still counts as assumed.
+    """
+    if training.global_batch_size is not None:
+        return training
+    usual = resolve(model, cluster, training).global_batch_size
+    values = {**dict(training), "global_batch_size": max(1, round(usual / unit)) * unit}
+    return TrainingSpec.model_construct(training.model_fields_set, **values)
+
+
 def read_layout(
     model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, given: dict[str, Any]
-) -> Layout:
-    """A Layout from options: the GPUs left over are data parallel, the batch sets ``grad_accum``."""
+) -> tuple[TrainingSpec, Layout]:
+    """A Layout from options, and a training whose batch it divides if none was given.
+
+    The GPUs left over are data parallel; the batch sets ``grad_accum``.
+    """
     for name in LAYOUT_OPTIONS:
         value = given[name]
         if isinstance(value, int) and not isinstance(value, bool) and not 1 <= value <= 10**7:
             raise InputError(f"--{name.replace('_', '-')} {value}: use a whole number, 1 or more")
-    job = resolve(model, cluster, training)
     tensor, pipeline, chunks = given["tensor_parallel"], given["pipeline_parallel"], given["chunks"]
     data = given["data_parallel"] or max(1, cluster.num_gpus // (tensor * pipeline))
     micro = given["micro_batch_size"]
     sequence = given["sequence_parallel"]
-    return Layout(
+    schedule = given["schedule"] or ("interleaved" if chunks > 1 else "1f1b")
+    unit = data * micro * (pipeline if schedule == "interleaved" else 1)
+    training = with_batch(model, cluster, training, unit)
+    job = resolve(model, cluster, training)
+    layout = Layout(
         data_parallel=data,
         tensor_parallel=tensor,
         pipeline_parallel=pipeline,
@@ -142,5 +160,6 @@ def read_layout(
         sequence_parallel=tensor > 1 if sequence is None else sequence,
         sharding=given["sharding"] or ("zero1" if "zero1" in job.stack.shardings else "fsdp"),
         reshard_after_forward=given["reshard_after_forward"],
-        schedule=given["schedule"] or ("interleaved" if chunks > 1 else "1f1b"),
+        schedule=schedule,
     )
+    return training, layout

@@ -45,6 +45,7 @@ class Reading:
     groups: int | None = None  # kinds of communicator groups: tensor, pipeline, data
     predicted: float | None = None  # what a plan says that tensors take
     at_peak: bool = True  # are ``allocated`` and ``reserved`` those of the fullest moment?
+    run: str | None = None  # of a run that has several readings, one for each rank; None: of its own
 
     @property
     def outside(self) -> float | None:
@@ -60,6 +61,7 @@ class Readings:
     format: str
     readings: tuple[Reading, ...]
     notes: tuple[str, ...] = field(default=())
+    framework: str | None = None  # whose format it is, if only one framework's
 
 
 def plain(text: str, most: int = 60) -> str:
@@ -217,8 +219,10 @@ def read_file(path: Path, given: str | None = None, groups: int | None = None) -
         raise InputError(f"{path}: no reading in it")
     if len(found.readings) > MAX_READINGS:
         raise InputError(f"{path}: {len(found.readings):,} readings; at most {MAX_READINGS:,}")
+    run = None if found.format == "csv" else str(path)
     known = tuple(
-        checked(one if one.groups is not None else replace(one, groups=groups)) for one in found.readings
+        checked(replace(one, run=run, groups=groups if one.groups is None else one.groups))
+        for one in found.readings
     )
     return replace(found, readings=known)
 

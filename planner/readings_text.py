@@ -118,7 +118,8 @@ def read_megatron(path: Path) -> Readings:
             elif before is not None and before.starts == starts:
                 now = replace(now, device=before.last.device, reserved_then=before.last.reserved_then)
             ranks[rank] = _Process(now, starts=starts)
-    return Readings("megatron", (*done, *(one.last for one in ranks.values())), tuple(notes))
+    readings = (*done, *(one.last for one in ranks.values()))
+    return Readings("megatron", readings, tuple(notes), framework="megatron")
 
 
 def _titan_step(line: str) -> tuple[int, str] | None:
@@ -177,7 +178,8 @@ def read_torchtitan(path: Path) -> Readings:
             continue
         now = Reading(_named(path, rank, starts), f"{path}:{count}", reserved=size)
         ranks[rank] = _Process(now, step, starts)
-    return Readings("torchtitan", (*done, *(one.last for one in ranks.values())), tuple(notes))
+    readings = (*done, *(one.last for one in ranks.values()))
+    return Readings("torchtitan", readings, tuple(notes), framework="torchtitan")
 
 
 def _column(heading: str) -> tuple[str, float] | None:
@@ -229,14 +231,15 @@ def read_csv(path: Path) -> Readings:
                 readings.append(_row(path, rows.line_num, headings, columns, row))
     except csv.Error as error:
         raise InputError(f"{path}:{rows.line_num}: not a table: {error}") from None
-    if any(TITAN_COLUMN.fullmatch(heading.strip().lower()) for heading in headings) and readings:
+    titan = any(TITAN_COLUMN.fullmatch(heading.strip().lower()) for heading in headings)
+    if titan and readings:
         readings = [max(readings, key=lambda one: one.reserved or 0)]  # its rows are one run's steps
     other = [plain(heading, 30) for place, heading in enumerate(headings) if place not in columns]
     notes = [f"{plain(path.name)}: columns not read: {', '.join(other[:8])}"] if other else []
     kinds = {column[0] for column in columns.values()}
     if "active" in kinds and "allocated" not in kinds:
         notes.append(f"{plain(path.name)}: active bytes are taken for allocated ones")
-    return Readings("csv", tuple(readings), tuple(notes))
+    return Readings("csv", tuple(readings), tuple(notes), framework="torchtitan" if titan else None)
 
 
 def _row(

@@ -1,25 +1,27 @@
 """Plans as tables for a terminal.
 
-Tables fit 80 columns and use more where there is more; colour only marks what does not fit.
+Tables use the columns that there are and leave out what has no room; colour only marks what does not fit.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import sys
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any, Literal
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.padding import Padding
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from planner.advice import Change
 from planner.ledger import COMPONENTS, Entry, Message
 from planner.plan import Plan, StagePlan, verdict_of
-from planner.specs import Gpu, ModelSpec
 from planner.units import gib, human_bytes, human_count, human_seconds
 
 SHORT = {
@@ -32,6 +34,7 @@ SHORT = {
     "communication_buffers": "comm",
     "framework_overhead": "overhd",
 }
+SPARE = ("work", "comm", "overhd", "logits", "params", "grads", "optim", "activ")
 BARS = {
     "parameters": ("█", "blue"),
     "gradients": ("▓", "cyan"),
@@ -47,20 +50,55 @@ BARS = {
 STYLES = {"fits": "", "at risk": "yellow", "does not fit": "red"}
 
 
-def grid(*headings: str, left: Iterable[str] = (), wrap: Iterable[str] = ()) -> Table:
-    """A plain table: numbers right, the columns ``left`` left, only the columns ``wrap`` wrapped."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+WRAPPED = 20
+"""A column whose lines wrap is at least this wide, if it has as much to say."""
+
+
+class Grid(Table):
+    """A plain table. Where there is no room it leaves out whole columns, and says which: no cell is cut."""
+
+    def __init__(self, spare: Iterable[str] = ()) -> None:
+        super().__init__(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+        self.spare = tuple(spare)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        room = {str(column.header): _room(console, column) for column in self.columns}
+        gone = []
+        for name in [*self.spare, *reversed(list(room)[1:])]:
+            if sum(room.values()) + len(room) - 1 > options.max_width and room.pop(name, None) is not None:
+                gone.append(name)
+        kept = [column for column in self.columns if str(column.header) in room]
+        shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+        for one in kept:
+            shown.add_column(one.header, justify=one.justify, no_wrap=one.no_wrap, overflow=one.overflow)
+        for row, *cells in zip(self.rows, *(column.cells for column in kept), strict=True):
+            shown.add_row(*cells, style=row.style)
+        yield shown
+        if gone:
+            yield Text(f"no room for {', '.join(gone)}", style="dim")
+
+
+def _room(console: Console, column: Column) -> int:
+    """Columns of the terminal that a column of a table needs."""
+    options = console.options.update(max_width=10_000)
+    cells = (column.header, *column.cells)
+    width = max(Measurement.get(console, options, cell).maximum for cell in cells)
+    return width if column.no_wrap else min(width, WRAPPED)
+
+
+def grid(
+    *headings: str, left: Iterable[str] = (), wrap: Iterable[str] = (), spare: Iterable[str] = ()
+) -> Table:
+    """A table: numbers right, the columns ``left`` left, only the columns ``wrap`` wrapped.
+
+    Where there is no room the columns ``spare`` go first, in their order, then others from the right.
+    """
+    table = Grid(spare)
     for heading in headings:
         justify: Literal["left", "right"] = "left" if heading in left else "right"
-        table.add_column(heading, justify=justify, no_wrap=heading not in wrap)
+        overflow: Literal["fold", "ellipsis"] = "fold" if heading in wrap else "ellipsis"
+        table.add_column(heading, justify=justify, no_wrap=heading not in wrap, overflow=overflow)
     return table
-
-
-def policies(stage: StagePlan) -> str:
-    """Recompute of a stage: ``none``, or how many layers run under which policy."""
-    if len(stage.recompute) == 1:
-        return next(iter(stage.recompute))
-    return " ".join(f"{count} {policy}" for policy, count in stage.recompute.items())
 
 
 def recompute_of(plan: Plan) -> str:
@@ -102,24 +140,14 @@ def opening(plan: Plan) -> Group:
 
 def ranking(plans: Sequence[Plan], wide: bool) -> Table:
     """The ranked layouts, one a row."""
-    names = [
-        "#",
-        "TP",
-        "PP",
-        "DP",
-        "sharding",
-        "mb",
-        "peak GiB",
-        "most",
-        "bubble",
-        "step",
-        "MFU",
-        "recompute",
-    ]
+    names = ["#", "TP", "PP", "DP", "sharding", "mb"]
+    names += ["peak GiB", "most", "bubble", "step", "MFU", "recompute"]
     if wide:
         names = ["#", "TP", "PP", "DP", "chunks", "sharding", "schedule", "micro-batch", "grad accum"]
         names += ["peak GiB", "most", "bubble", "step", "tokens/s", "MFU", "layers per stage", "recompute"]
-    table = grid(*names, left=("sharding", "schedule", "layers per stage", "recompute"), wrap=("recompute",))
+    left = ("sharding", "schedule", "layers per stage", "recompute")
+    spare = ("tokens/s", "bubble", "MFU", "grad accum", "most", "recompute", "layers per stage")
+    table = grid(*names, left=left, wrap=("recompute",), spare=spare)
     for number, plan in enumerate(plans, 1):
         layout = plan.layout
         label = layout.to_layout().sharding_label
@@ -158,7 +186,8 @@ def ends(groups: list[tuple[str, StagePlan]], most: int) -> list[tuple[str, Stag
 
 def stage_table(plan: Plan, most: int = 12) -> Table:
     """Every stage at its peak, by component; long pipelines show their two ends and the fullest."""
-    table = grid("stage", "layers", *SHORT.values(), "peak", "at", left=("at",))
+    names = ("stage", "layers", *SHORT.values(), "peak", "at")
+    table = grid(*names, left=("at",), spare=("layers", "at", *SPARE))
     for label, stage in ends(stage_groups(plan), most):
         if stage is None:
             table.add_row("...")
@@ -282,7 +311,8 @@ def show_plan(console: Console, plan: Plan, verbose: bool = False) -> None:
     show_stages(console, plan, title=f"Per stage, GiB per GPU: {layout_words(plan)}")
     console.print()
     groups = ends(stage_groups(plan), 8)
-    table = grid("moment", *(label for label, _ in groups), left=("moment",))
+    labels = [label for label, _ in groups]
+    table = grid("moment", *labels, left=("moment",), spare=labels[1:-1])
     for moment in ("forward end", "loss", "backward", "gradients complete", "optimizer step"):
         sizes = [stage.moments.get(moment) if stage else None for _, stage in groups]
         table.add_row(moment, *("-" if size is None else gib(size) for size in sizes))
@@ -302,18 +332,12 @@ def formula(entry: Entry) -> str:
 def message_table(messages: Sequence[Message]) -> Table:
     """What a GPU sends, per micro-batch and per step."""
     left = ("message", "of", "per", "behind")
-    table = grid("message", "of", "GPUs", "per", "count", "size", "time", "behind", left=left)
+    names = ("message", "of", "GPUs", "per", "count", "size", "time", "behind")
+    table = grid(*names, left=left, spare=("GPUs", "size", "count"))
     for one in messages:
-        table.add_row(
-            one.kind.replace("_", "-"),
-            one.layer,
-            str(one.gpus),
-            one.per,
-            f"{one.count:g}",
-            human_bytes(one.size),
-            human_seconds(one.seconds),
-            {"": "exposed", "layer": "its layer"}.get(one.behind, one.behind),
-        )
+        cells = [one.kind.replace("_", "-"), one.layer, str(one.gpus), one.per, f"{one.count:g}"]
+        behind = {"": "exposed", "layer": "its layer"}.get(one.behind, one.behind)
+        table.add_row(*cells, human_bytes(one.size), human_seconds(one.seconds), behind)
     return table
 
 
@@ -330,7 +354,8 @@ def show_entries(
     console.print(Text(f"Stage {stage} of {plan.layout.to_layout().describe()}, at {moment}", style="bold"))
     labels = list(dict.fromkeys(label for entry in items for label in entry.shares))
     labels = [label for label in labels if any(entry.shares.get(label, 1) != 1 for entry in items)]
-    table = grid("term", "in", "whole", *labels, "held", left=("term", "in"), wrap=("term",))
+    names = ("term", "in", "whole", *labels, "held")
+    table = grid(*names, left=("term", "in"), wrap=("term",), spare=("in", "whole", *labels))
 
     def line(name: str, held: float, *cells: str, style: str = "") -> None:
         empty = [""] * (len(labels) + 2 - len(cells))
@@ -371,7 +396,8 @@ def show_compare(console: Console, rows: Sequence[tuple[str, Plan | str]]) -> No
     """Strategies side by side."""
     wide = console.width >= 110
     names = ["strategy", *(["layout", "recompute"] if wide else []), "fits", *SHORT.values(), "peak", "step"]
-    table = grid(*names, left=("strategy", "layout", "recompute", "fits"))
+    left = ("strategy", "layout", "recompute", "fits")
+    table = grid(*names, left=left, spare=("recompute", "layout", *SPARE))
     refused = []
     for name, plan in rows:
         if isinstance(plan, str):
@@ -413,61 +439,32 @@ def show_changes(console: Console, changes: Sequence[Change]) -> None:
     if not changes:
         console.print("No single change that was tried makes it fit.")
         return
-    left = ("change", "option", "best layout then")
-    table = grid(*left, "peak GiB", "step", left=left, wrap=left)
+    left, spare = ("change", "option", "best layout then"), ("change", "best layout then")
+    table = grid(*left, "peak GiB", "step", left=left, wrap=spare, spare=spare)
     for change in changes:
-        table.add_row(
-            change.what,
-            change.option,
-            change.layout.describe(),
-            gib(change.peak_bytes),
-            human_seconds(change.step_time_s),
-        )
+        words = (change.what, change.option, change.layout.describe())
+        table.add_row(*words, gib(change.peak_bytes), human_seconds(change.step_time_s))
     console.print(Text("What would fit, each checked by a search; cheapest in GPU time first:", style="bold"))
     console.print(table)
 
 
-def show_models(console: Console, models: Sequence[ModelSpec]) -> None:
-    """The catalog's models."""
-    table = grid(
-        "model", "parameters", "layers", "hidden", "heads", "kv", "ffn", "vocab", "positions", left=("model",)
-    )
-    for m in models:
-        table.add_row(
-            m.name,
-            human_count(m.num_parameters),
-            str(m.num_hidden_layers),
-            str(m.hidden_size),
-            str(m.num_attention_heads),
-            str(m.num_key_value_heads),
-            str(m.intermediate_size),
-            str(m.vocab_size),
-            str(m.max_position_embeddings),
-        )
-    console.print(table)
+class Trimmed:
+    """A stream that leaves out the blanks at the ends of a table's lines."""
 
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
 
-def show_gpus(console: Console, gpus: Sequence[Gpu]) -> None:
-    """The catalog's GPU kinds."""
-    names = ("GPU", "usable GiB", "bf16 TF/s", "HBM TB/s", "node GB/s", "net GB/s", "per node")
-    table = grid(*names, left=("GPU",))
-    for gpu in gpus:
-        peak = gpu.peak_flops.get("bf16")
-        table.add_row(
-            gpu.name,
-            gib(gpu.usable_bytes),
-            f"{peak / 1e12:,.0f}" if peak else "-",
-            f"{gpu.hbm_bytes_per_s / 1e12:.2f}",
-            f"{gpu.intra_node.bytes_per_s / 1e9:,.0f}",
-            f"{gpu.network.bytes_per_s / 1e9:,.1f}",
-            str(gpu.gpus_per_node),
-        )
-    console.print(table)
+    def write(self, text: str) -> None:
+        self.stream.write(re.sub(r" +(?=\n)", "", text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def console_for(stream: Any = None) -> Console:
-    """A console as wide as the terminal; 100 columns and plain when piped, unless COLUMNS says."""
+    """A console as wide as the terminal; plain and, unless COLUMNS says, 100 columns wide when piped."""
     console = Console(file=stream, highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(file=stream, highlight=False, width=100)
-    return console
+    if console.is_terminal:
+        return console
+    trimmed: Any = Trimmed(stream or sys.stdout)
+    return Console(file=trimmed, highlight=False, width=None if "COLUMNS" in os.environ else 100)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from textwrap import wrap
 
-from planner.calibrate import TERMS, Calibration, Residual, plural
+from planner.calibrate import TERMS, Calibration, Residual, counted
 from planner.render import console_for, grid
 from planner.units import gib
 
@@ -46,14 +46,15 @@ def farthest(lines: Sequence[Residual], name: str) -> list[Residual]:
 
 
 def terms(found: Calibration) -> object:
-    """The terms: fitted, their range, how many readings, and what they would be otherwise."""
+    """The terms: fitted, the range to plan with, how many readings, and what they would be otherwise."""
     table = grid("term", "value", "least", "most", "readings", "framework's", left=("term",))
     for term in TERMS:
         default = shown(term, found.defaults[term].value)
         if term in found.fits:
             fit = found.fits[term]
             figure = fit.figure
-            sizes = [shown(term, size) for size in (figure.value, figure.least, figure.most)]
+            least, most = figure.range_beside(found.defaults[term])
+            sizes = [shown(term, size) for size in (figure.value, least, most)]
             table.add_row(term, *sizes, str(fit.readings), default)
         else:
             table.add_row(term, "not fitted", "", "", "0", default)
@@ -94,7 +95,7 @@ def headline(found: Calibration, output: str | None) -> str:
     """What was fitted to how much, and where it is."""
     done = " and ".join(", ".join(term for term in TERMS if term in found.fits).rsplit(", ", 1))
     wrote = f"; wrote {output}" if output else ""
-    return f"Fitted {done} to {plural(found.profile.runs, 'reading')}{wrote}"
+    return f"Fitted {done} to {counted([one.reading for one in found.residuals if one.used])}{wrote}"
 
 
 def show_calibration(found: Calibration, output: str | None) -> None:
@@ -121,7 +122,7 @@ def show_calibration(found: Calibration, output: str | None) -> None:
         for note in found.profile.notes:
             for part in wrap(note, max(40, console.width - 2)):
                 say(f"  {part}")
-    unused = len(found.residuals) - found.profile.runs
+    unused = sum(not one.used for one in found.residuals)
     console.print()
     if unused:
         say(f"{unused} of {len(found.residuals)} readings say nothing of any term.")

@@ -43,7 +43,7 @@ def _section(console: Console, title: str) -> None:
 
 
 def _errors(summaries: Iterable[Summary]) -> Table:
-    table = grid("reading", "source", *ERRORS, left=("reading", "source"))
+    table = grid("reading", "source", *ERRORS, left=("reading", "source"), spare=("p90", "worst", "bias"))
     for summary in summaries:
         source = summary.group + ("*" if summary.fitted else "")
         table.add_row(summary.kind, source, *figures(summary))
@@ -63,8 +63,9 @@ def _wrong(console: Console, report: Report, causes: Mapping[str, str]) -> None:
     if not found:
         return
     _section(console, "Wrong verdicts; fill is tensors over what a process can use")
+    names = ("run", "outcome", "verdict", "fill", "cause")
     left = ("run", "outcome", "verdict", "cause")
-    table = grid("run", "outcome", "verdict", "fill", "cause", left=left, wrap=("run", "cause"))
+    table = grid(*names, left=left, wrap=("run", "cause"), spare=("cause", "fill"))
     for one in found[:SHOWN]:
         table.add_row(
             one.run, OUTCOMES[one.ran_out], one.verdict, f"{one.fill:.2f}", cause_of(one.run, causes)
@@ -78,7 +79,8 @@ def _differences(console: Console, report: Report) -> None:
         return
     _section(console, "What a change of one setting costs, GiB")
     left = ("runs", "reading")
-    table = grid("runs", "reading", "predicted", "measured", left=left, wrap=("runs",))
+    names = ("runs", "reading", "predicted", "measured")
+    table = grid(*names, left=left, wrap=("runs",), spare=("reading",))
     for one in report.differences:
         table.add_row(one.name, one.kind, f"{one.predicted:+.1f}", f"{one.measured:+.1f}")
     console.print(table)
@@ -91,7 +93,7 @@ def _worst(console: Console, report: Report, causes: Mapping[str, str], count: i
     _section(console, f"The {len(found)} that are furthest off, GiB")
     left = ("run", "reading", "cause")
     names = ("run", "reading", "predicted", "measured", "error", "cause")
-    table = grid(*names, left=left, wrap=("run", "cause"))
+    table = grid(*names, left=left, wrap=("run", "cause"), spare=("cause", "reading", "predicted"))
     for one in found:
         sizes = (f"{one.predicted:.1f}", f"{one.measured:.1f}", percent(one.error, True))
         table.add_row(one.run, one.kind, *sizes, cause_of(one.run, causes))

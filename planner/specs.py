@@ -17,6 +17,8 @@ from planner.errors import InputError
 if TYPE_CHECKING:
     from os import PathLike
 
+    from planner.stacks.base import Overhead
+
 Length = Field(ge=1, le=10_000_000)
 FROZEN = ConfigDict(frozen=True, extra="forbid")
 
@@ -208,13 +210,17 @@ class ClusterSpec(BaseModel):
 
 
 class OverheadFigure(BaseModel):
-    """Memory outside tensors as measured: what is usual, and the range; bytes or a fraction."""
+    """Memory outside tensors as measured: what is usual, and the range; bytes or a fraction.
+
+    ``few`` says that the range is of too few runs to tell how far the figure spreads.
+    """
 
     model_config = FROZEN
 
     value: float = Field(ge=0, le=1e12)
     least: float = Field(ge=0, le=1e12)
     most: float = Field(ge=0, le=1e12)
+    few: bool = False
     source: str = Field(max_length=500)
 
     @model_validator(mode="after")
@@ -223,12 +229,19 @@ class OverheadFigure(BaseModel):
             raise ValueError(f"least {self.least:g}, value {self.value:g}, most {self.most:g}: not in order")
         return self
 
+    def range_beside(self, own: Overhead) -> tuple[float, float]:
+        """The least and the most to plan with; those of few runs take in the framework's own."""
+        if not self.few:
+            return self.least, self.most
+        return min(self.least, own.least), max(self.most, own.most)
+
 
 class Profile(BaseModel):
     """What lies outside tensors on somebody's own machines: written by ``planner calibrate``.
 
     ``overheads`` replace the framework's own: ``context`` and ``communicator`` in bytes,
-    ``allocator`` (reserved over allocated) as a fraction of what tensors need.
+    ``allocator`` (reserved over allocated) as a fraction of what tensors need. ``runs`` is how many
+    runs they were measured on; ``framework`` and ``gpu`` are None where nobody named them.
     """
 
     model_config = FROZEN
@@ -273,6 +286,8 @@ def first_problem(error: ValidationError) -> str:
     """The first problem of a pydantic error in one line: value, rule, field."""
     problem: Any = error.errors(include_url=False)[0]
     field = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "missing":
+        return f"{field} is missing"
     value = repr(problem.get("input"))
     message = str(problem["msg"]).removeprefix("Value error, ")
     if not field:

@@ -60,7 +60,8 @@ def _find(folder: str, name: str, what: str) -> str:
         return aliases[tidy]
     shown = name if len(name) <= 60 else name[:57] + "..."
     hint = nearest_names(tidy, [*names(folder), *aliases])
-    raise InputError(f"unknown {what} {shown!r}: {hint} All names: planner catalog {folder}")
+    other = "; of any other, give the config.json" if folder == "models" else ""
+    raise InputError(f"unknown {what} {shown!r}: {hint} All names: planner catalog {folder}{other}")
 
 
 def load_model(name: str) -> ModelSpec:

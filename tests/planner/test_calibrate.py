@@ -21,16 +21,19 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from planner import plain_pickle, readings
+from planner.api import estimate
 from planner.calibrate import calibrate, fit, line, spread
 from planner.cli_calibrate import EPILOG
 from planner.cli_calibrate import calibrate as command
 from planner.errors import InputError
 from planner.plain_pickle import read_plain_pickle
+from planner.plan import Plan
 from planner.profiles import read_profile, write_profile
 from planner.readings import Reading, read_file
-from planner.specs import OverheadFigure, Profile
+from planner.specs import ClusterSpec, ModelSpec, OverheadFigure, Profile, TrainingSpec
 from planner.stacks import STACKS
 from planner.units import GIB, MIB
+from strategies.layout import Layout
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests/data/calibrate"
@@ -330,9 +333,96 @@ def test_least_squares_stays_above_zero_and_no_corner_is_better(points: list[tup
 
 
 def test_range_is_that_of_percentiles_when_there_are_many() -> None:
-    least, most, words = spread([x / 100 for x in range(101)])
-    assert (round(least, 6), round(most, 6), words) == (0.05, 0.95, "5th to 95th percentile")
-    assert spread([0.1, 0.3]) == (0.1, 0.3, "all of them")
+    least, most, few = spread([float(x) for x in range(1, 100)], 99)
+    assert (round(least, 6), round(most, 6), few) == (5, 95, False)
+    assert spread([0.1, 0.3], 2) == (0.1, 0.3, True)
+    assert spread([float(x) for x in range(18)], 18) == (0, 17, True)
+    assert spread([float(x) for x in range(19)], 19) == pytest.approx((0, 18, False))
+
+
+@pytest.mark.parametrize("count", [19, 20, 30, 39, 100])
+def test_range_holds_the_next_run_nine_times_in_ten(count: int) -> None:
+    # Whatever the distribution, it is that of ranks: the next falls into each of the gaps alike.
+    least, most, _ = spread([place / (count + 1) for place in range(1, count + 1)], count)
+    assert most - least == pytest.approx(0.9)
+
+
+def test_few_runs_keep_the_frameworks_own_range() -> None:
+    found = fit(made([0.05] * 5, GIB, 0.9 * GIB, [0, 1, 2, 3, 3]), MEGATRON)
+    for term, fitted in found.fits.items():
+        own = getattr(MEGATRON, term)
+        least, most = fitted.figure.range_beside(own)
+        assert fitted.figure.few
+        assert least == min(own.least, fitted.figure.least)
+        assert most == max(own.most, fitted.figure.most)
+        assert "framework's own until there are" in fitted.figure.source
+    assert found.fits["communicator"].figure.range_beside(MEGATRON.communicator)[0] < 0.9 * GIB
+    assert any("few runs (5): the range of allocator, context and" in note for note in found.profile.notes)
+
+
+def test_enough_runs_have_a_range_of_their_own() -> None:
+    readings = made([0.05 + i / 1000 for i in range(19)], GIB, 0, [0] * 19)
+    found = fit(readings, MEGATRON)
+    assert not any(fitted.figure.few for fitted in found.fits.values())
+    assert found.fits["allocator"].figure.range_beside(MEGATRON.allocator) == (0.05, 0.068)
+    assert found.profile.runs == 19
+    assert fit(readings[1:], MEGATRON).fits["allocator"].figure.few
+
+
+def test_a_line_takes_up_two_runs() -> None:
+    slacks, groups = [0.05] * 21, [i % 4 for i in range(21)]
+    enough, fewer = (fit(made(slacks[:n], GIB, GIB, groups[:n]), MEGATRON).fits for n in (21, 20))
+    assert not any(fitted.figure.few for fitted in enough.values())
+    assert {term for term, fitted in fewer.items() if fitted.figure.few} == {"context", "communicator"}
+
+
+def test_ranks_of_a_run_count_as_one(tmp_path: Path) -> None:
+    ranks = "\n".join(report(rank, (1000, 3000 + rank, 3200, 3200)) for rank in range(64))
+    found = calibrate([put(tmp_path, ranks, "a.log")])
+    assert found.fits["allocator"].figure.few
+    assert (found.fits["allocator"].readings, found.profile.runs) == (64, 1)
+    assert "median of 64 readings of 1 run" in found.fits["allocator"].figure.source
+    logs = [put(tmp_path, ranks, f"{i}.log") for i in range(19)]
+    assert not calibrate(logs).fits["allocator"].figure.few
+    rows = "allocated_gib,reserved_gib\n" + "30,31\n" * 19
+    assert not calibrate([put(tmp_path, rows, "r.csv")]).fits["allocator"].figure.few
+
+
+def plan_with(profile: Profile | None, gpus: str = "8xH100", budget: int | None = None) -> Plan:
+    """Llama 3 8B under torchtitan's FSDP: its allocator serves pools, which take more than tensors."""
+    training = TrainingSpec(seq_length=8192, global_batch_size=8, framework="torchtitan", profile=profile)
+    cluster = ClusterSpec.parse(gpus).model_copy(update={"budget_bytes": budget})
+    layout = Layout(data_parallel=8, data_shards=8, sharding="fsdp")
+    return estimate(ModelSpec.from_catalog("llama-3-8b"), cluster, training, layout)
+
+
+def test_one_reading_does_not_make_a_plan_certain() -> None:
+    one = calibrate([DATA / "torchtitan.csv"], gpu="H100").profile
+    budget = plan_with(None).most_bytes - MIB
+    plain, measured = plan_with(None, budget=budget), plan_with(one, budget=budget)
+    assert plain.verdict == measured.verdict == "at risk"
+    assert measured.least_bytes <= plain.least_bytes
+    assert measured.most_bytes >= plain.most_bytes
+    assert any("allocator: " in note and "10%, 0% to 12% (measured" in note for note in measured.assumptions)
+    assert any(
+        "few runs: the range of allocator takes in the framework's own" in n for n in measured.assumptions
+    )
+
+
+def test_a_profile_says_where_it_may_not_hold() -> None:
+    def said(profile: Profile, gpus: str = "8xH100") -> list[str]:
+        return [note for note in plan_with(profile, gpus=gpus).assumptions if note.startswith("the profile")]
+
+    one = calibrate([DATA / "torchtitan.csv"], gpu="H100").profile
+    whole = calibrate([DATA / "runs.csv"], framework="torchtitan", gpu="H100").profile
+    own = "the profile was measured on H100-SXM-80GB, not A100-SXM-80GB: "
+    assert not any("was measured on" in note for note in said(one))
+    assert own + "the allocator's part depends little on the GPU" in said(one, "8xA100")
+    assert own + "its context and communicator may differ" in said(whole, "8xA100")
+    assert not any("no framework" in note for note in said(one))
+    unnamed = calibrate([DATA / "runs.csv"]).profile
+    assert "the profile names no framework: it may have been measured under another" in said(unnamed)
+    assert not said(profile(framework="torchtitan"))
 
 
 def test_one_number_of_groups_leaves_the_communicator_alone() -> None:
@@ -367,13 +457,24 @@ def test_prediction_is_shown_and_not_fitted() -> None:
 
 def test_terms_nobody_speaks_of_stay_and_are_named() -> None:
     found = calibrate([DATA / "torchtitan.csv"])
+    assert found.defaults["allocator"] == STACKS["torchtitan"].allocator
     assert set(found.left) == {"context", "communicator"}
     assert set(found.profile.overheads) == {"allocator"}
 
 
 def test_framework_is_the_logs_or_the_one_given() -> None:
     assert calibrate([DATA / "megatron.log"]).profile.framework == "megatron"
-    assert calibrate([DATA / "runs.csv"]).profile.framework is None
+    assert calibrate([DATA / "torchtitan.csv"]).profile.framework == "torchtitan"
+    unnamed = calibrate([DATA / "runs.csv"]).profile
+    assert unnamed.framework is None
+    assert any("no file says of which framework" in note for note in unnamed.notes)
+    both = calibrate([DATA / "megatron.log", DATA / "runs.csv"]).profile
+    assert both.framework == "megatron"
+    assert "runs.csv: taken to be of megatron, as the others are" in both.notes
+    two = [DATA / "megatron.log", DATA / "torchtitan.csv"]
+    with pytest.raises(InputError, match=r"megatron\.log is of megatron, torchtitan\.csv is of torchtitan"):
+        calibrate(two)
+    assert calibrate(two, framework="fsdp").profile.framework == "fsdp"
     assert calibrate([DATA / "megatron.log"], framework="hf").profile.framework == "hf"
     with pytest.raises(InputError, match="did you mean"):
         calibrate([DATA / "runs.csv"], framework="megatrom")
@@ -756,6 +857,32 @@ def test_wrong_profile_is_refused_with_the_field(tmp_path: Path, change: dict[st
     with pytest.raises(InputError, match=re.escape(words)) as caught:
         read_profile(put(tmp_path, text, "p.json"))
     assert "p.json" in str(caught.value)
+
+
+def test_a_foreign_json_is_said_to_be_no_profile(tmp_path: Path) -> None:
+    config = put(tmp_path, json.dumps({"architectures": ["LlamaForCausalLM"], "hidden_size": 4096}), "c.json")
+    with pytest.raises(InputError) as caught:
+        read_profile(config)
+    assert str(caught.value) == f"{config} is not a profile of planner calibrate: overheads is missing"
+
+
+def test_a_profiles_text_cannot_move_the_cursor(tmp_path: Path) -> None:
+    for change in ({"gpu": "\x1b[2J"}, {"framework": "a\nb"}, {"notes": ("\x07",)}):
+        with pytest.raises(InputError, match="cannot be shown"):
+            read_profile(put(tmp_path, profile(**change).model_dump_json(), "p.json"))
+
+
+def test_a_missing_field_is_called_missing(tmp_path: Path) -> None:
+    from planner.runs import load_runs
+
+    runs = put(tmp_path, "name,allocated_gib\na,3\n", "bad.csv")
+    with pytest.raises(InputError, match=r"run 1: id is missing$"):
+        load_runs(runs)
+
+
+def test_help_lists_every_framework() -> None:
+    words = " ".join(run("--help").output.split())
+    assert all(name in words.partition("--framework")[2].partition("--gpu")[0] for name in STACKS)
 
 
 def test_what_is_no_profile_is_refused(tmp_path: Path) -> None:

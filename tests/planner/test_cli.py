@@ -154,7 +154,7 @@ def test_what_must_not_be_overlooked_is_a_warning() -> None:
 def test_catalog_lists_and_shows_sources() -> None:
     assert "llama-65b" in run("catalog", "models").output
     assert "H100-SXM-80GB" in run("catalog", "gpus").output
-    assert json.loads(run("catalog", "gpus", "h100").stdout)["gpus"][0]["source"]["peak_flops"]
+    assert json.loads(run("catalog", "gpus", "h100", "--json").stdout)["gpus"][0]["source"]["peak_flops"]
 
 
 def test_estimate_exits_1_when_the_layout_does_not_fit() -> None:

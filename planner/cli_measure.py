@@ -16,7 +16,10 @@ EXAMPLE = "Example: planner measure --model tinyllama-1.1b --framework fsdp --gp
 Built = Annotated[
     str, option("--framework", help="hf: one GPU, or DDP over several; fsdp: FSDP2's fully_shard.")
 ]
-Count = Annotated[int, option("--gpus", "-g", help="GPUs of the group; one of them is run.")]
+Count = Annotated[int, option("--gpus", "-g", help="GPUs in all; one of them is run.")]
+Tensor = Annotated[
+    int, option("--tensor-parallel", "-tp", help="Under fsdp: tensor and sequence parallelism over so many.")
+]
 Depth = Annotated[int | None, option("--layers", help="Measure so many layers instead of the model's.")]
 Policy = Annotated[str, option("--recompute", help="none, or full: every block is checkpointed.")]
 Kernel = Annotated[str, option("--attention", help="sdpa or eager.")]
@@ -33,7 +36,7 @@ def measure(
     model: o.Model,
     framework: Built = "hf",
     gpus: Count = 1,
-    tensor_parallel: o.TP = 1,
+    tensor_parallel: Tensor = 1,
     layers: Depth = None,
     seq_length: o.Seq = None,
     micro_batch_size: o.Micro = 1,
@@ -55,8 +58,6 @@ def measure(
         from planner.measure import measure as run
 
         layout = layout_of(given)
-        if precision is None and tensor_parallel > 1:
-            given["precision"] = "pure-bf16"  # DTensor's own parallelism is run in one type
         training = reading.read_training(given)
         reading.read_model(model)  # a wrong model is refused before torch is loaded
         source: Any = Path(model) if Path(model).exists() else model
@@ -76,7 +77,7 @@ def measure(
 
 
 def layout_of(given: dict[str, Any]) -> Layout:
-    """One GPU, DDP or FSDP over all GPUs, or tensor parallelism over all of them."""
+    """One GPU, or DDP or FSDP over all GPUs that tensor parallelism leaves."""
     from planner.errors import InputError
     from strategies.layout import Layout
 
@@ -84,16 +85,15 @@ def layout_of(given: dict[str, Any]) -> Layout:
     for name in ("gpus", "tensor_parallel", "micro_batch_size"):
         if not 1 <= given[name] <= 100_000:
             raise InputError(f"--{name.replace('_', '-')} {given[name]}: use a whole number, 1 or more")
-    if tensor > 1:
-        if framework == "fsdp" or gpus not in (1, tensor):
-            raise InputError(
-                f"--tensor-parallel {tensor} is measured alone: leave out --framework and --gpus"
-            )
-        return Layout(
-            tensor_parallel=tensor, sequence_parallel=True, micro_batch_size=given["micro_batch_size"]
+    if tensor > 1 and (framework != "fsdp" or gpus % tensor or gpus == tensor):
+        raise InputError(
+            f"--tensor-parallel {tensor} is measured together with FSDP: use --framework fsdp and --gpus "
+            f"{2 * tensor} or another multiple of {tensor}"
         )
     return Layout(
-        data_parallel=gpus,
+        data_parallel=gpus // tensor,
+        tensor_parallel=tensor,
+        sequence_parallel=tensor > 1,
         sharding="fsdp" if framework == "fsdp" else "ddp",
         micro_batch_size=given["micro_batch_size"],
         reshard_after_forward=given["reshard_after_forward"],

@@ -17,8 +17,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from planner.defaults import resolve
+from planner.defaults import Job, resolve
 from planner.errors import InputError
+from planner.layers import features
+from planner.layouts import check_layout, unsupported
 from planner.ledger import Entry, tensor_entries, view
 from planner.replay import StageReplay
 from planner.specs import ClusterSpec, ModelSpec, TrainingSpec
@@ -35,9 +37,10 @@ SHALLOW = (4, 6)
 """The layers of those two traces. Every moment is linear in the layers from the fourth on."""
 WRAPPING = {"one": "blocks", "split": "accelerate"}
 """FSDP's units by the option ``root``."""
-"""The planner's frameworks that can be built, and whose FSDP units they have."""
 PRECISIONS = {"bf16": "bf16", "fp16": "bf16", "fp32": "fp32", "pure-bf16": "pure-bf16"}
 """The planner's precisions and what is traced: fp16 takes the bytes of bf16."""
+IN_WORDS = {"pure-bf16": "pure-bf16 (weights too)", "bf16": "bf16 (fp32 weights)", "fp32": "fp32"}
+"""What is traced, as the header of a comparison names it."""
 
 
 @dataclass(frozen=True)
@@ -152,9 +155,9 @@ def measure(
 ) -> Comparison:
     """Runs the model of ``layers`` layers (its own by default) and compares with the prediction.
 
-    ``layout`` is one GPU or DDP over ``data_parallel`` (framework hf), FSDP over it (framework fsdp), or
-    tensor parallelism over ``tensor_parallel``. With the option ``root=split`` FSDP's units are those
-    that accelerate makes.
+    ``layout`` is one GPU or DDP over ``data_parallel`` (framework hf), or FSDP over it (framework fsdp),
+    there also of tensor and sequence parallelism over ``tensor_parallel``. With the option ``root=split``
+    FSDP's units are those that accelerate makes.
     Raises InputError for what cannot be built, and where torch is missing.
     """
     require()
@@ -169,6 +172,7 @@ def measure(
         raise InputError("framework=hf is one GPU or DDP: for FSDP use framework fsdp")
     cluster = cluster or ClusterSpec.parse(f"{layout.world_size}xH100")
     job = resolve(spec, cluster, training.model_copy(update={"global_batch_size": layout.global_batch_size}))
+    check_layout(job, layout)
     if recompute not in job.stack.policies:
         raise InputError(f"recompute={recompute!r}: use {' or '.join(job.stack.policies)}")
     prices = price(job, layout, (recompute,))
@@ -179,14 +183,13 @@ def measure(
         reduce_dtype="fp32" if prices.wire.reduce_bytes == 4 else "bf16",
     )
     traced, notes = _trace(run, spec.num_hidden_layers)
-    return _compare(spec, run, traced, ledgers, (*notes, *_caveats(run)))
+    return _compare(spec, run, traced, ledgers, (*notes, *_caveats(run, job), *unsupported(job, layout)))
 
 
 def predicted_ledgers(prices: Prices) -> dict[str, list[Entry]]:
     """The planner's tensors at the highest point of every moment.
 
-    The layout is not checked against the stack: a plan of tensor parallelism that PyTorch runs on
-    Hugging Face's modules is priced although no framework of the planner offers it.
+    Tensor parallelism is priced also where the framework is planned without it: a note says so.
     """
     candidate = prices.spread()
     rows = ((candidate.rows,),)
@@ -195,33 +198,42 @@ def predicted_ledgers(prices: Prices) -> dict[str, list[Entry]]:
     return {moment: list(tensor_entries(prices, stage, snapshot)) for moment, (snapshot, _) in peaks.items()}
 
 
-def _run(values: Mapping[str, Any], job: Any, layout: Layout, recompute: str) -> Run:
+def _run(values: Mapping[str, Any], job: Job, layout: Layout, recompute: str) -> Run:
     """The run that a job and a layout stand for. Raises InputError if it cannot be built here."""
     from planner.truth.runs import Run
 
     if layout.pipeline_parallel > 1 or layout.grad_accum > 1:
         raise InputError("pipelines and accumulated gradients cannot be measured: use one of each")
-    if layout.tensor_parallel > 1 and layout.data_parallel > 1:
-        raise InputError("measure tensor parallelism or data parallelism, one at a time")
     if layout.data_shards != layout.data_parallel:
         raise InputError("hybrid sharding cannot be measured: leave data_shards out")
     if layout.sharding not in ("ddp", "fsdp"):
         raise InputError(f"sharding={layout.sharding} cannot be measured: use ddp or fsdp")
-    parallel = "none"
-    if layout.tensor_parallel > 1:
-        parallel = "tensor"
+    parallel = layout.sharding if layout.data_parallel > 1 else "none"
+    if (tensor := int(layout.tensor_parallel)) > 1:
+        if parallel != "fsdp":
+            raise InputError(
+                f"tensor_parallel={tensor} is measured together with FSDP: use framework fsdp, sharding fsdp "
+                "and data_parallel 2 or more"
+            )
         if not layout.sequence_parallel:
             raise InputError("tensor parallelism is measured with sequence parallelism: leave it on")
-    elif layout.data_parallel > 1:
-        parallel = layout.sharding
+        if {"eager", "masked"} & features(job.model, job.training, job.stack):
+            # transformers would make a mask as long as the rank's own part of the sequence.
+            raise InputError(
+                "tensor parallelism is measured without an attention mask: use attention=sdpa, and a "
+                "seq_length below the model's sliding window"
+            )
     training = job.training
-    precision = PRECISIONS[training.precision]
+    precision = PRECISIONS[str(training.precision)]
     if job.stack.name == "fsdp" and precision == "bf16" and parallel in ("none", "ddp"):
         raise InputError("FSDP's mixed precision takes a group of GPUs that it shards over: use 2 or more")
     if (loss := training.options.get("loss", "eager")) != "eager":
         raise InputError(f"option loss={loss} cannot be measured: use loss=eager")
-    if parallel == "tensor" and precision == "bf16":
-        raise InputError("tensor parallelism is measured in one type: use precision pure-bf16 or fp32")
+    if training.attention == "flash":
+        raise InputError(
+            "attention=flash cannot be measured: use sdpa, which runs PyTorch's own flash kernel in half "
+            "precision, or eager"
+        )
     if training.dropout is not None:
         values = {**values, **dict.fromkeys(_DROPOUTS.get(values["model_type"], ()), training.dropout)}
     return Run(
@@ -235,6 +247,7 @@ def _run(values: Mapping[str, Any], job: Any, layout: Layout, recompute: str) ->
         optimizer=training.options.get("optimizer_step", "fused"),
         parallel=parallel,
         gpus=int(layout.world_size),
+        tensor_parallel=tensor,
         reshard_after_forward=bool(layout.reshard_after_forward),
         gradient_as_bucket_view=training.options.get("gradient_view") == "on",
     )
@@ -325,12 +338,14 @@ def _line_through(low: _Traced, high: _Traced, layers: int) -> _Traced:
     )
 
 
-def _caveats(run: Run) -> list[str]:
+def _caveats(run: Run, job: Job) -> list[str]:
     notes = ["tensors only: CUDA context, NCCL and the allocator's cache are on neither side"]
     if run.recompute == "full":
         notes.append("a layer's kept bytes are storages alive after the forward, in units of 512 bytes")
-    if run.parallel == "tensor":
-        notes.append("PyTorch's own tensor and sequence parallelism (DTensor) of the Hugging Face modules")
+    if run.tensor_parallel > 1:
+        notes.append("tensor, sequence and loss parallelism are DTensor's, of the Hugging Face modules")
+    if run.precision != job.training.precision:
+        notes.append(f"{job.training.precision} is run in {run.precision}, which takes the same bytes")
     return notes
 
 
@@ -386,10 +401,16 @@ def _compare(
 
 
 def _describe(run: Run) -> str:
-    where = "one GPU" if run.parallel == "none" else f"{run.parallel} over {run.gpus} GPUs, one of them"
+    tensor = run.tensor_parallel
+    where = "one GPU" if run.gpus == 1 else f"one of {run.gpus} GPUs"
+    if run.parallel != "none":
+        where += f", {run.parallel.upper()} over {run.gpus // tensor}"
+    if tensor > 1:
+        where += f", tensor and sequence parallelism over {tensor}"
     return (
-        f"{where}: sequence {run.seq_length}, micro-batch {run.micro_batch_size}, {run.precision}, "
-        f"attention {run.attention}, recompute {run.recompute}, AdamW {run.optimizer}"
+        f"{where}: sequence {run.seq_length}, micro-batch {run.micro_batch_size}, "
+        f"{IN_WORDS[run.precision]}, attention {run.attention}, recompute {run.recompute}, "
+        f"AdamW {run.optimizer}"
     )
 
 

@@ -11,6 +11,9 @@ Two C++ objects are given answers, through pointers to them that the libraries e
 Both are methods tables of the Itanium C++ ABI (Linux, macOS); slots are counted in the order of the
 virtual functions in ``c10/core/impl/DeviceGuardImplInterface.h`` and
 ``ATen/detail/AcceleratorHooksInterface.h`` of the release that the extra pins.
+
+Both outlive the interpreter, and so do the tables: the hooks' destructor is called through theirs
+when the process exits, after Python has freed its objects.
 """
 
 from __future__ import annotations
@@ -42,7 +45,14 @@ _BUILT_SLOT, _CONTEXT_SLOT = 2, 4  # isBuilt, hasPrimaryContext, after two destr
 # A kernel for the key keeps them whole; a fake tensor takes only their shapes.
 _WHOLE_ON_CUDA = ("silu_backward", "mish_backward")
 
-_kept: list[object] = []  # what the C++ side points to must outlive it
+_kept: list[object] = []
+
+
+def _keep(*things: object) -> None:
+    """Keeps objects that C++ points to for as long as the process lives: Python never frees them."""
+    for thing in things:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+    _kept.extend(things)
 
 
 def _copy_of_table(address: int, slots: int) -> ctypes.Array[ctypes.c_void_p]:
@@ -68,7 +78,7 @@ def _stream_code() -> int:
     page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
     page.write(code)
     view = ctypes.c_char.from_buffer(page)
-    _kept.extend((page, view))
+    _keep(page, view)
     return ctypes.addressof(view)
 
 
@@ -109,7 +119,8 @@ def install() -> None:
     for name in _WHOLE_ON_CUDA:
         if not has_kernel(f"aten::{name}", "CUDA"):
             kernels.impl(name, _never_run, "CUDA")
-    _kept.extend((guard, instance, table, kernels))
+    _keep(guard, instance, table)
+    _kept.append(kernels)
 
 
 def _never_run(*_: object) -> None:

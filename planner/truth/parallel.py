@@ -1,17 +1,19 @@
-"""DDP, FSDP2 and tensor parallelism on one rank of a process group that sends nothing."""
+"""DDP, FSDP2 and tensor parallelism (DTensor) on one rank of a process group that sends nothing."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import distributed
 
+from planner.errors import InputError
 from planner.truth.models import blocks_of, final_norm_of
 
 if TYPE_CHECKING:
@@ -21,20 +23,23 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @contextmanager
-def process_group(size: int, name: str) -> Iterator[Any]:
-    """Within it, this process is rank 0 of ``size``, and collectives return at once. Gives the mesh.
+def process_group(data: int, tensor: int) -> Iterator[Any]:
+    """Within it, this process is rank 0 of ``data`` x ``tensor``, and collectives return at once.
 
-    The mesh is made of real numbers: enter this before tensors become fake.
+    Gives the mesh, which is made of real numbers: enter this before tensors become fake. Parts of it
+    are made later, when a rank's coordinates cannot be read: the first rank's are always zero.
     """
-    if size == 1:
+    if data * tensor == 1:
         yield None
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     hook = sys.excepthook  # which a process group replaces
-    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+    dist.init_process_group("fake", rank=0, world_size=data * tensor, store=FakeStore())
+    first = patch.object(DeviceMesh, "_compute_coordinates_from_mesh", lambda self, mesh, _: (0,) * mesh.ndim)
     try:
-        yield dist.device_mesh.init_device_mesh("cuda", (size,), mesh_dim_names=(name,))
+        with first:
+            yield init_device_mesh("cuda", (data, tensor), mesh_dim_names=("data", "tensor"))
     finally:
         dist.destroy_process_group()
         sys.excepthook = hook
@@ -42,13 +47,23 @@ def process_group(size: int, name: str) -> Iterator[Any]:
 
 def apply_parallelism(model: Any, run: Run, mesh: Any) -> Any:
     """The model as that run's rank sees it."""
+    if run.tensor_parallel > 1:
+        model = _tensor(model, mesh["tensor"])
     if run.parallel == "ddp":
         return _ddp(model, run)
     if run.parallel == "fsdp":
-        return _fsdp(model, run, mesh)
-    if run.parallel == "tensor":
-        return _tensor(model, mesh)
+        return _fsdp(model, run, mesh["data"])
     return model
+
+
+def loss_context(run: Run) -> AbstractContextManager[Any]:
+    """What forward and backward run in: under tensor parallelism each rank has its part of the logits."""
+    if run.tensor_parallel == 1:
+        return nullcontext()
+    from torch.distributed.tensor.parallel import loss_parallel
+
+    context: AbstractContextManager[Any] = loss_parallel()
+    return context
 
 
 def _ddp(model: Any, run: Run) -> Any:
@@ -115,7 +130,7 @@ def _fsdp(model: Any, run: Run, mesh: Any) -> Any:
 
 
 def _tensor(model: Any, mesh: Any) -> Any:
-    """Tensor and sequence parallelism of a Llama-like model, as in PyTorch's own recipe."""
+    """Tensor, sequence and loss parallelism of a Llama-like model: PyTorch's recipe, torchtitan's plan."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
@@ -125,32 +140,33 @@ def _tensor(model: Any, mesh: Any) -> Any:
         parallelize_module,
     )
 
-    split = Shard(1)
-    parallelize_module(
-        model,
-        mesh,
-        {
-            "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=split),
-            "model.norm": SequenceParallel(),
-            "lm_head": ColwiseParallel(input_layouts=split, output_layouts=Replicate()),
-        },
-    )
-    for block in blocks_of(model):
-        plan = {
-            "input_layernorm": SequenceParallel(),
-            "self_attn": PrepareModuleInput(
-                input_kwarg_layouts={"hidden_states": split},
-                desired_input_kwarg_layouts={"hidden_states": Replicate()},
-            ),
-            "self_attn.q_proj": ColwiseParallel(),
-            "self_attn.k_proj": ColwiseParallel(),
-            "self_attn.v_proj": ColwiseParallel(),
-            "self_attn.o_proj": RowwiseParallel(output_layouts=split),
-            "post_attention_layernorm": SequenceParallel(),
-            "mlp": PrepareModuleInput(input_layouts=(split,), desired_input_layouts=(Replicate(),)),
-            "mlp.gate_proj": ColwiseParallel(),
-            "mlp.up_proj": ColwiseParallel(),
-            "mlp.down_proj": RowwiseParallel(output_layouts=split),
-        }
-        parallelize_module(block, mesh, plan)
+    split, vocabulary = Shard(1), Shard(-1)
+    ends = {
+        "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=split),
+        "model.norm": SequenceParallel(),
+        "lm_head": ColwiseParallel(input_layouts=split, output_layouts=vocabulary, use_local_output=False),
+    }
+    block = {
+        "input_layernorm": SequenceParallel(),
+        "self_attn": PrepareModuleInput(
+            input_kwarg_layouts={"hidden_states": split},
+            desired_input_kwarg_layouts={"hidden_states": Replicate()},
+        ),
+        "self_attn.q_proj": ColwiseParallel(),
+        "self_attn.k_proj": ColwiseParallel(),
+        "self_attn.v_proj": ColwiseParallel(),
+        "self_attn.o_proj": RowwiseParallel(output_layouts=split),
+        "post_attention_layernorm": SequenceParallel(),
+        "mlp": PrepareModuleInput(input_layouts=(split,), desired_input_layouts=(Replicate(),)),
+        "mlp.gate_proj": ColwiseParallel(),
+        "mlp.up_proj": ColwiseParallel(),
+        "mlp.down_proj": RowwiseParallel(output_layouts=split),
+    }
+    for module, plan in ((model, ends), *((one, block) for one in blocks_of(model))):
+        if missing := [name for name in plan if name not in dict(module.named_modules())]:
+            raise InputError(
+                f"tensor parallelism is measured of models with Llama's modules: this one has no {missing[0]}"
+            )
+        parallelize_module(module, mesh, plan)
+    model.tie_weights()  # each module was given a weight of its own
     return model

@@ -1,8 +1,8 @@
 """One rank's training step on fake tensors: build, warm up, read the next step.
 
 :func:`trace` answers with a :class:`Trace`: bytes of each moment, what autograd kept, and the ordered
-events. The first steps differ from the rest (optimizer states are made, FSDP learns its order, DTensor
-propagates whole shapes), so one is thrown away on a single GPU and two on several.
+events. The first steps differ from the rest (optimizer states are made, FSDP learns its order), so one
+is thrown away on a single GPU and two on several.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from planner.truth import guard, quiet
 from planner.truth.eager import as_on_a_gpu
 from planner.truth.models import build_config, build_model
-from planner.truth.parallel import apply_parallelism, process_group
+from planner.truth.parallel import apply_parallelism, loss_context, process_group
 from planner.truth.tracer import Event, Peak, Saved, Storage, Tracer
 
 MOMENTS = ("forward", "loss", "backward", "optimizer step")
@@ -38,7 +38,8 @@ class Run:
       ``MixedPrecisionPolicy``;
     - ``pure-bf16`` under FSDP: bf16 shards.
 
-    ``parallel`` is ``none``, ``ddp``, ``fsdp`` or ``tensor`` (with sequence parallelism), over ``gpus``.
+    ``parallel`` is ``none``, ``ddp`` or ``fsdp`` over ``gpus / tensor_parallel``; tensor parallelism
+    comes with sequence and loss parallelism.
     ``wrapping`` are FSDP's units: ``blocks`` and a root with the rest, or those of ``accelerate`` 1.15
     (embedding, blocks, norm and head together and never resharded after the forward), which also
     runs the model under autocast.
@@ -54,6 +55,7 @@ class Run:
     optimizer: str = "fused"
     parallel: str = "none"
     gpus: int = 1
+    tensor_parallel: int = 1
     reduce_dtype: str = "fp32"
     wrapping: str = "blocks"
     reshard_after_forward: bool = True
@@ -165,7 +167,7 @@ class _Step:
         shape = (run.micro_batch_size, run.seq_length)
         names = ("input_ids", "labels")
         self.inputs = {name: torch.zeros(shape, dtype=torch.long, device="cuda") for name in names}
-        if run.parallel == "tensor":  # else the model counts the positions of its own part
+        if run.tensor_parallel > 1:  # else the model counts the positions of its own part
             self.inputs["position_ids"] = torch.arange(run.seq_length, device="cuda").unsqueeze(0)
         for tensor in self.inputs.values():
             tracer.track(tensor, category="input")
@@ -178,12 +180,13 @@ class _Step:
 
     def __call__(self, saving: Callable[[], AbstractContextManager[Any]]) -> None:
         tracer = self.tracer
-        with tracer.phase("fwd"), saving():
-            loss = self.forward()
-        with tracer.phase("bwd"):
-            loss.backward()
-            del loss
-            _mark_gradients(tracer, self.model)
+        with loss_context(self.run):
+            with tracer.phase("fwd"), saving():
+                loss = self.forward()
+            with tracer.phase("bwd"):
+                loss.backward()
+                del loss
+                _mark_gradients(tracer, self.model)
         with tracer.phase("opt"):
             self.optimizer.step()
             for state in self.optimizer.state.values():
@@ -199,8 +202,7 @@ def trace(run: Run) -> Trace:
     guard.install()
     with ExitStack() as stack:
         stack.enter_context(quiet.only_errors())
-        size = run.gpus if run.parallel != "none" else 1
-        mesh = stack.enter_context(process_group(size, run.parallel))
+        mesh = stack.enter_context(process_group(run.gpus // run.tensor_parallel, run.tensor_parallel))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(as_on_a_gpu())
         config = build_config(run.config, run.layers)
@@ -219,7 +221,7 @@ def trace(run: Run) -> Trace:
 
 def _read(run: Run, step: _Step, n_params: int) -> Trace:
     tracer = step.tracer
-    for _ in range(1 if run.parallel == "none" else 2):
+    for _ in range(1 if run.gpus == 1 else 2):
         step(nullcontext)
     with _without_collector():
         tracer.reset()

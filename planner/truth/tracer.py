@@ -18,6 +18,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed.tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -81,6 +82,7 @@ class Saved(NamedTuple):
     op: str
 
 
+_WAIT = torch.ops._c10d_functional.wait_tensor.default
 _WRAPPERS = (torch.distributed.tensor.DTensor, AsyncCollectiveTensor)
 
 
@@ -134,6 +136,7 @@ class Tracer(TorchDispatchMode):
         self.phase_end: dict[str, dict[str, int]] = {}
         self.alive_after: dict[str, list[Storage]] = {}
         self.saved: dict[int, Saved] = {}
+        self._only_shapes = False  # DTensor asks what an operator makes of whole tensors, which nobody holds
         self._stack: list[str] = []
         self._names: dict[int, str] = {}
         self._made_in: dict[int, str] = {}  # number of a node of the graph -> module of its forward
@@ -277,7 +280,11 @@ class Tracer(TorchDispatchMode):
     ) -> Any:
         if any(issubclass(kind, _WRAPPERS) for kind in types):
             return NotImplemented  # their own operators on local tensors come by one by one
+        if func is _WAIT:
+            return args[0]  # as on a GPU; a fake tensor would be copied
         out = func(*args, **(kwargs or {}))
+        if self._only_shapes:
+            return out
         name = str(func).removeprefix("aten.")
         if name.startswith("prim."):
             return out
@@ -295,13 +302,26 @@ class Tracer(TorchDispatchMode):
     def watching(self, model: Any) -> Iterator[None]:
         """Within it, everything is logged: operators, storages resized, which module is running."""
         resize = torch.UntypedStorage.resize_
+        whole_shape = ShardingPropagator._propagate_tensor_meta_non_cached
 
         def resize_(raw: Any, size: int) -> Any:
             out = resize(raw, size)
             self.resized(raw)
             return out
 
-        with patch.object(torch.UntypedStorage, "resize_", resize_), self.modules_of(model), self:
+        def only_shapes(*args: Any) -> Any:
+            self._only_shapes = True
+            try:
+                return whole_shape(*args)
+            finally:
+                self._only_shapes = False
+
+        with (
+            patch.object(torch.UntypedStorage, "resize_", resize_),
+            patch.object(ShardingPropagator, whole_shape.__name__, only_shapes),
+            self.modules_of(model),
+            self,
+        ):
             yield
 
     # Modules

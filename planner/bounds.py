@@ -54,10 +54,11 @@ def quick_bound(prices: Prices) -> tuple[Array, Array]:
     pipeline = prices.pipeline
     seconds = pipeline.fill * total + pipeline.repeat * slowest + prices.step_seconds
     last = prices.pipeline_at(p - 1)
-    states = [prices.state_bytes(price, last, prices.resident) for price in (prices.embedding, prices.head)]
+    there = prices.resident.backward
+    states = [prices.state_bytes(price, last, there) for price in (prices.embedding, prices.head)]
     lightest = np.minimum.reduce([price.saved for price in prices.blocks])
     layers = prices.rows * v - prices.short
-    least = sum(states) + layers * (prices.state_bytes(block, last, prices.resident) + lightest)
+    least = sum(states) + layers * (prices.state_bytes(block, last, there) + lightest)
     return np.asarray(seconds, float), np.asarray(least <= p * prices.capacity)
 
 
@@ -122,7 +123,7 @@ def _moments(prices: Prices) -> tuple[list[_Moment], Array, Array]:
         return np.asarray(np.where(first, outer, inner), float)
 
     names = ["backward", "loss"]
-    if np.min(prices.resident) < 1:
+    if np.min(prices.resident.backward) < 1:
         names.append("gradients complete")
     if any(np.any(sizes["optimizer step"] > 0) for sizes in prices.buffer_bytes.values()):
         names.append("optimizer step")

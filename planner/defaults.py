@@ -212,8 +212,6 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
 
     if stack.both_gradients and recipe.master and recipe.gradient == 4:
         recipe = replace(recipe, gradient=4 + recipe.compute)
-    elif stack.gradient_copies and recipe.master and recipe.gradient < 4:
-        recipe = replace(recipe, master=recipe.master + 4)
 
     given_fields = training.model_dump(exclude_none=True)
     if "seq_length" not in given_fields:

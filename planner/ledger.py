@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from planner.candidate import Candidate
+from planner.layer_price import LayerPrice
 from planner.network import group
 from planner.overheads import groups, library_bytes
 from planner.replay import Snapshot
-from planner.stages import SPANS_OF, LayerPrice, Prices
+from planner.stages import SPANS_OF, Prices
 from strategies.base import STATES, Layer, Role, Term, held, size_seen_by
 from strategies.layout import strategies_of
 from strategies.recompute import Recompute
@@ -100,7 +101,7 @@ def entries(prices: Prices, stage: StageView, snapshot: Snapshot, pools: float =
     idle = pools + library_bytes(prices.job) - tensors
     if idle > 1:
         tensors += idle
-        yield _plain("framework_overhead", "idle room in other streams' pools", idle)
+        yield _plain("framework_overhead", "idle room in other pools", idle)
     stack, layout = prices.job.stack, prices.layout
     library = library_bytes(prices.job)
     yield _plain("framework_overhead", "workspace of the matrix libraries", library)
@@ -130,7 +131,9 @@ def tensor_entries(prices: Prices, stage: StageView, now: Snapshot) -> Iterator[
         (head, int(stage.last), int(now.head_arrived)),
     ):
         if count:
-            yield from _states(prices, stage, layer, count, arrived + (count - arrived) * now.started)
+            there = arrived + (count - arrived) * now.started
+            kept = float(prices.resident.update) if now.at == "optimizer" else 1.0
+            yield from _states(prices, stage, layer, count, there * kept)
     yield from _terms(prices, prices.once, Role.BUFFER, "none", 1)
     for layer, kept, policy, of in _activations(prices, stage, now):
         at_work = now.at != "block" or policy == prices.policies[now.policy]
@@ -154,7 +157,7 @@ def tensor_entries(prices: Prices, stage: StageView, now: Snapshot) -> Iterator[
             float(prices.embedding.update_room) * stage.first + float(prices.head.update_room) * stage.last
         )
         if room:
-            yield _plain("workspace", "updates of the foreach optimizer", room)
+            yield _plain("workspace", "copies of gradients, or a foreach optimizer's updates", room)
     for buffer in prices.buffers(stage.first, stage.last):
         if buffer.span in SPANS_OF[now.place] and float(buffer.size):
             yield _plain("communication_buffers", buffer.name, float(buffer.size))
@@ -241,9 +244,13 @@ def _working(
         if arriving is not None:
             whole += float(arriving) * _until(term, layer, step)
         if not arriving:
-            final += float(held(term, strategies)) * (1 - float(prices.resident)) * _until(term, layer, step)
-            if not prices.job.stack.fused_accumulation and float(prices.resident) == 1:
-                fresh += float(size(term)) * _in(term, layer, step)
+            final += (
+                float(held(term, strategies))
+                * (1 - float(prices.resident.backward))
+                * _until(term, layer, step)
+            )
+            if not prices.job.stack.fused_accumulation and float(prices.resident.backward) == 1:
+                fresh += float(size(term)) * (1 - prices.wire.lasting) * _in(term, layer, step)
     for name, amount in (
         ("gradients of the layer at work", final),
         ("gradients of the layer at work, whole", whole),

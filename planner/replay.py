@@ -13,8 +13,9 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from planner.layer_price import LayerPrice
 from planner.schedule import Pass, order
-from planner.stages import LayerPrice, Prices
+from planner.stages import Prices
 from strategies.base import Role, Term
 
 MOMENTS = ("forward end", "loss", "backward", "gradients complete", "optimizer step")
@@ -95,7 +96,7 @@ class StageReplay:
         return sum(float(price.states[role]) * self.copies[role] for role in roles)
 
     def pools(self, now: Snapshot) -> tuple[float, float, float]:
-        """Bytes of a snapshot's tensors by the stream that allocates them: compute, gather, reduce."""
+        """Bytes of a snapshot's tensors by the pool they lie in: compute, gather, and reduce or apart."""
         prices, passes = self.prices, now.moment != "optimizer step"
         fraction = now.started
         gradients = self.gradient * (now.arrived + (self.layers - now.arrived) * fraction)
@@ -116,12 +117,16 @@ class StageReplay:
             size += self.ahead if now.place == "logits" else self.head_working
         elif now.at == "embedding":
             size += self.embedding_working
-        elif now.at == "optimizer":
-            size += self.layers * float(self.block.update_room)
-            size += sum(float(price.update_room) for price in self.ends)
+        apart = 0.0
+        if not passes:
+            gradients *= float(prices.resident.update)
+            room = self.layers * float(self.block.update_room)
+            room += sum(float(price.update_room) for price in self.ends)
+            apart = room * prices.apart
+            size += room - apart
         if prices.own_pool:
-            return size, self.gather[now.place], gradients
-        return size + gradients, self.gather[now.place], 0.0
+            return size, self.gather[now.place], gradients + apart
+        return size + gradients, self.gather[now.place], apart
 
     def run(self) -> Timeline:
         """Goes through a step."""
@@ -134,7 +139,7 @@ class StageReplay:
 
     def _snapshots(self) -> Iterator[Snapshot]:
         prices = self.prices
-        started = float(prices.resident_at_first)
+        started = float(prices.resident.first)
         passes, waiting = worth_replaying(prices, self.stage)
         kept = [0] * len(prices.blocks)
         for chunk in self.chunks:  # micro-batches of GPipe that are never looked at
@@ -154,6 +159,10 @@ class StageReplay:
                     yield replace(now, moment="loss", place="logits", at="head")
             else:
                 now = yield from self._backward(now, one)
+                if prices.resident.engine:  # what this micro-batch left is added to what was kept
+                    now = replace(
+                        now, started=started, arrived=0, embedding_arrived=False, head_arrived=False
+                    )
         yield replace(
             now, moment="optimizer step", place="optimizer step", at="optimizer", kept=(0,) * len(kept),
             embeddings=0, heads=0, gathered=0, arrived=self.layers, embedding_arrived=True, head_arrived=True,
@@ -186,6 +195,8 @@ class StageReplay:
             now = replace(now, moment="loss", place="loss", at="head")
             yield now
             now = replace(now, heads=now.heads - 1, head_arrived=now.head_arrived or not self.head_waits)
+        if self.prices.resident.engine:
+            now = replace(now, started=float(self.prices.resident.backward))
         for number, policy in enumerate(reversed(layers)):
             left = len(layers) - number - 1
             place = (

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import reduce
 from typing import Any
 
@@ -27,9 +27,11 @@ import numpy as np
 
 from planner.candidate import Candidate, Stage
 from planner.defaults import Job
+from planner.layer_price import LayerPrice, StepPrice, working_set
 from planner.layers import Builder
 from planner.network import Network
 from planner.overheads import tensor_capacity
+from planner.residence import Residence, residence_of
 from strategies.base import (
     STATES,
     AbstractStrategy,
@@ -40,6 +42,7 @@ from strategies.base import (
     Term,
     held,
     size_seen_by,
+    smaller,
 )
 from strategies.layout import Layout, strategies_of
 from strategies.pipeline_parallel import PipelineParallel
@@ -62,43 +65,6 @@ SPANS_OF = {
 to run backward, and the end of the backward."""
 
 
-@dataclass(frozen=True)
-class StepPrice:
-    """One step of a layer's backward: bytes freed after it, gradients that arise, transients."""
-
-    freed: Quantity
-    whole: Quantity  # gradients kept whole to the end of the layer's backward
-    final: Quantity  # gradients in the place and size in which they stay
-    passing: Quantity  # transients, and gradients that are added to others at once
-
-
-@dataclass(frozen=True)
-class LayerPrice:
-    """One layer on one GPU, pipeline aside: bytes by role, seconds of one micro-batch."""
-
-    states: dict[Role, Quantity]
-    gathered: Quantity  # parameters kept gathered from the forward to the backward
-    update_bytes: Quantity  # moved by the optimizer step
-    update_room: Quantity  # the optimizer step's temporaries
-    saved: Quantity
-    ahead: Quantity  # transients at the end of its forward
-    recomputed: Quantity  # what its backward starts by making again
-    walk: tuple[StepPrice, ...]
-    working: Quantity  # most bytes above ``saved`` while its own backward runs
-    seconds: Quantity
-    per_step: tuple[tuple[str, Quantity], ...]  # (hidden behind, seconds) of once-a-step messages
-
-
-def working_set(recomputed: Quantity, walk: Iterable[StepPrice]) -> Quantity:
-    """The most that a backward needs above what was there before it."""
-    now, most = recomputed, recomputed
-    for step in walk:
-        now = now + step.whole + step.final
-        most = np.maximum(most, now + step.passing)
-        now = now - step.freed
-    return most
-
-
 def highest(values: Iterable[Quantity]) -> Quantity:
     """The highest of numbers and arrays, place by place."""
     return reduce(np.maximum, values, 0.0)
@@ -117,7 +83,7 @@ def _pick(value: Any, selector: Any) -> Any:
         return {key: _pick(item, selector) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_pick(item, selector) for item in value)
-    if isinstance(value, LayerPrice | StepPrice | Layout | PipelineParallel):
+    if isinstance(value, LayerPrice | StepPrice | Residence | Layout | PipelineParallel):
         parts = {f.name: _pick(getattr(value, f.name), selector) for f in fields(value)}
         return replace(value, **parts)
     return value
@@ -147,19 +113,18 @@ class Prices:
             pipeline_parallel=layout.pipeline_parallel,
         )
         self.layers, self.once = builder.layers(), builder.stage()
-        # The part of the gradients' bytes that is there from the start: all of them in one buffer or
-        # from the second micro-batch on, else what DDP's buckets take beside them.
-        buckets = self.wire.bucket_fraction * (layout.sharding == "ddp") * (layout.data_parallel > 1)
-        views = self.wire.bucket_view * (layout.sharding == "ddp") * (layout.data_parallel > 1)
-        always = np.maximum(views, job.stack.gradients_resident) * 1.0
-        whole = np.maximum(layout.grad_accum > 1, always) * 1.0
-        self.resident_at_first = np.maximum(always, buckets / (1 + buckets))
-        self.resident = np.maximum(whole, buckets / (1 + buckets))
+        self.resident = residence_of(job, layout, self.wire)
         self.pipelined = (layout.pipeline_parallel > 1) * 1
+        self.copied = job.stack.gradient_copies and job.recipe.master > 0 and job.recipe.gradient < 4
+        self.flat_copies = job.stack.flat_copies and self.copied
         # Gradients in a pool of their own take its room at every moment, whether they are there or not.
         self.streams = not job.stack.allocator.of_tensors
+        self.apart = (self.streams and self.flat_copies) * 1  # which fit in no piece that passes leave free
         self.own_pool = self.streams and strategies_of(layout, self.wire)[0].gradient_stream != "compute"
-        self.held_room = np.maximum(self.resident, self.own_pool * 1.0)
+        self.waiting_room, self.held_room = (
+            np.maximum(there, self.own_pool * 1.0)
+            for there in (self.resident.forward, self.resident.backward)
+        )
         self.embedding, self.head = (self._price(self.layers[i], "none") for i in (0, 2))
         self.plain = self._price(self.layers[1], "none")
         self.blocks = [
@@ -229,9 +194,10 @@ class Prices:
                 add(whole, term, arriving)
             # Else, or in a group of one, it arises where it stays, or is added to what is there.
             stays = 1.0 if arriving is None else np.where(np.equal(arriving, 0), 1.0, 0.0)
-            add(final, term, held(term, plain) * (1 - self.resident) * stays)
+            add(final, term, held(term, plain) * (1 - self.resident.backward) * stays)
             if not self.job.stack.fused_accumulation:
-                add(passing, term, size(term) * np.where(self.resident == 1, stays, 0.0))
+                fresh = size(term) * (1 - self.wire.lasting)
+                add(passing, term, fresh * np.where(np.equal(self.resident.backward, 1), stays, 0.0))
         if not at_start:
             passing = {step: passing[step] + again[step] for step in layer.steps}
         steps = [StepPrice(freed[k], whole[k], final[k], passing[k]) for k in layer.steps]
@@ -280,12 +246,21 @@ class Prices:
         return total
 
     def _update_room(self, layer: Layer, strategies: Sequence[AbstractStrategy]) -> Quantity:
-        # torch's foreach optimizers make one update of every parameter at a time; fused ones none.
-        if self.job.training.options.get("optimizer_step") != "foreach":
+        # Copies of half-precision gradients in fp32; where these lie in one piece, a ZeRO engine makes it of
+        # half-precision gradients in one piece, DeepSpeed's stage 0 of a list of copies. Then torch's foreach
+        # optimizers make one update of every parameter at a time, fused ones none.
+        recipe = self.job.recipe
+        foreach = self.job.training.options.get("optimizer_step") == "foreach"
+        beside = (recipe.gradient if self.resident.engine else 4) * self.flat_copies
+        unit = 4 * self.copied + max(beside, recipe.moment * foreach)
+        if not unit:
             return 0.0
-        terms = layer.by_role[Role.OPTIMIZER]
-        one = [Term(t.name, t.role, t.dims, self.job.recipe.moment) for t in terms]
-        return sum(held(term, strategies) for term in one)
+        one = [Term(t.name, t.role, t.dims, unit) for t in layer.by_role[Role.OPTIMIZER]]
+        room = sum(held(term, strategies) for term in one)
+        if self.wire.sub_group and self.layout.sharding == "zero3":
+            own = self.job.model.num_parameters / self.layout.data_parallel / self.layout.tensor_parallel
+            room = room * smaller(1.0, self.wire.sub_group / own)
+        return room
 
     @property
     def send_bytes(self) -> Quantity:
@@ -321,8 +296,9 @@ class Prices:
         return np.where(self.layout.pipeline_parallel == 1, embedding + head, np.maximum(embedding, head))
 
     def stage_layers(self, first: bool, last: bool) -> list[Layer]:
-        """One layer of each kind that a stage holds."""
+        """A layer of each kind that a stage holds, with its count on an average stage."""
         embedding, block, head = self.layers
+        block = replace(block, count=block.count / self.layout.pipeline_parallel)
         return [*([embedding] if first else []), block, *([head] if last else [])]
 
     def _buffer_bytes(self, first: bool, last: bool, stream: str = "compute") -> dict[str, Quantity]:
@@ -379,13 +355,14 @@ class Prices:
         def fixed(gradients: Quantity, kept: Quantity, ends: float = 1.0) -> Quantity:
             missing = (self.short >= 1) * last + (self.short == 2) * first
             states = sum(
-                self.state_bytes(price, pipeline, gradients) + price.gathered * ends for price in around
+                self.state_bytes(p, pipeline, gradients) + p.gathered * ends + p.update_room * self.apart
+                for p in around
             )
-            lacking = self.state_bytes(block, pipeline, gradients) + block.gathered * kept
-            return states - missing * lacking + self.once_bytes + gathering
+            return states - missing * rows(gradients, kept) / chunks + self.once_bytes + gathering
 
         def rows(gradients: Quantity, kept: Quantity) -> Quantity:
-            return (self.state_bytes(block, pipeline, gradients) + block.gathered * kept) * chunks
+            states = self.state_bytes(block, pipeline, gradients)
+            return (states + block.gathered * kept + block.update_room * self.apart) * chunks
 
         # The embedding's activations are in flight like a first chunk's; the head's never wait,
         # unless the whole batch is sent forward first.
@@ -415,20 +392,24 @@ class Prices:
             around_it = np.where(ahead, np.maximum(sizes["last"], before), sizes["last"])
             bottom.append(np.maximum(price.working + price.saved + freed + around_it, ending))
         nothing: list[Quantity] = [0.0] * len(self.blocks)
+        updated, shared = self.resident.update, 1 - self.apart
         working = [price.working for price in self.blocks]
         result = {
             "backward": (running, started + np.maximum(sizes["first"], left), working),
             "gradients complete": (ready, done, bottom),
             "optimizer step": (
-                [rows(1.0, 0.0) + self.blocks[0].update_room * chunks] * len(self.blocks),
-                fixed(1.0, 0.0, 0.0) + sizes["optimizer step"] + sum(price.update_room for price in around),
+                [rows(updated, 0.0) + block.update_room * chunks * shared] * len(self.blocks),
+                fixed(updated, 0.0, 0.0)
+                + sizes["optimizer step"]
+                + sum(p.update_room for p in around) * shared,
                 nothing,
             ),
         }
         if last:
-            loss = fixed(there, 1.0) + start + self.head.saved
+            loss = fixed(self.waiting_room, 1.0) + start + self.head.saved
             room = np.maximum(sizes["loss"] + self.head.working, sizes["logits"] + self.head.ahead)
-            result["loss"] = (running, loss + room, nothing)
+            waited = [rows(self.waiting_room, 1.0) + flight * price.saved for price in self.blocks]
+            result["loss"] = (waited, loss + room, nothing)
         return result
 
     def fixed_seconds(self, first: bool, last: bool) -> Quantity:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 Quantity = Any
 """A number, or a numpy array with one number per layout."""
@@ -155,6 +155,14 @@ class Buffer:
     stream: str = "compute"
 
 
+class Kept(NamedTuple):
+    """What part of the gradients that stay on a GPU exists at three moments of a step."""
+
+    forward: Quantity
+    backward: Quantity  # from the start of it on; the rest arises layer by layer
+    update: Quantity  # in the optimizer step
+
+
 @dataclass(frozen=True)
 class AbstractStrategy(ABC):
     """Four answers about terms. The defaults are those of a strategy that does nothing."""
@@ -190,6 +198,13 @@ class AbstractStrategy(ABC):
         """Bytes of a layer's gradient from when it arises to the end of the layer's backward.
 
         Part of the answer to ``workspace``. None where it arises in the place where it stays.
+        """
+        return None
+
+    def kept_gradients(self) -> Kept | None:
+        """When are the gradients there that ``share`` says stay?
+
+        Part of the answer to ``share``. None: they arise layer by layer, and are there until the end of the optimizer step.
         """
         return None
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from strategies.base import (
     AbstractStrategy,
+    Buffer,
     Collective,
     Layer,
     Quantity,
     Role,
     Size,
     Term,
+    smaller,
 )
 
 
@@ -23,12 +25,14 @@ class DataParallel(AbstractStrategy):
 
     Li et al. 2020, arXiv:2006.15704, section 3.2: gradients are reduced in buckets while the
     backward pass runs. Where the framework copies gradients into buckets of its own (torch DDP
-    without ``gradient_as_bucket_view``), those cost ``bucket_fraction`` of the gradients.
+    without ``gradient_as_bucket_view``), those cost ``bucket_fraction`` of the gradients. DeepSpeed's
+    engine reduces them at the end, flattened into copies of up to ``bucket_bytes``.
     """
 
     axis: ClassVar[str] = "data"
     label: ClassVar[str] = "DDP"
     bucket_fraction: float = 0.0
+    bucket_bytes: float = 0.0
 
     def share(self, term: Term) -> Quantity:
         if term.role is Role.GRADIENT:
@@ -38,3 +42,8 @@ class DataParallel(AbstractStrategy):
     def collectives(self, layer: Layer, size: Size) -> Iterable[Collective]:
         gradients = sum(size(term) for term in layer.by_role[Role.GRADIENT])
         yield Collective("all_reduce", self.axis, gradients, per="step", behind="backward")
+
+    def workspace(self, layers: Sequence[Layer], size: Size) -> Iterable[Buffer]:
+        if self.bucket_bytes:
+            whole = sum(layer.count * size(t) for layer in layers for t in layer.by_role[Role.PARAMETER])
+            yield Buffer("all-reduce bucket", smaller(whole, self.bucket_bytes), "reduction")

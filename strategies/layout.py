@@ -16,6 +16,8 @@ from strategies.zero1 import Zero1
 from strategies.zero2 import Zero2
 from strategies.zero3 import Zero3
 
+ENGINE_ALL_REDUCE = 5e8
+"""Elements that DeepSpeed's engine reduces at a time without ZeRO (``MEMORY_OPT_ALLREDUCE_SIZE``)."""
 SHARDINGS = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 """What the data-parallel group does with model states. HSDP is ``fsdp`` with fewer shards."""
 
@@ -26,8 +28,10 @@ class Wire:
 
     gather_bytes: float = 2.0  # per parameter all-gathered
     reduce_bytes: float = 2.0  # per gradient reduce-scattered, by ZeRO-3 and FSDP
-    bucket_bytes: float = 0.0  # of one ZeRO-1/2 bucket
+    bucket_bytes: float = 0.0  # that DeepSpeed's engine collects gradients in; 0 where there is none
+    lasting: float = 0.0  # the fp32 part of the gradients' bytes where both precisions are kept
     bucket_elements: float = 5e8  # of ZeRO-3's gradient bucket
+    sub_group: float = 0.0  # parameters that ZeRO-3 updates at a time; 0 for all
     live_elements: float = 1e9  # parameters that ZeRO-3 keeps gathered at most
     prefetch_elements: float = 5e7  # parameters that ZeRO-3 gathers ahead
     bucket_fraction: float = 0.0  # of DDP's buckets, in copies of the gradients
@@ -97,20 +101,25 @@ class Layout:
 def data_strategy(layout: Layout, wire: Wire) -> AbstractStrategy:
     """The strategy of the data-parallel group."""
     degree = layout.data_parallel
+    accumulates = (layout.grad_accum > 1) * 1
+    pipelined = (layout.pipeline_parallel > 1) * 1
+    engine = wire.bucket_bytes, accumulates, wire.lasting, pipelined
     gathered: dict[str, Any] = {
         "gather_bytes": wire.gather_bytes,
         "reduce_bytes": wire.reduce_bytes,
     }
     match layout.sharding:
         case "ddp":
-            return DataParallel(degree, wire.bucket_fraction)
+            flattened = ENGINE_ALL_REDUCE * wire.gather_bytes * (wire.bucket_bytes > 0)
+            return DataParallel(degree, wire.bucket_fraction, flattened)
         case "zero1":
-            return Zero1(degree, wire.bucket_bytes)
+            return Zero1(degree, *engine)
         case "zero2":
-            return Zero2(degree, wire.bucket_bytes)
+            return Zero2(degree, *engine)
         case "zero3":
             limits = wire.live_elements, wire.prefetch_elements, wire.bucket_elements
-            return Zero3(degree, wire.gather_bytes, wire.reduce_bytes, *limits)
+            owned = wire.bucket_bytes > 0
+            return Zero3(degree, wire.gather_bytes, wire.reduce_bytes, *limits, owned)
         case "fsdp":
             return FullyShardedDataParallel(
                 degree,

@@ -11,6 +11,7 @@ from strategies.base import (
     AbstractStrategy,
     Buffer,
     Collective,
+    Kept,
     Layer,
     Quantity,
     Role,
@@ -34,7 +35,8 @@ class Zero3(AbstractStrategy):
     ``gather_bytes`` and ``reduce_bytes`` are bytes per element on the wire. DeepSpeed keeps up to
     ``live_elements`` (``stage3_max_live_parameters``) gathered, gathers ``prefetch_elements``
     (``stage3_prefetch_bucket_size``) ahead and collects gradients in a bucket of ``bucket_elements``
-    (``reduce_bucket_size``).
+    (``reduce_bucket_size``), which its engine allocates at the start (``owned``), as it does the
+    gradients of the own part (DeepSpeed 0.19.8, runtime/zero/stage3.py).
     """
 
     axis: ClassVar[str] = "data"
@@ -44,9 +46,13 @@ class Zero3(AbstractStrategy):
     live_elements: float = 1e9
     prefetch_elements: float = 5e7
     bucket_elements: float = 5e8
+    owned: bool = False
 
     def share(self, term: Term) -> Quantity:
         return 1 / self.degree if term.role in STATES else 1
+
+    def kept_gradients(self) -> Kept | None:
+        return Kept(1, 1, 1) if self.owned else None
 
     def collectives(self, layer: Layer, size: Size) -> Iterable[Collective]:
         unit = elements(layer, size)
@@ -57,6 +63,12 @@ class Zero3(AbstractStrategy):
     def workspace(self, layers: Sequence[Layer], size: Size) -> Iterable[Buffer]:
         everything = sum(layer.count * elements(layer, size) for layer in layers)
         alive = smaller(everything, self.live_elements + self.prefetch_elements)
+        if self.owned:  # what is gathered ahead lies in one piece until each parameter is copied out of it
+            alive = alive + smaller(everything, self.prefetch_elements)
         yield Buffer("gathered parameters", alive * self.gather_bytes)
+        if self.owned:
+            for span in ("passes", "reduction", "optimizer step"):
+                yield Buffer("reduce bucket", self.bucket_elements * self.reduce_bytes, span)
+            return
         for span in ("block", "end"):
             yield Buffer("reduce bucket", smaller(everything, self.bucket_elements) * self.reduce_bytes, span)

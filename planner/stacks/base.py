@@ -137,7 +137,8 @@ class Stack:
     gradients_resident: bool = False  # one buffer for the whole step
     casts_weights: bool = False  # FSDP2's mixed precision: half-precision copies run forward and backward
     fused_accumulation: bool = False  # products add to the gradients without a copy of their own
-    gradient_copies: bool = False  # half-precision gradients are copied to fp32 beside the master
+    gradient_copies: bool = False  # the optimizer step copies half-precision gradients to fp32
+    flat_copies: bool = False  # in one piece, from others that lie beside it
     receives_ahead: bool = False  # pipelines allocate what they receive of all micro-batches
     both_gradients: bool = False  # fp32 gradients are kept besides half-precision ones
     tensor_parallel: bool = True
@@ -180,6 +181,7 @@ class Stack:
             bucket_bytes=self.size("reduce_bucket_size", options) * recipe.compute,
             bucket_fraction=self.bucket_fraction if options.get("gradient_view") != "on" else 0.0,
             bucket_view=options.get("gradient_view") == "on",
+            lasting=4 / recipe.gradient if self.both_gradients and recipe.gradient > 4 else 0.0,
             separate_root=self.separate_root and options.get("root") != "one",
             keeps_last=self.keeps_last and options.get("root") == "one",
         )
@@ -187,6 +189,7 @@ class Stack:
             return wire
         return replace(
             wire,
+            sub_group=self.size("sub_group_size", options),
             bucket_elements=self.size("reduce_bucket_size", options),
             live_elements=self.size("stage3_max_live_parameters", options),
             prefetch_elements=self.size("stage3_prefetch_bucket_size", options),

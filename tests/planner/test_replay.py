@@ -31,7 +31,7 @@ def test_the_closed_form_covers_the_pools_and_the_pools_every_snapshot(data: st.
         highest = max(size for _, size in timeline.snapshots)
         assert closed >= timeline.pools * (1 - 1e-9), (index, moment)
         assert timeline.pools >= highest * (1 - 1e-9), index
-        if case.layout.sharding != "fsdp":  # one stream, one pool
+        if case.layout.sharding != "fsdp" and not prices.apart:  # one stream, one pool
             assert timeline.pools == pytest.approx(highest, rel=1e-12)
 
 

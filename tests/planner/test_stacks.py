@@ -123,20 +123,41 @@ def per_parameter(framework: str, sharding: str, degree: int = 8, **training: An
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_deepspeed_cuts_sixteen_bytes_a_parameter_from_stage_1_on(precision: str) -> None:
-    """Master, both moments, and the fp32 copy of the gradients; weights and gradients in two bytes."""
+def test_deepspeed_cuts_twelve_bytes_a_parameter_from_stage_1_on(precision: str) -> None:
+    """Master and both moments; weights and gradients in two bytes."""
     cut = {
-        "ddp": (2, 2, 16),
-        "zero1": (2, 2, 16 / 8),
-        "zero2": (2, 2 / 8, 16 / 8),
-        "zero3": (2 / 8, 2 / 8, 16 / 8),
+        "ddp": (2, 2, 12),
+        "zero1": (2, 2, 12 / 8),
+        "zero2": (2, 2 / 8, 12 / 8),
+        "zero3": (2 / 8, 2 / 8, 12 / 8),
     }
     for sharding, expected in cut.items():
         found = per_parameter("deepspeed", sharding, precision=precision)
         assert tuple(found.values()) == pytest.approx(expected), sharding
-    # BLOOM's 200B on one replica and on two: 8 bytes a parameter less.
-    one, two = (sum(per_parameter("deepspeed", "zero1", n, precision=precision).values()) for n in (1, 2))
-    assert one - two == pytest.approx(16 / 2)
+
+
+@pytest.mark.parametrize(
+    ("framework", "sharding", "copied"),
+    [
+        ("deepspeed", "ddp", 4 + 4),  # one by one, then in one piece
+        ("deepspeed", "zero1", (2 + 4) / 8),  # in one piece first
+        ("deepspeed", "zero2", (2 + 4) / 8),
+        ("deepspeed", "zero3", (2 + 4) / 8),
+        ("megatron", "ddp", 4),
+        ("megatron", "zero1", 4 / 8),
+    ],
+)
+def test_the_step_copies_half_precision_gradients_beside_its_master(
+    framework: str, sharding: str, copied: float
+) -> None:
+    layout = Layout(data_parallel=8, sharding=sharding)
+    for dtype in ("bf16", "fp32"):
+        found = entries_of(layout=layout, framework=framework, gradient_dtype=dtype)
+        sizes = {at: held(entries, "copies of gradients") for at, entries in found.items()}
+        expected = copied * MODEL.num_parameters if dtype == "bf16" else 0
+        if (framework, sharding, dtype) != ("deepspeed", "zero3", "fp32"):
+            assert sizes.pop("optimizer step") == pytest.approx(expected)
+            assert not any(sizes.values())
 
 
 def test_deepspeeds_fp32_accumulation_keeps_both_gradients_whole() -> None:
@@ -152,10 +173,10 @@ def test_deepspeed_in_fp32_has_one_copy_of_everything() -> None:
     assert tuple(found.values()) == pytest.approx((4, 4, 8 / 8))
 
 
-def test_megatron_copies_half_precision_gradients_beside_its_master() -> None:
+def test_megatron_has_gradients_in_fp32_or_half_precision() -> None:
     assert tuple(per_parameter("megatron", "zero1").values()) == pytest.approx((2, 4, 12 / 8))
     lean = per_parameter("megatron", "zero1", gradient_dtype="bf16")
-    assert tuple(lean.values()) == pytest.approx((2, 2, (12 + 4) / 8))
+    assert tuple(lean.values()) == pytest.approx((2, 2, 12 / 8))
 
 
 def test_plain_pytorch_keeps_fp32_throughout_under_mixed_precision() -> None:
@@ -189,7 +210,7 @@ def held(entries: list[Entry], name: str) -> float:
 
 def test_deepspeeds_buckets_are_as_large_as_the_job_says() -> None:
     layout = Layout(data_parallel=8, sharding="zero1")
-    for options, size in (({}, MODEL.num_parameters), ({"reduce_bucket_size": "2e6"}, 2e6)):
+    for options, size in (({}, 5e8), ({"reduce_bucket_size": "2e6"}, 2e6)):
         found = entries_of(layout=layout, framework="deepspeed", options=options)
         assert held(found["backward"], "reduce bucket") == 2 * size
 
@@ -197,10 +218,11 @@ def test_deepspeeds_buckets_are_as_large_as_the_job_says() -> None:
 def test_zero3_gathers_no_more_than_deepspeeds_limits() -> None:
     layout = Layout(data_parallel=8, sharding="zero3")
     whole = entries_of(layout=layout, framework="deepspeed")["backward"]
-    assert held(whole, "gathered parameters") == 2 * MODEL.num_parameters
+    ahead = 5e7  # in one piece before it is copied out
+    assert held(whole, "gathered parameters") == 2 * (MODEL.num_parameters + ahead)
     sizes = {"stage3_max_live_parameters": "3e6", "stage3_prefetch_bucket_size": "1e6"}
     limited = entries_of(layout=layout, framework="deepspeed", options=sizes)["backward"]
-    assert held(limited, "gathered parameters") == 2 * 4e6
+    assert held(limited, "gathered parameters") == 2 * (4e6 + 1e6)
 
 
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])
@@ -232,7 +254,7 @@ def test_deepspeed_runs_transformers_modules_in_half_precision() -> None:
         ("hf", "pure-bf16", 2, Layout()),
         ("fsdp", "bf16", 4, Layout(data_parallel=8, sharding="fsdp")),
         ("torchtitan", "bf16", 4, Layout(data_parallel=8, sharding="fsdp")),
-        ("deepspeed", "bf16", 4, Layout(data_parallel=8, sharding="zero1")),
+        ("deepspeed", "fp32", 4, Layout(data_parallel=8, sharding="zero1")),
     ],
 )
 def test_a_foreach_optimizer_makes_one_update_of_every_parameter(

@@ -27,6 +27,7 @@ DATA = Path(__file__).parents[1] / "data"
 LAYERS = json.loads((DATA / "traced_layers.json").read_text())["rows"]
 PEAKS = json.loads((DATA / "traced_peaks.json").read_text())["rows"]
 STATES = json.loads((DATA / "traced_states.json").read_text())["rows"]
+ENGINES = json.loads((DATA / "traced_engines.json").read_text())
 COUNTS = json.loads((DATA / "parameter_counts.json").read_text())["models"]
 
 
@@ -152,6 +153,12 @@ def states_of(prices: Prices) -> dict[Role, float]:
     return {role: sum(float(one.states[role]) for one in layers) for role in RECIPE}
 
 
+def update_room(prices: Prices) -> float:
+    """Bytes of the optimizer step's temporaries of a whole model."""
+    layers = [prices.embedding, prices.head, *prices.blocks * prices.job.model.num_hidden_layers]
+    return sum(float(one.update_room) for one in layers)
+
+
 @pytest.mark.parametrize("row", of_stack("deepspeed"), ids=lambda row: row["id"])
 def test_what_a_deepspeed_engine_keeps_between_steps(row: dict[str, Any]) -> None:
     """2 + 12/d bytes a parameter, 4 more with fp32 accumulation; the step's own copies are gone."""
@@ -160,17 +167,15 @@ def test_what_a_deepspeed_engine_keeps_between_steps(row: dict[str, Any]) -> Non
     sharding = ("ddp", "zero1", "zero2", "zero3")[row["stage"]]
     layout = Layout(data_parallel=row["gpus"], micro_batch_size=row["b"], sharding=sharding)
     sizes = states_of(unpadded(model, row, layout))
-    cut = row["gpus"] if row["stage"] else 1
     # From stage 3 on, small parameters stay gathered: more than an eighth is there.
     if row["stage"] < 3:
         assert sizes[Role.PARAMETER] == row["bf16"]
     else:
         assert sizes[Role.PARAMETER] == 2 * row["parameters"] / 8 < row["bf16"]
-    copies = 0 if row["gradient_dtype"] == "fp32" else 4 * row["parameters"] / cut
     kept = row["fp32"]
     if row["gradient_dtype"] == "fp32" and row["stage"] == 1:  # one of both gradients, whole
         kept -= sizes[Role.GRADIENT] - 2 * row["parameters"]
-    assert sizes[Role.OPTIMIZER] - copies == pytest.approx(kept, rel=1e-5)
+    assert sizes[Role.OPTIMIZER] == pytest.approx(kept, rel=1e-5)
 
 
 def megatron_prices(row: dict[str, Any]) -> Prices:
@@ -196,23 +201,77 @@ def test_states_of_megatrons_optimizers(row: dict[str, Any]) -> None:
     sizes = states_of(megatron_prices(row))
     assert sizes[Role.PARAMETER] == row["param"] == 2 * row["parameters"]
     assert sizes[Role.GRADIENT] == row["grad"]
-    # The master and two moments; with half-precision gradients a copy of them in fp32 too.
-    kept = row["master"] + row["opt"] + row["copies"]
-    assert sizes[Role.OPTIMIZER] == pytest.approx(kept, rel=5e-5)
+    # The master and two moments; with half-precision gradients the step copies them to fp32.
+    assert sizes[Role.OPTIMIZER] == pytest.approx(row["master"] + row["opt"], rel=5e-5)
+    assert update_room(megatron_prices(row)) == pytest.approx(row["copies"], rel=5e-5)
     assert bool(row["copies"]) == (row["gradient_dtype"] == "bf16")
 
 
 @pytest.mark.parametrize("row", of_stack("megatron"), ids=lambda row: row["id"])
 def test_peak_of_megatrons_second_step(row: dict[str, Any]) -> None:
-    """Within 1 %; copies of half-precision gradients count in all of the step, not in its end alone."""
+    """Within 1 %. The traced optimizer goes parameter by parameter, with two copies of one in fp32."""
     prices = megatron_prices(row)
     timeline = StageReplay(prices, 0, [int(prices.rows)]).run()
-    highest = max(size for _, size in timeline.snapshots)
-    if row["copies"]:
-        assert row["peak"] < highest < row["peak"] + row["copies"]
-    else:
-        assert highest == pytest.approx(row["peak"], rel=0.01)
+    updating = timeline.peaks()["optimizer step"][1]
+    if row["sharding"] == "ddp":
+        updating += 2 * 4 * row["v"] * row["h"]  # the embedding's
+    highest = max(updating, *(size for _, size in timeline.snapshots))
+    assert highest == pytest.approx(row["peak"], rel=0.01)
     assert prices.spread().peak(0, [int(prices.rows)])[0] >= timeline.pools
+
+
+def engine_prices(row: dict[str, Any]) -> Prices:
+    shape = ENGINES["model"]
+    layers, width, heads = shape["layers"], shape["hidden"], shape["heads"]
+    model = llama(
+        layers, width, heads, heads, intermediate_size=shape["columns"], vocab_size=shape["vocabulary"]
+    )
+    assert model.num_parameters == shape["parameters"]
+    batch = shape["micro_batch_size"]
+    layout = Layout(
+        data_parallel=8,
+        micro_batch_size=batch,
+        grad_accum=row["micro_batches"],
+        sharding=("ddp", "zero1", "zero2", "zero3")[row["stage"]],
+    )
+    job = job_of(
+        model,
+        "8xH100",
+        framework="deepspeed",
+        precision="bf16",
+        attention="sdpa",
+        seq_length=shape["sequence"],
+        global_batch_size=batch * 8 * row["micro_batches"],
+        gradient_dtype=None if row["gradient_dtype"] == "bf16" else row["gradient_dtype"],
+        options={"reduce_bucket_size": str(row["bucket"])},
+    )
+    return price(job, layout, ("none",))
+
+
+@pytest.mark.parametrize("row", ENGINES["rows"], ids=lambda row: row["id"])
+def test_a_step_of_deepspeeds_engine(row: dict[str, Any]) -> None:
+    """Between the passes and in the update within 1 %; in the passes -1 to +5 % of the trace.
+
+    Which bucket is full when depends on the parameters' order, which the prediction takes no note of,
+    and the rank whose part is the last layers' has most at once: the prediction is of that one.
+    """
+    prices = engine_prices(row)
+    parameters = ENGINES["model"]["parameters"]
+    timeline = StageReplay(prices, 0, [int(prices.rows)]).run()
+    peaks = {moment: size / parameters for moment, (_, size) in timeline.peaks().items()}
+    gathered = 2 if row["stage"] == 3 else 0  # of weights, which the trace lets go just before its reading
+    assert peaks["forward end"] == pytest.approx(row["forward_end"] + gathered, rel=5e-3)
+    # Without ZeRO gradients are copied one by one for the traced optimizer, torch's; DeepSpeed's own has
+    # the copies in one piece besides.
+    flat = 0 if row["stage"] else 4
+    assert peaks["optimizer step"] == pytest.approx(row["update"] + flat, rel=1e-2)
+    passes = max(size for moment, size in peaks.items() if moment != "optimizer step")
+    alike = [other for other in ENGINES["rows"] if {**other, **OF_A_RANK} == {**row, **OF_A_RANK}]
+    most = max(other["passes"] for other in alike)
+    assert most * 0.99 < passes < most * 1.05
+
+
+OF_A_RANK = dict.fromkeys(("id", "rank", "forward_end", "passes", "update", "between_steps"))
 
 
 @pytest.mark.parametrize("row", COUNTS, ids=lambda row: row["name"])

@@ -81,7 +81,8 @@ def test_bounds_are_the_overheads_bounds(framework: str) -> None:
     pools = (stage.peak_bytes - context.value - group.value) / (1 + slack.value)
     most = context.most + group.most + pools * (1 + slack.most)
     assert stage.most_bytes == pytest.approx(most, abs=4)
-    assert (pools > tensors + 1) == (sharding == "fsdp")
+    # FSDP's streams have pools of their own; DeepSpeed's flat copies fit in none that the passes leave.
+    assert (pools > tensors + 1) == (sharding == "fsdp" or framework == "deepspeed")
 
 
 def test_a_search_answers_only_with_what_fits_for_sure() -> None:

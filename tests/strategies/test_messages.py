@@ -376,13 +376,44 @@ def test_sequence_parallelism_holds_one_gathered_residual_stream() -> None:
     assert buffer.size == BSH * WIRE
 
 
+def buckets_of(zero: Zero1) -> dict[str, float]:
+    """Bytes of the buffers by their spans."""
+    found: dict[str, float] = {}
+    for one in zero.workspace([LAYER], size_seen_by(zero, [zero])):
+        found[one.span] = found.get(one.span, 0.0) + one.size
+    return {span: size for span, size in found.items() if size}
+
+
 def test_zero1_and_zero2_hold_their_buckets_only_where_a_framework_has_them() -> None:
-    for kind in (Zero1, Zero2):
-        zero = kind(8, bucket_bytes=16.0)
-        buffers = list(zero.workspace([LAYER], size_seen_by(zero, [zero])))
-        buckets = {one.span: one.size for one in buffers if "bucket" in one.name}
-        assert buckets == {"block": 16.0, "optimizer step": 16.0}
-        assert not any("bucket" in one.name for one in kind(8).workspace([LAYER], size_seen_by(zero, [zero])))
+    assert not buckets_of(Zero1(8))
+    assert not buckets_of(Zero2(8))
+    whole = LAYER.count * LAYER.by_role[Role.PARAMETER][0].amount
+    for bucket in (whole / 64, whole):
+        # From the first gradient to the last; the own part is copied out while the bucket still fills.
+        most = max(bucket, whole / 8)
+        assert buckets_of(Zero1(8, bucket)) == {"block": bucket, "end": bucket, "reduction": most}
+        assert buckets_of(Zero2(8, bucket)) == {"block": bucket, "end": bucket, "reduction": bucket}
+        # Between micro-batches ZeRO-1's stays.
+        assert buckets_of(Zero1(8, bucket, accumulates=1)) == {"passes": bucket, "reduction": most}
+
+
+def test_fp32_accumulation_casts_all_gradients_at_once() -> None:
+    whole = LAYER.count * LAYER.by_role[Role.PARAMETER][0].amount
+    assert buckets_of(Zero1(8, 16.0, lasting=2 / 3)) == {"reduction": whole}
+
+
+def test_what_an_engine_keeps_of_its_gradients() -> None:
+    """ZeRO-1: all, its own part at the end; ZeRO-2: its own part, twice once micro-batches add up."""
+    assert Zero1(8).kept_gradients() is Zero2(8).kept_gradients() is DataParallel(8).kept_gradients() is None
+    assert Zero1(8, 16.0).kept_gradients() == (0, 0, 1 / 8)
+    assert Zero1(8, 16.0, accumulates=1).kept_gradients() == (1, 1, 1 / 8)
+    assert Zero1(8, 16.0, lasting=2 / 3).kept_gradients() == (2 / 3, 2 / 3, 1)
+    (gradient,) = LAYER.by_role[Role.GRADIENT]
+    one, two = Zero2(8, 16.0), Zero2(8, 16.0, accumulates=1)
+    assert (one.share(gradient), two.share(gradient)) == (1 / 8, 2 / 8)
+    assert one.kept_gradients() == (0, 1, 1)
+    assert two.kept_gradients() == (1 / 2, 1, 1 / 2)
+    assert one.arriving(gradient, size_seen_by(one, [one])) is None
 
 
 def test_zero2_holds_a_blocks_whole_gradients_until_they_are_scattered() -> None:

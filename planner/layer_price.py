@@ -1,0 +1,47 @@
+"""What one layer costs on one GPU, and the walk through its backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from strategies.base import Quantity, Role
+
+
+@dataclass(frozen=True)
+class StepPrice:
+    """One step of a layer's backward: bytes freed after it, gradients that arise, transients."""
+
+    freed: Quantity
+    whole: Quantity  # gradients kept whole to the end of the layer's backward
+    final: Quantity  # gradients in the place and size in which they stay
+    passing: Quantity  # transients, and gradients that are added to others at once
+
+
+@dataclass(frozen=True)
+class LayerPrice:
+    """One layer on one GPU, pipeline aside: bytes by role, seconds of one micro-batch."""
+
+    states: dict[Role, Quantity]
+    gathered: Quantity  # parameters kept gathered from the forward to the backward
+    update_bytes: Quantity  # moved by the optimizer step
+    update_room: Quantity  # the optimizer step's temporaries
+    saved: Quantity
+    ahead: Quantity  # transients at the end of its forward
+    recomputed: Quantity  # what its backward starts by making again
+    walk: tuple[StepPrice, ...]
+    working: Quantity  # most bytes above ``saved`` while its own backward runs
+    seconds: Quantity
+    per_step: tuple[tuple[str, Quantity], ...]  # (hidden behind, seconds) of once-a-step messages
+
+
+def working_set(recomputed: Quantity, walk: Iterable[StepPrice]) -> Quantity:
+    """The most that a backward needs above what was there before it."""
+    now, most = recomputed, recomputed
+    for step in walk:
+        now = now + step.whole + step.final
+        most = np.maximum(most, now + step.passing)
+        now = now - step.freed
+    return most

@@ -11,7 +11,7 @@ from planner.best_first import Found, find
 from planner.candidate import Candidate
 from planner.defaults import Job, resolve
 from planner.errors import InfeasibleError, InputError, SolverError
-from planner.layouts import Choices, check_layout
+from planner.layouts import Choices, check_layout, check_supported
 from planner.ledger import Entry, Message, entries, messages, view
 from planner.plan import Plan, make_plan
 from planner.program import Solution, settle, solve
@@ -194,13 +194,14 @@ def estimate(
     recompute: str = "none",
     layers: Sequence[int] | None = None,
 ) -> Plan:
-    """One given layout, fitting or not. Raises InputError if it cannot be.
+    """One given layout, fitting or not. Raises InputError if it cannot be, or the framework lacks it.
 
     ``recompute`` is a policy for all layers, or ``auto``: as much as memory forces, per stage.
     ``layers`` are the layers on each stage; without them they are even where the stages divide them,
     and the quickest split otherwise.
     """
     job = resolve(model, cluster, training)
+    check_supported(job, layout)
     return given_plan(job, solve_layout(job, layout, recompute, layers))
 
 
@@ -225,6 +226,7 @@ def explain(
     Raises InputError for a stage or moment that the plan does not have.
     """
     job = resolve(model, cluster, training)
+    check_supported(job, layout)
     solution = solve_layout(job, layout, recompute, layers)
     plan = given_plan(job, solution)
     index = plan.fullest if stage is None else stage
@@ -262,6 +264,7 @@ def compare(
     rows: list[tuple[str, Plan | str]] = []
     for name, layout in _one_of_each(job, micro_batch_size):
         try:
+            check_supported(job, layout)
             solution = solve_layout(job, layout, recompute)
             rows.append((name, given_plan(job, solution)))
         except InputError as error:
@@ -285,7 +288,8 @@ def _one_of_each(job: Job, micro: int) -> list[tuple[str, Layout]]:
     rows.append((f"TP{tensor}", layout(gpus // tensor, tensor_parallel=tensor)))
     sp = {"tensor_parallel": tensor, "sequence_parallel": tensor > 1}
     rows.append((f"TP{tensor}+SP", layout(gpus // tensor, **sp)))
-    rows.append((f"TP{tensor}+SP+ZeRO-1", layout(gpus // tensor, sharding="zero1", **sp)))
+    if gpus > tensor:
+        rows.append((f"TP{tensor}+SP+ZeRO-1", layout(gpus // tensor, sharding="zero1", **sp)))
     for label, schedule in (("1F1B", "1f1b"), ("GPipe", "gpipe"), ("PipeDream", "pipedream")):
         rest = layout(gpus // stages, pipeline_parallel=stages, schedule=schedule)
         rows.append((f"PP{stages} {label}", rest))

@@ -18,6 +18,8 @@ from planner.defaults import Job
 from planner.errors import InputError
 from planner.layers import Builder
 from planner.network import fast_domain
+from planner.stacks import STACKS
+from planner.stacks.base import Stack
 from strategies.base import Layer
 from strategies.layout import SHARDINGS, Layout
 from strategies.pipeline_parallel import SCHEDULES, PipelineParallel
@@ -263,16 +265,47 @@ def _layout_problems(job: Job, layout: Layout) -> Iterator[str]:
         yield f"{depth} layers do not fill {layout.chunks} equal chunks, even two layers short"
 
 
-def unsupported(job: Job, layout: Layout) -> list[str]:
-    """What of a layout its framework is not known to run; the search leaves such layouts out."""
-    stack, notes = job.stack, []
-    if layout.sharding not in stack.shardings:
-        notes.append(f"{stack.name} does not run {layout.sharding}: shown as if it did")
-    elif layout.pipeline_parallel > 1 and not stack.shardings[layout.sharding]:
-        notes.append(f"{stack.name} runs {layout.sharding} without a pipeline only: shown as if it did")
+def check_supported(job: Job, layout: Layout) -> None:
+    """Raises InputError if the job's framework is not known to run a layout, with what does."""
+    if lacking := unsupported(job.stack, layout):
+        able = [(label, stack) for label, stack in _variants(job) if not unsupported(stack, layout)]
+        # The same framework with another option, or the same modules, come nearest.
+        able.sort(key=lambda one: (one[1].name != job.stack.name, one[1].rows is not job.stack.rows))
+        raise InputError(lacking[0] + (f", or {able[0][0]}" if able else ""))
+
+
+def unsupported(stack: Stack, layout: Layout) -> list[str]:
+    """What of a layout a framework is not known to run, and the nearest that it runs.
+
+    On one GPU per replica nothing is shared out: DDP is then every framework's.
+    """
+    notes: list[str] = []
+    shardings, sharding = stack.shardings, layout.sharding
+    alone = sharding == "ddp" and layout.data_parallel == 1
+    if sharding not in shardings and not alone:
+        notes.append(f"{stack.name} does not run {sharding}: use {', '.join(shardings)}")
+    elif layout.pipeline_parallel > 1 and not shardings.get(sharding, any(shardings.values())):
+        able = "".join(f", {name}" for name, pipelined in shardings.items() if pipelined)
+        notes.append(f"{stack.name} runs {sharding} without a pipeline only: use pipeline_parallel 1{able}")
     if layout.tensor_parallel > 1 and not stack.tensor_parallel:
-        notes.append(f"{stack.name} is planned without tensor parallelism: shown as if it had it")
-    domain = fast_domain(job.cluster)
-    if layout.tensor_parallel > domain or (job.cluster.num_gpus > domain and domain % layout.tensor_parallel):
-        notes.append(f"a tensor-parallel group of {layout.tensor_parallel} leaves its node of {domain} GPUs")
+        notes.append(f"{stack.name} is planned without tensor parallelism: use tensor_parallel 1")
     return notes
+
+
+def _variants(job: Job) -> Iterator[tuple[str, Stack]]:
+    """The frameworks that the model can be planned in, and how they are asked for."""
+    for name, stack in STACKS.items():
+        if stack.families and job.model.model_type not in stack.families:
+            continue
+        yield f"framework {name}", stack
+        for variant in stack.variants:
+            option, _, value = variant.partition(":")
+            yield f"framework {name} with option {option}={value}", stack.under({option: value})
+
+
+def beyond_node(job: Job, layout: Layout) -> str:
+    """A note where a tensor-parallel group leaves its node, which the search does not let it; else empty."""
+    domain, tensor = fast_domain(job.cluster), layout.tensor_parallel
+    if tensor > domain or (job.cluster.num_gpus > domain and domain % tensor):
+        return f"a tensor-parallel group of {tensor} leaves its node of {domain} GPUs"
+    return ""

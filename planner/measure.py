@@ -183,7 +183,7 @@ def measure(
         reduce_dtype="fp32" if prices.wire.reduce_bytes == 4 else "bf16",
     )
     traced, notes = _trace(run, spec.num_hidden_layers)
-    return _compare(spec, run, traced, ledgers, (*notes, *_caveats(run, job), *unsupported(job, layout)))
+    return _compare(spec, run, traced, ledgers, (*notes, *_caveats(run, job, layout)))
 
 
 def predicted_ledgers(prices: Prices) -> dict[str, list[Entry]]:
@@ -338,12 +338,14 @@ def _line_through(low: _Traced, high: _Traced, layers: int) -> _Traced:
     )
 
 
-def _caveats(run: Run, job: Job) -> list[str]:
+def _caveats(run: Run, job: Job, layout: Layout) -> list[str]:
     notes = ["tensors only: CUDA context, NCCL and the allocator's cache are on neither side"]
     if run.recompute == "full":
         notes.append("a layer's kept bytes are storages alive after the forward, in units of 512 bytes")
     if run.tensor_parallel > 1:
         notes.append("tensor, sequence and loss parallelism are DTensor's, of the Hugging Face modules")
+        if unsupported(job.stack, layout):
+            notes.append(f"{job.stack.name} is planned without tensor parallelism: shown as if it had it")
     if run.precision != job.training.precision:
         notes.append(f"{job.training.precision} is run in {run.precision}, which takes the same bytes")
     return notes

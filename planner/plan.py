@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from planner.defaults import Job
-from planner.layouts import unsupported
+from planner.layouts import beyond_node
 from planner.ledger import components, entries, view
 from planner.overheads import device_bytes, library_bytes, reserved_bytes
 from planner.program import Solution
@@ -162,7 +162,7 @@ def verdict_of(stages: Sequence[StagePlan]) -> Verdict:
 
 def warnings_for(job: Job, layout: Layout, verdict: Verdict) -> list[str]:
     """What a reader of the plan must not overlook."""
-    notes = unsupported(job, layout)
+    notes = [note] if (note := beyond_node(job, layout)) else []
     if job.seq_length > (positions := job.model.max_position_embeddings):
         notes.append(f"sequence length {job.seq_length} is beyond the model's {positions} positions")
     if verdict == "at risk":

@@ -158,7 +158,8 @@ def read_layout(
         grad_accum=max(1, job.global_batch_size // (data * micro)),
         data_shards=given["data_shards"] or data,
         sequence_parallel=tensor > 1 if sequence is None else sequence,
-        sharding=given["sharding"] or ("zero1" if "zero1" in job.stack.shardings else "fsdp"),
+        sharding=given["sharding"]
+        or ("zero1" if "zero1" in job.stack.shardings else next(iter(job.stack.shardings))),
         reshard_after_forward=given["reshard_after_forward"],
         schedule=schedule,
     )

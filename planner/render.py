@@ -398,10 +398,10 @@ def show_compare(console: Console, rows: Sequence[tuple[str, Plan | str]]) -> No
     names = ["strategy", *(["layout", "recompute"] if wide else []), "fits", *SHORT.values(), "peak", "step"]
     left = ("strategy", "layout", "recompute", "fits")
     table = grid(*names, left=left, spare=("recompute", "layout", *SPARE))
-    refused = []
+    refused: dict[str, list[str]] = {}
     for name, plan in rows:
         if isinstance(plan, str):
-            refused.append(f"{name}: {plan}")
+            refused.setdefault(plan, []).append(name)
             continue
         stage = plan.stages[plan.fullest]
         layout = plan.layout
@@ -420,8 +420,13 @@ def show_compare(console: Console, rows: Sequence[tuple[str, Plan | str]]) -> No
         table.add_row(*cells, style=STYLES[plan.verdict])
     console.print(table)
     console.print(Text("GiB per GPU on the fullest stage at its peak. * with recompute, as memory forces."))
-    for reason in refused:
-        console.print(Text(reason, style="dim"))
+    for reason, refusals in refused.items():
+        console.print(Text(f"{', '.join(refusals)}: {reason}", style="dim"))
+    for name, plan in rows:
+        if isinstance(plan, str) or plan.layout.schedule != "gpipe" or plan.verdict == "fits":
+            continue
+        waiting = f"all {plan.layout.grad_accum} micro-batches wait for the backward"
+        console.print(Text(f"{name}: {waiting}, the last stage's with their logits.", style="dim"))
 
 
 def show_infeasible(console: Console, message: str, nearest: Plan | None, changes: Sequence[Change]) -> None:

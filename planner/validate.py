@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from planner.catalog import load_gpu, load_model
 from planner.comparison import Prediction, Report, Sizes, report_of
+from planner.defaults import resolve
 from planner.errors import InputError, PlannerError
 from planner.plan import Plan, StagePlan
 from planner.runs import Run, Runs, load_runs
@@ -42,7 +43,7 @@ def predict(run: Run) -> Prediction | str:
 
 
 def _predict(run: Run) -> Prediction | str:
-    from planner.api import estimate
+    from planner.api import given_plan, solve_layout
 
     stack = STACKS.get(run.framework)
     if stack is None:
@@ -66,7 +67,9 @@ def _predict(run: Run) -> Prediction | str:
         options=heeded,
     )
     layers = run.layout.layers_per_stage
-    plan = estimate(model, _cluster(run), training, layout, recompute=str(run.recompute), layers=layers)
+    # As given, whether or not the framework is known to run it: some runs stand under their nearest one.
+    job = resolve(model, _cluster(run), training)
+    plan = given_plan(job, solve_layout(job, layout, str(run.recompute), layers))
     verdict = getattr(plan, "verdict", "fits" if plan.fits else "does not fit")
     unheeded = tuple(f"{name}={value}" for name, value in run.options.items() if name not in heeded)
     stages = tuple(sizes_of(plan, stage) for stage in plan.stages)

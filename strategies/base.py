@@ -204,7 +204,8 @@ class AbstractStrategy(ABC):
     def kept_gradients(self) -> Kept | None:
         """When are the gradients there that ``share`` says stay?
 
-        Part of the answer to ``share``. None: they arise layer by layer, and are there until the end of the optimizer step.
+        Part of the answer to ``share``. None: they arise layer by layer, and are there until the end of
+        the optimizer step.
         """
         return None
 

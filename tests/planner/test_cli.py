@@ -140,8 +140,6 @@ def test_what_must_not_be_overlooked_is_a_warning() -> None:
     warnings = {
         "leaves its node": ["-tp", "16"],
         "beyond the model's 2048 positions": ["-tp", "8", "-s", "4096"],
-        "does not run zero3": ["--sharding", "zero3"],
-        "without tensor parallelism": ["--framework", "hf", "-tp", "2"],
     }
     for part, arguments in warnings.items():
         assert f"{part}" in run("estimate", *base, *arguments).output, part
@@ -149,6 +147,38 @@ def test_what_must_not_be_overlooked_is_a_warning() -> None:
     at_risk = run("estimate", *base, "-tp", "8", "-pp", "2").output
     assert "at risk: whether it fits depends on what lies outside tensors" in " ".join(at_risk.split())
     assert "at risk" not in run("search", *base).output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--framework hf --sharding zero1", "hf does not run zero1: use ddp, or framework deepspeed"),
+        ("--framework hf --sharding fsdp", "hf does not run fsdp: use ddp, or framework fsdp"),
+        ("--framework hf -tp 2", "use tensor_parallel 1, or framework megatron"),
+        ("--framework deepspeed -tp 8", "or framework deepspeed with option kernels=megatron"),
+        ("--sharding zero3", "does not run zero3: use ddp, zero1, zero2, fsdp, or framework deepspeed"),
+        ("--sharding fsdp -pp 2", "use pipeline_parallel 1, ddp, zero1, or framework torchtitan"),
+        ("--framework deepspeed -pp 2", "1, or framework deepspeed with option kernels=megatron"),
+        (
+            "--framework hf -pp 2",
+            "hf runs ddp without a pipeline only: use pipeline_parallel 1, or framework",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["estimate", "explain"])
+def test_what_a_framework_does_not_run_is_refused_with_what_does(
+    command: str, arguments: str, said: str
+) -> None:
+    result = run(command, "--model", "llama-2-7b", "--gpus", "8x80G", *arguments.split())
+    assert result.exit_code == 2
+    assert said in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("framework", ["megatron", "torchtitan", "fsdp", "deepspeed", "hf"])
+def test_the_default_layout_is_one_that_the_framework_runs(framework: str) -> None:
+    for gpus in ("1xH100", "8xH100"):
+        result = run("estimate", "--model", "tinyllama-1.1b", "--gpus", gpus, "--framework", framework)
+        assert result.exit_code == 0, result.output
 
 
 def test_catalog_lists_and_shows_sources() -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from planner.api import estimate
+from planner.api import given_plan, solve_layout
 from planner.bounds import quick_bound, tight_bound
 from planner.candidate import Candidate
 from planner.defaults import Job, resolve
@@ -229,7 +229,7 @@ def test_an_entry_is_its_copies_times_its_shares(data: st.DataObject) -> None:
 def test_components_sum_to_the_peak_which_is_positive_and_finite(case: Case, recompute: str) -> None:
     seq = case.training.seq_length
     assume(not case.layout.sequence_parallel or seq is None or seq % case.layout.tensor_parallel == 0)
-    plan = estimate(case.model, case.cluster, case.training, case.layout, recompute=recompute)
+    plan = given_plan(case.job, solve_layout(case.job, case.layout, recompute))
     assert sum(stage.layers for stage in plan.stages) == case.model.num_hidden_layers
     for stage in plan.stages:
         assert set(stage.components) == set(COMPONENTS)

@@ -13,6 +13,7 @@ from planner.errors import InputError
 from planner.layouts import Choices
 from planner.plan import Plan, make_plan
 from planner.specs import ClusterSpec, TrainingSpec
+from planner.stacks import STACKS
 from strategies.layout import Layout
 
 BIGGER = ("h200-sxm-141gb", "b200-sxm-180gb", "mi300x-192gb")
@@ -97,7 +98,27 @@ def _candidates(job: Job, choices: Choices) -> Iterator[tuple[str, str, Job, Cho
     if job.recipe.gradient == 4 and job.recipe.weight == 2:
         lean = training.model_copy(update={"gradient_dtype": "bf16"})
         yield "keep gradients in bf16", "--gradient-dtype bf16", _again(job, cluster, lean), choices
-    if job.recipe.moment == 4:
+    if job.stack.options.get("gradient_view") and training.options["gradient_view"] == "off":
+        views = training.model_copy(update={"options": {**training.options, "gradient_view": "on"}})
+        yield (
+            "gradients as views of DDP's buckets",
+            "--option gradient_view=on",
+            _again(job, cluster, views),
+            choices,
+        )
+    for name, stack in STACKS.items():
+        # The same modules under another framework, which shares model states out as this one does not.
+        others = [one for one in stack.shardings if one not in job.stack.shardings]
+        if stack.rows is job.stack.rows and others:
+            fields: dict[str, Any] = {"framework": name, "options": {}, "attention": None, "swiglu": None}
+            other = training.model_copy(update=fields)
+            elsewhere = replace(choices, sharding=None, recompute=None, schedule=None)
+            label = f"share model states out ({', '.join(others)})"
+            yield label, f"--framework {name}", _again(job, cluster, other), elsewhere
+    if "pure-bf16" in job.stack.recipes and training.precision == "bf16":
+        pure = training.model_copy(update={"precision": "pure-bf16", "options": training.options})
+        yield "keep weights and moments in bf16", "--precision pure-bf16", _again(job, cluster, pure), choices
+    if job.recipe.moment == 4 and job.recipe.master:  # else moments are of the weights' dtype
         lean = training.model_copy(update={"optimizer_dtype": "bf16"})
         yield "keep optimizer moments in bf16", "--optimizer-dtype bf16", _again(job, cluster, lean), choices
     if (seq := job.seq_length // 2) >= 512:

@@ -88,6 +88,7 @@ def _options(
 ) -> dict[str, str]:
     """Every option of the stack with its value: what was asked for, or the first that is listed."""
     given = dict(training.options)
+    stack = stack.under(given)  # an option may bring others with it
     for name in ("attention", "swiglu"):
         value = getattr(training, name)
         heeded = value is not None and (name != "swiglu" or model.gated_mlp)
@@ -189,12 +190,12 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
         )
     batch = training.global_batch_size or usual_batch(seq, cluster.num_gpus)
     options = _options(stack, training, model, cluster.num_gpus, precision)
+    stack = _with_profile(stack.under(options), training.profile)
     if options.get("compile") == "on" and not (model.gated_mlp and model.norm == "rmsnorm"):
         raise InputError(
             "compile=on: what compiled blocks keep is known of gated MLPs with RMSNorm only, "
             f"not of {model.model_type}"
         )
-    stack = _with_profile(stack.under(options), training.profile)
     asked = training.attention or training.options.get("attention")
     if "bf16" not in cluster.gpu.peak_flops and "eager" in stack.options["attention"]:
         if asked == "flash":
@@ -234,7 +235,6 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     notes.append(TIMES)
     if stack.hidden_transfers:
         notes.append(f"data-parallel messages overlap with compute, as with {stack.hidden_transfers}")
-    notes += profile_notes(training.profile, cluster.gpu.name)
     overheads = (stack.context, stack.communicator, stack.allocator)
     for overhead in overheads:
         small = overhead.fraction

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from planner.defaults import Job
+from planner.defaults import Job, profile_notes
 from planner.layouts import beyond_node
 from planner.ledger import components, entries, view
 from planner.overheads import device_bytes, library_bytes, reserved_bytes
@@ -165,8 +165,9 @@ def warnings_for(job: Job, layout: Layout, verdict: Verdict) -> list[str]:
     notes = [note] if (note := beyond_node(job, layout)) else []
     if job.seq_length > (positions := job.model.max_position_embeddings):
         notes.append(f"sequence length {job.seq_length} is beyond the model's {positions} positions")
+    notes += profile_notes(job.training.profile, job.cluster.gpu.name)
     if verdict == "at risk":
-        notes.append("at risk: whether it fits depends on what lies outside tensors, which varies")
+        notes.append("at risk: it depends on what lies outside tensors, which varies from run to run")
     return notes
 
 

@@ -120,11 +120,13 @@ def layers_of(plan: Plan) -> str:
 
 def headline(plan: Plan) -> Text:
     """The answer in words."""
-    words = {"fits": "fits on", "at risk": "is at risk on", "does not fit": "does not fit on"}
+    words = {"fits": "fits on", "at risk": "is at risk (usually fits) on", "does not fit": "does not fit on"}
+    if plan.verdict == "at risk" and plan.peak_bytes > plan.capacity_bytes:
+        words["at risk"] = "is at risk (usually too large) on"
     text = Text(f"{plan.model} {words[plan.verdict]} ", style=f"bold {STYLES[plan.verdict]}".strip())
     text.append(f"{plan.num_gpus} x {plan.gpu} ", style="bold")
-    text.append(f"as {plan.layout.to_layout().describe()}: peak {gib(plan.peak_bytes)} GiB, ")
-    text.append(f"at most {gib(plan.most_bytes)}, of {gib(plan.capacity_bytes)}; ")
+    text.append(f"as {plan.layout.to_layout().describe()}: peak {gib(plan.peak_bytes)} GiB ")
+    text.append(f"({gib(plan.least_bytes)} to {gib(plan.most_bytes)}) of {gib(plan.capacity_bytes)}; ")
     text.append(
         f"{human_seconds(plan.step_time_s)} a step, {plan.tokens_per_s:,.0f} tokens/s, MFU {plan.mfu:.0%}"
     )

@@ -30,6 +30,13 @@ DEEPSPEED = Stack(
             "vocabulary_multiple": MEGATRON.vocabulary_multiple,
             "shardings": {"zero1": True, "zero2": False, "zero3": False, "ddp": True},
             "tensor_parallel": True,
+            "options": {
+                "kernels": ("hf", "megatron"),
+                "attention": ("flash", "eager"),
+                "loss": ("parallel", "fused"),
+                "swiglu": ("unfused", "fused"),
+                "optimizer_step": ("fused", "foreach"),
+            },
         }
     },
     recipes={
@@ -48,8 +55,7 @@ DEEPSPEED = Stack(
     options={
         "kernels": ("hf", "megatron"),
         "attention": ("sdpa", "flash", "eager"),
-        "loss": ("eager", "fused", "chunked", "parallel"),
-        "swiglu": ("unfused", "fused"),
+        "loss": ("eager", "fused", "chunked"),
         "optimizer_step": ("fused", "foreach"),
     },
     tensor_parallel=False,

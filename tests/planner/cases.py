@@ -122,8 +122,12 @@ def cases(
     framework = draw(
         st.sampled_from([name for name in frameworks if name != "torchtitan" or model.gated_mlp])
     )
-    offered = STACKS[framework].options
+    stack = STACKS[framework]
+    kernels = draw(st.sampled_from(stack.options.get("kernels", ("its own",))))
+    offered = stack.under({"kernels": kernels}).options
     options = {name: draw(st.sampled_from(offered[name])) for name in sorted(offered)}
+    if "kernels" in options:
+        options["kernels"] = kernels
     if not model.gated_mlp:  # what compiled blocks keep is known of gated MLPs only
         options.pop("compile", None)
     training = TrainingSpec(

@@ -405,13 +405,13 @@ def test_one_reading_does_not_make_a_plan_certain() -> None:
     assert measured.most_bytes >= plain.most_bytes
     assert any("allocator: " in note and "10%, 0% to 12% (measured" in note for note in measured.assumptions)
     assert any(
-        "few runs: the range of allocator takes in the framework's own" in n for n in measured.assumptions
+        "few runs: the range of allocator takes in the framework's own" in n for n in measured.warnings
     )
 
 
 def test_a_profile_says_where_it_may_not_hold() -> None:
     def said(profile: Profile, gpus: str = "8xH100") -> list[str]:
-        return [note for note in plan_with(profile, gpus=gpus).assumptions if note.startswith("the profile")]
+        return [note for note in plan_with(profile, gpus=gpus).warnings if note.startswith("the profile")]
 
     one = calibrate([DATA / "torchtitan.csv"], gpu="H100").profile
     whole = calibrate([DATA / "runs.csv"], framework="torchtitan", gpu="H100").profile

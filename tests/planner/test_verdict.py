@@ -171,7 +171,8 @@ def test_the_command_line_says_at_risk_and_exits_1() -> None:
     plan = json.loads(run("estimate", *arguments, "--json").stdout)["plans"][0]
     for budget, verdict, code in (
         (plan["most_bytes"], "fits on", 0),
-        ((plan["least_bytes"] + plan["most_bytes"]) // 2, "is at risk on", 1),
+        (plan["peak_bytes"], "is at risk (usually fits) on", 1),
+        (plan["peak_bytes"] - MIB, "is at risk (usually too large) on", 1),
         (plan["least_bytes"] - MIB, "does not fit on", 1),
     ):
         result = run("estimate", *arguments, "--memory-budget", f"{budget}B")

@@ -398,7 +398,8 @@ def compare(
             ]
             print_json({"schema": "planner.compare/1", "rows": plans})
         else:
-            from planner.render import console_for, show_compare
+            from planner.render import console_for
+            from planner.render_compare import show_compare
 
             show_compare(console_for(), rows)
         if not any(plan.fits for plan in found):

@@ -171,6 +171,12 @@ def warnings_for(job: Job, layout: Layout, verdict: Verdict) -> list[str]:
     return notes
 
 
+def _asked_for(job: Job, layout: Layout) -> list[str]:
+    """How the framework is told to shard so."""
+    how = job.stack.sharding_notes.get(layout.sharding)
+    return [f"{layout.sharding} is {job.stack.name}'s {how}"] if how and layout.data_parallel > 1 else []
+
+
 def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
     """A plan from a solved candidate: stages, time on the schedule graph, proof."""
     candidate = solution.candidate
@@ -220,6 +226,6 @@ def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
         bubble_fraction=float(prices.pipeline.bubble),
         stages=tuple(stages),
         warnings=tuple(warnings_for(job, layout, verdict)),
-        assumptions=job.assumptions,
+        assumptions=(*job.assumptions, *_asked_for(job, layout)),
         proof=proof,
     )

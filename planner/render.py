@@ -380,9 +380,13 @@ def show_entries(
     if unfold:
         console.print()
         console.print(Text("Whole, before any share: bytes per element x lengths", style="bold"))
-        formulas = {(e.layer, e.name): formula(e) for e in items if formula(e)}
-        for (layer, name), text in formulas.items():
-            console.print(Text(f"  {layer + ': ' if layer else ''}{name} = {text}"))
+        for component in COMPONENTS:
+            own = [entry for entry in items if entry.component == component]
+            formulas = {(e.layer, e.name): formula(e) for e in own if formula(e)}
+            if formulas:
+                console.print(Text(component.replace("_", " ")))
+            for (layer, name), text in formulas.items():
+                console.print(Text(f"  {layer + ': ' if layer else ''}{name} = {text}"))
 
 
 def share_text(share: float | None) -> str:
@@ -392,43 +396,6 @@ def share_text(share: float | None) -> str:
     if 0 < share < 1 and abs(1 / share - round(1 / share)) < 1e-9:
         return f"1/{round(1 / share)}"
     return f"x {share:g}" if share > 1 else f"{share:g}"
-
-
-def show_compare(console: Console, rows: Sequence[tuple[str, Plan | str]]) -> None:
-    """Strategies side by side."""
-    wide = console.width >= 110
-    names = ["strategy", *(["layout", "recompute"] if wide else []), "fits", *SHORT.values(), "peak", "step"]
-    left = ("strategy", "layout", "recompute", "fits")
-    table = grid(*names, left=left, spare=("recompute", "layout", *SPARE))
-    refused: dict[str, list[str]] = {}
-    for name, plan in rows:
-        if isinstance(plan, str):
-            refused.setdefault(plan, []).append(name)
-            continue
-        stage = plan.stages[plan.fullest]
-        layout = plan.layout
-        where = f"TP{layout.tensor_parallel} PP{layout.pipeline_parallel} DP{layout.data_parallel}"
-        starred = name + ("*" if recompute_of(plan) != "none" else "")
-        cells = [
-            starred,
-            *([where, recompute_of(plan)] if wide else []),
-            {"fits": "yes", "does not fit": "no"}.get(plan.verdict, "at risk"),
-        ]
-        cells += [gib(stage.components[part]) for part in COMPONENTS]
-        cells += [
-            gib(plan.peak_bytes),
-            "-" if plan.verdict == "does not fit" else human_seconds(plan.step_time_s),
-        ]
-        table.add_row(*cells, style=STYLES[plan.verdict])
-    console.print(table)
-    console.print(Text("GiB per GPU on the fullest stage at its peak. * with recompute, as memory forces."))
-    for reason, refusals in refused.items():
-        console.print(Text(f"{', '.join(refusals)}: {reason}", style="dim"))
-    for name, plan in rows:
-        if isinstance(plan, str) or plan.layout.schedule != "gpipe" or plan.verdict == "fits":
-            continue
-        waiting = f"all {plan.layout.grad_accum} micro-batches wait for the backward"
-        console.print(Text(f"{name}: {waiting}, the last stage's with their logits.", style="dim"))
 
 
 def show_infeasible(console: Console, message: str, nearest: Plan | None, changes: Sequence[Change]) -> None:

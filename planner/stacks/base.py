@@ -124,7 +124,7 @@ class Stack:
     rows: Mapping[str, tuple[Row, ...]]  # per layer kind
     recipes: Mapping[str, Recipe]  # per precision
     shardings: Mapping[str, bool]  # kind -> does it run together with a pipeline?
-    sharding_notes: Mapping[str, str]
+    sharding_notes: Mapping[str, str]  # how each is asked for, in the framework's own words
     schedules: tuple[str, ...]
     options: Mapping[str, tuple[str, ...]]  # option -> its values, the default first
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

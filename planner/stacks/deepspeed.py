@@ -47,9 +47,9 @@ DEEPSPEED = Stack(
     shardings={"zero1": False, "zero2": False, "zero3": False, "ddp": False},
     sharding_notes={
         "zero1": "zero_optimization stage 1",
-        "zero2": "stage 2",
-        "zero3": "stage 3",
-        "ddp": "stage 0",
+        "zero2": "zero_optimization stage 2",
+        "zero3": "zero_optimization stage 3",
+        "ddp": "zero_optimization stage 0",
     },
     schedules=("1f1b",),
     options={

@@ -49,7 +49,12 @@ def test_a_strategy_does_not_see_the_others_but_what_it_extends() -> None:
 
 def test_heavy_packages_have_a_home_each() -> None:
     assert who_imports("pulp") == {"planner/program.py"}
-    renderers = {"planner/render.py", "planner/render_measure.py", "planner/render_validate.py"}
+    renderers = {
+        "planner/render.py",
+        "planner/render_compare.py",
+        "planner/render_measure.py",
+        "planner/render_validate.py",
+    }
     assert who_imports("rich") == renderers
     assert who_imports("typer") == {"planner/cli.py", "planner/options.py"}
     for package in ("torch", "transformers"):

@@ -454,3 +454,47 @@ def test_the_same_input_gives_the_same_output() -> None:
 def test_help_teaches_with_examples() -> None:
     for command in ("search", "estimate", "explain", "compare", "catalog"):
         assert f"Example: planner {command}" in run(command, "--help").output
+
+
+def test_explain_gives_the_formula_of_every_state() -> None:
+    arguments = ["--model", "llama-65b", "--gpus", "64x80G", "-tp", "8", "-pp", "2", "-b", "512", "-v"]
+    formulas = run("explain", *arguments).output.partition("bytes per element x lengths")[2]
+    for unit in (2, 4, 12):  # weights, gradients, optimizer states
+        assert f"block: gate weight = {unit} x hidden 8,192 x ffn 22,016" in formulas
+
+
+def test_how_a_framework_is_told_to_shard_is_said() -> None:
+    said = run("estimate", "--model", "llama-65b", "--gpus", "64x80G", "-tp", "8").output
+    assert "zero1 is megatron's --use-distributed-optimizer" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--swiglu", "fused"], "swiglu=fused is not an option of deepspeed"),
+        (["--option", "loss=parallel"], "use eager or fused or chunked"),
+        (["--option", "kernels=megatron", "--option", "loss=chunked"], "use parallel or fused"),
+        (["--option", "kernels=megatron", "--attention", "sdpa"], "use flash or eager"),
+    ],
+)
+def test_deepspeed_offers_what_its_kernels_heed(options: list[str], said: str) -> None:
+    result = run("estimate", "--model", "llama-2-7b", "--gpus", "8x80G", "--framework", "deepspeed", *options)
+    assert result.exit_code == 2
+    assert said in " ".join(result.output.split())
+
+
+def changes(*arguments: str) -> dict[str, dict[str, Any]]:
+    result = run("search", *arguments, "--json")
+    assert result.exit_code == 1
+    return {change["option"]: change for change in json.loads(result.stdout)["changes"]}
+
+
+def test_what_would_fit_is_what_the_framework_can_be_told() -> None:
+    seven = ["--model", "llama-2-7b", "--gpus", "8x80G", "--framework", "hf"]
+    assert {"--framework fsdp", "--framework deepspeed"} <= set(changes(*seven))
+    alone = changes("--model", "llama-2-7b", "--gpus", "1x80G", "--framework", "hf")
+    assert "--precision pure-bf16" in alone
+    assert not [option for option in alone if "--framework" in option]
+    for framework, offered in (("torchtitan", False), ("megatron", True)):
+        one = ["--model", "tinyllama-1.1b", "--gpus", "1x80G", "--framework", framework, "-s", "512"]
+        assert ("--optimizer-dtype bf16" in changes(*one, "--memory-budget", "18GiB")) == offered

@@ -110,11 +110,15 @@ def _candidates(job: Job, choices: Choices) -> Iterator[tuple[str, str, Job, Cho
         # The same modules under another framework, which shares model states out as this one does not.
         others = [one for one in stack.shardings if one not in job.stack.shardings]
         if stack.rows is job.stack.rows and others:
-            fields: dict[str, Any] = {"framework": name, "options": {}, "attention": None, "swiglu": None}
-            other = training.model_copy(update=fields)
+            own = ("attention", "swiglu", "profile")
+            fields: dict[str, Any] = {"framework": name, "options": {}, **dict.fromkeys(own)}
+            try:
+                other = _again(job, cluster, training.model_copy(update=fields))
+            except InputError:  # it has not this precision, or not these gradients
+                continue
             elsewhere = replace(choices, sharding=None, recompute=None, schedule=None)
             label = f"share model states out ({', '.join(others)})"
-            yield label, f"--framework {name}", _again(job, cluster, other), elsewhere
+            yield label, f"--framework {name}", other, elsewhere
     if "pure-bf16" in job.stack.recipes and training.precision == "bf16":
         pure = training.model_copy(update={"precision": "pure-bf16", "options": training.options})
         yield "keep weights and moments in bf16", "--precision pure-bf16", _again(job, cluster, pure), choices

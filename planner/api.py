@@ -124,11 +124,13 @@ def _nothing_found(job: Job, choices: Choices, found: Found, progress: Callable[
     component = max(stage.components, key=lambda name: stage.components[name])
     layout = nearest.layout.to_layout().describe()
     fits = "fits for sure on" if nearest.verdict == "at risk" else "fits on"
-    by = "may be" if nearest.verdict == "at risk" else "is up to"
+    takes = f"takes {gib(stage.peak_bytes)} GiB ({gib(stage.least_bytes)} to {gib(stage.most_bytes)})"
+    usual, most = stage.peak_bytes - stage.capacity_bytes, stage.most_bytes - stage.capacity_bytes
+    over = f"{gib(usual, 2)} GiB" if usual > 0 else f"up to {gib(most, 2)} GiB"
     message = (
         f"{job.model.name} {fits} none of {found.enumerated:,} layouts of {job.cluster.num_gpus} x "
-        f"{job.cluster.gpu.name}. Nearest is {layout}: at {stage.moment} stage {nearest.fullest} {by} "
-        f"{gib(-nearest.headroom_bytes, 2)} GiB over; its largest part is "
+        f"{job.cluster.gpu.name}. Nearest is {layout}: at {stage.moment} stage {nearest.fullest} {takes} "
+        f"of {gib(stage.capacity_bytes)}, {over} over; its largest part is "
         f"{component.replace('_', ' ')}, {gib(stage.components[component], 2)} GiB"
     )
     raise InfeasibleError(message, nearest, changes_that_fit(job, choices, progress))
@@ -139,8 +141,8 @@ def solve_layout(
 ) -> Solution:
     """Splits the layers of one layout over its stages, fitting or, if it must be, not.
 
-    As given by ``layers``; else evenly, as frameworks do, if one policy is asked for and the stages
-    divide the layers; else by the integer program. Raises InputError for what cannot be.
+    As given by ``layers``; else as evenly as they go, as frameworks do, if one policy is asked for;
+    else by the integer program. Raises InputError for what cannot be.
     """
     check_layout(job, layout)
     policies = job.stack.policies if recompute == "auto" else (recompute,)
@@ -148,8 +150,8 @@ def solve_layout(
         raise InputError(f"recompute={recompute!r}: use auto, {', '.join(job.stack.policies)}")
     candidate = price(job, layout, policies).spread()
     depth = len(candidate.stages)
-    if layers is None and len(policies) == 1 and candidate.rows % depth == 0:
-        layers = [candidate.rows // depth * layout.chunks] * depth
+    if layers is None and len(policies) == 1:
+        layers = [rows * layout.chunks for rows in near_even(candidate.rows, depth)]
         layers[-1] -= candidate.short >= 1
         layers[0] -= candidate.short == 2
     if layers is not None:
@@ -161,6 +163,17 @@ def solve_layout(
         solution = solve([replace(candidate, capacity=ample)], "headroom")
     assert solution is not None
     return settle(solution)
+
+
+def near_even(rows: int, stages: int) -> list[int]:
+    """Rows on each stage, one more on inner stages first: embedding and head take room on the others.
+
+    >>> near_even(126, 16)[:3], near_even(32, 6)
+    ([7, 8, 8], [5, 6, 6, 5, 5, 5])
+    """
+    least, more = divmod(rows, stages)
+    longer = [*range(1, stages - 1), 0][:more]
+    return [least + (index in longer) for index in range(stages)]
 
 
 def _as_given(candidate: Candidate, layers: Sequence[int]) -> Solution:
@@ -197,17 +210,25 @@ def estimate(
     """One given layout, fitting or not. Raises InputError if it cannot be, or the framework lacks it.
 
     ``recompute`` is a policy for all layers, or ``auto``: as much as memory forces, per stage.
-    ``layers`` are the layers on each stage; without them they are even where the stages divide them,
-    and the quickest split otherwise.
+    ``layers`` are the layers on each stage; without them they are as even as they go, under ``auto``
+    the quickest split.
     """
     job = resolve(model, cluster, training)
+    check_layout(job, layout)
     check_supported(job, layout)
-    return given_plan(job, solve_layout(job, layout, recompute, layers))
+    return given_plan(job, solve_layout(job, layout, recompute, layers), asked=layers is not None)
 
 
-def given_plan(job: Job, solution: Solution) -> Plan:
-    """The plan of a layout that was given."""
-    return make_plan(job, solution, {"status": "given", "objective": "time"})
+def given_plan(job: Job, solution: Solution, asked: bool = False) -> Plan:
+    """The plan of a layout that was given. It names an uneven split of layers that nobody ``asked`` for."""
+    plan = make_plan(job, solution, {"status": "given", "objective": "time"})
+    counts = [stage.layers for stage in plan.stages]
+    if asked or len(set(counts)) == 1:
+        return plan
+    free = len(solution.candidate.policies) > 1
+    why = "the quickest split that fits" if free else "as even as they go"
+    split = f"layers on the stages {', '.join(map(str, counts))}: {why}"
+    return plan.model_copy(update={"assumptions": (*plan.assumptions, split)})
 
 
 def explain(
@@ -226,9 +247,10 @@ def explain(
     Raises InputError for a stage or moment that the plan does not have.
     """
     job = resolve(model, cluster, training)
+    check_layout(job, layout)
     check_supported(job, layout)
     solution = solve_layout(job, layout, recompute, layers)
-    plan = given_plan(job, solution)
+    plan = given_plan(job, solution, asked=layers is not None)
     index = plan.fullest if stage is None else stage
     if not 0 <= index < len(plan.stages):
         raise InputError(f"stage={stage}: the plan has stages 0 to {len(plan.stages) - 1}")

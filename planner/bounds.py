@@ -231,6 +231,8 @@ def _rows_worth_trying(candidate: Candidate) -> int:
 
 def sharp_bound(candidate: Candidate, slowest: float) -> float:
     """Seconds of a step of one layout, at least: nothing recomputed but on the slowest stage."""
+    if slowest == float("inf"):  # which a single micro-batch does not wait for, but cannot do without
+        return slowest
     rows = candidate.rows * min(candidate.stages[0].seconds)
     total = rows + sum(own.fixed_seconds for own in candidate.stages)
     return candidate.fill * total + candidate.repeat * slowest + candidate.step_seconds

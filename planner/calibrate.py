@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from planner.errors import InputError
-from planner.readings import MAX_READINGS, MOST_GROUPS, MOST_RATIO, Reading, Readings, plain, read_file
+from planner.files import plain
+from planner.readings import MAX_READINGS, MOST_GROUPS, MOST_RATIO, Reading, Readings, read_file
 from planner.specs import OverheadFigure, Profile
 from planner.units import GIB
 

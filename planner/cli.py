@@ -76,12 +76,17 @@ def reported(as_json: bool = False) -> Iterator[None]:
 
 def leave_output(error: OSError) -> NoReturn:
     """Standard output is gone: say so, unless its reader simply went away, and stop writing to it."""
-    import os
-
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    without_reader()
     if isinstance(error, BrokenPipeError):
         raise typer.Exit(0)
     fail(f"the output cannot be written: {error.strerror}", 2)
+
+
+def without_reader() -> None:
+    """What is still to be written is written nowhere."""
+    import os
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def report_infeasible(error: Any, as_json: bool) -> NoReturn:
@@ -101,7 +106,11 @@ def print_json(value: Any) -> None:
     """JSON on standard output."""
     import json
 
-    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+    try:
+        sys.stdout.write(json.dumps(value, indent=1) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        without_reader()
 
 
 @contextmanager

@@ -211,8 +211,11 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     if training.master_weights is not None:
         recipe = replace(recipe, master=4.0 if training.master_weights else 0.0)
 
-    if stack.both_gradients and recipe.master and recipe.gradient == 4:
+    if stack.both_gradients and recipe.master and recipe.gradient == 4 and recipe.compute < 4:
+        if recipe.unit == "fp16":
+            raise InputError(f"gradient_dtype=fp32 in {stack.name} takes precision=bf16")
         recipe = replace(recipe, gradient=4 + recipe.compute)
+    stack = replace(stack, shardings=stack.takes(stack.shardings, recipe))
 
     given_fields = training.model_dump(exclude_none=True)
     if "seq_length" not in given_fields:

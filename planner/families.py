@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from planner.errors import InputError
+from planner.files import content, plain
 from planner.specs import ModelSpec, first_problem
 
 MAX_BYTES = 1_000_000
@@ -38,9 +39,8 @@ class _Config:
     def integer(self, *keys: str) -> int:
         value = self.need(*keys)
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 10**9:
-            raise InputError(
-                f"{self.origin}: {keys[0]}={str(value)[:50]!r} must be a whole number, 1 or more"
-            )
+            shown = plain(json.dumps(value, default=str), 50)
+            raise InputError(f"{self.origin}: {keys[0]}={shown} must be a whole number from 1 to 10^9")
         return value
 
     def get(self, key: str, default: Any) -> Any:
@@ -208,10 +208,12 @@ def model_from_config(data: Any, origin: str, name: str = "", source: str = "") 
         raise InputError(
             f"{origin}: model_type={str(family)[:60]!r} is not modelled; known are {', '.join(FAMILIES)}"
         )
+    if data.get("quantization_config"):
+        raise InputError(f"{origin}: quantized weights are not planned (yet): leave out quantization_config")
     reader = FAMILIES[family](_Config(data, origin))
     label = name or str(data.get("_name_or_path") or "").strip() or _file_name(origin) or family
     try:
-        return ModelSpec(name=label[:200], source=source, **reader)
+        return ModelSpec(name=plain(label, 100) or family, source=source, **reader)
     except ValidationError as error:
         raise InputError(f"{origin}: {first_problem(error)}") from None
 
@@ -224,14 +226,11 @@ def _file_name(origin: str) -> str:
 
 def read_json(path: Path, what: str) -> Any:
     """A JSON file of at most 1 MB. Raises InputError for all that can be wrong with it."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file; give a {what}, its folder, or a catalog name")
+    data = content(path, MAX_BYTES, what)
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{path}: {path.stat().st_size:,} bytes; {what} has at most {MAX_BYTES:,}")
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; give a {what}, its folder, or a catalog name") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:120]
         raise InputError(f"{path}: not JSON: {reason}") from None

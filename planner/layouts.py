@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -271,7 +271,7 @@ def check_supported(job: Job, layout: Layout) -> None:
         able = [(label, stack) for label, stack in _variants(job) if not unsupported(stack, layout)]
         # The same framework with another option, or the same modules, come nearest.
         able.sort(key=lambda one: (one[1].name != job.stack.name, one[1].rows is not job.stack.rows))
-        raise InputError(lacking[0] + (f", or {able[0][0]}" if able else ""))
+        raise InputError("; ".join(lacking) + (f", or {able[0][0]}" if able else ""))
 
 
 def unsupported(stack: Stack, layout: Layout) -> list[str]:
@@ -295,12 +295,15 @@ def unsupported(stack: Stack, layout: Layout) -> list[str]:
 def _variants(job: Job) -> Iterator[tuple[str, Stack]]:
     """The frameworks that the model can be planned in, and how they are asked for."""
     for name, stack in STACKS.items():
-        if stack.families and job.model.model_type not in stack.families:
+        recipe = job.recipe if name == job.stack.name else stack.recipes.get(str(job.training.precision))
+        if recipe is None or (stack.families and job.model.model_type not in stack.families):
             continue
-        yield f"framework {name}", stack
+        named = {f"framework {name}": stack}
         for variant in stack.variants:
             option, _, value = variant.partition(":")
-            yield f"framework {name} with option {option}={value}", stack.under({option: value})
+            named[f"framework {name} with option {option}={value}"] = stack.under({option: value})
+        for label, one in named.items():
+            yield label, replace(one, shardings=one.takes(one.shardings, recipe))
 
 
 def beyond_node(job: Job, layout: Layout) -> str:

@@ -7,7 +7,7 @@ taken apart. The entries are made by the same ``held(term)`` as the search's pri
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from planner.candidate import Candidate
@@ -101,7 +101,8 @@ def entries(prices: Prices, stage: StageView, snapshot: Snapshot, pools: float =
     idle = pools + library_bytes(prices.job) - tensors
     if idle > 1:
         tensors += idle
-        yield _plain("framework_overhead", "idle room in other pools", idle)
+        where = "for the optimizer step's flat copies" if prices.apart else "in other pools"
+        yield _plain("framework_overhead", f"idle room {where}", idle)
     stack, layout = prices.job.stack, prices.layout
     library = library_bytes(prices.job)
     yield _plain("framework_overhead", "workspace of the matrix libraries", library)
@@ -235,7 +236,10 @@ def _working(
             part = float(now.place == "logits")
         elif step is not None and now.place != "logits":
             part = _in(term, layer, step)
-        yield from _one(prices, layer, term, "none", part)
+        # Its amount is that of all of its steps together, evenly.
+        times = max(len(term.steps), 1)
+        each = replace(term, unit=term.unit / times)
+        yield from _one(prices, layer, each, "none", part * times)
     if step is None:
         return
     whole = final = fresh = 0.0

@@ -62,7 +62,9 @@ Reshard = Annotated[
 Schedule = Annotated[str | None, option("--schedule", help="1f1b, interleaved, gpipe or pipedream.")]
 SequenceParallel = Annotated[bool | None, option(SP, help="Cut the residual stream too; on with TP.")]
 Recompute = Annotated[str, option("--recompute", help="none, selective, full, or auto: as memory forces.")]
-Layers = Annotated[str | None, option("--layers-per-stage", help="As in 20,20,20,20; even by default.")]
+Layers = Annotated[
+    str | None, option("--layers-per-stage", help="As in 20,20,20,20; as even as they go by default.")
+]
 
 # The layouts to search.
 OnlyTP = Annotated[str | None, option("--tensor-parallel", "-tp", help="Only these degrees, as in 4,8.")]

@@ -163,6 +163,8 @@ def verdict_of(stages: Sequence[StagePlan]) -> Verdict:
 def warnings_for(job: Job, layout: Layout, verdict: Verdict) -> list[str]:
     """What a reader of the plan must not overlook."""
     notes = [note] if (note := beyond_node(job, layout)) else []
+    if layout.pipeline_parallel > 1 and layout.schedule not in job.stack.schedules:
+        notes.append(f"{job.stack.name} is not known to run the {layout.schedule} schedule")
     if job.seq_length > (positions := job.model.max_position_embeddings):
         notes.append(f"sequence length {job.seq_length} is beyond the model's {positions} positions")
     notes += profile_notes(job.training.profile, job.cluster.gpu.name)
@@ -171,10 +173,17 @@ def warnings_for(job: Job, layout: Layout, verdict: Verdict) -> list[str]:
     return notes
 
 
-def _asked_for(job: Job, layout: Layout) -> list[str]:
-    """How the framework is told to shard so."""
+def _of_layout(job: Job, layout: Layout) -> list[str]:
+    """What a layout takes for granted: how the framework is told to shard so, the padded vocabulary."""
+    notes = []
     how = job.stack.sharding_notes.get(layout.sharding)
-    return [f"{layout.sharding} is {job.stack.name}'s {how}"] if how and layout.data_parallel > 1 else []
+    if how and layout.data_parallel > 1:
+        notes.append(f"{layout.sharding} is {job.stack.name}'s {how}")
+    multiple, vocabulary = job.stack.vocabulary_multiple * layout.tensor_parallel, job.model.vocab_size
+    if vocabulary % multiple:
+        padded = -(-vocabulary // multiple) * multiple
+        notes.append(f"vocabulary padded from {vocabulary:,} to {padded:,}, a multiple of {multiple:,}")
+    return notes
 
 
 def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
@@ -226,6 +235,6 @@ def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
         bubble_fraction=float(prices.pipeline.bubble),
         stages=tuple(stages),
         warnings=tuple(warnings_for(job, layout, verdict)),
-        assumptions=(*job.assumptions, *_asked_for(job, layout)),
+        assumptions=(*job.assumptions, *_of_layout(job, layout)),
         proof=proof,
     )

@@ -115,7 +115,16 @@ def numbers(option: str, text: str | None) -> tuple[int, ...] | None:
 
 def words(text: str | None) -> tuple[str, ...] | None:
     """Names of ``ddp,zero1``."""
-    return None if text is None else tuple(part.strip() for part in text.split(","))
+    return None if text is None else tuple(word(part) for part in text.split(","))
+
+
+def word(text: str) -> str:
+    """A name as it is listed.
+
+    >>> word(" ZeRO-1")
+    'zero1'
+    """
+    return text.strip().lower().replace("-", "")
 
 
 def with_batch(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, unit: int) -> TrainingSpec:
@@ -145,7 +154,7 @@ def read_layout(
     data = given["data_parallel"] or max(1, cluster.num_gpus // (tensor * pipeline))
     micro = given["micro_batch_size"]
     sequence = given["sequence_parallel"]
-    schedule = given["schedule"] or ("interleaved" if chunks > 1 else "1f1b")
+    schedule = word(given["schedule"] or "") or ("interleaved" if chunks > 1 else "1f1b")
     unit = data * micro * (pipeline if schedule == "interleaved" else 1)
     training = with_batch(model, cluster, training, unit)
     job = resolve(model, cluster, training)
@@ -158,7 +167,7 @@ def read_layout(
         grad_accum=max(1, job.global_batch_size // (data * micro)),
         data_shards=given["data_shards"] or data,
         sequence_parallel=tensor > 1 if sequence is None else sequence,
-        sharding=given["sharding"]
+        sharding=word(given["sharding"] or "")
         or ("zero1" if "zero1" in job.stack.shardings else next(iter(job.stack.shardings))),
         reshard_after_forward=given["reshard_after_forward"],
         schedule=schedule,

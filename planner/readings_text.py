@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from planner.errors import InputError
-from planner.readings import MAX_TABLE_BYTES, Reading, Readings, lines, number, plain
+from planner.files import plain
+from planner.readings import MAX_TABLE_BYTES, Reading, Readings, lines, number
 from planner.units import GIB, MIB, SUFFIXES
 
 MEGATRON_MARK = "memory (MB)"

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from planner.errors import InputError
+from planner.files import content, plain
 from planner.plain_pickle import read_plain_pickle
-from planner.readings import MAX_PICKLE_BYTES, Reading, Readings, content, finite, load_json, plain
+from planner.readings import MAX_PICKLE_BYTES, Reading, Readings, finite, load_json
 
 MAX_DEVICES = 1024
 MAX_EVENTS = 20_000_000

@@ -353,6 +353,8 @@ def show_entries(
     unfold: bool,
 ) -> None:
     """Where every byte of one stage comes from: terms in rows, strategies in columns."""
+    console.print(headline(plan))
+    console.print()
     console.print(Text(f"Stage {stage} of {plan.layout.to_layout().describe()}, at {moment}", style="bold"))
     labels = list(dict.fromkeys(label for entry in items for label in entry.shares))
     labels = [label for label in labels if any(entry.shares.get(label, 1) != 1 for entry in items)]
@@ -435,10 +437,18 @@ class Trimmed:
         return getattr(self.stream, name)
 
 
+class Screen(Console):
+    """A console whose reader may go away: the exit status stays the answer's."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def console_for(stream: Any = None) -> Console:
     """A console as wide as the terminal; plain and, unless COLUMNS says, 100 columns wide when piped."""
-    console = Console(file=stream, highlight=False)
+    console = Screen(file=stream, highlight=False)
     if console.is_terminal:
         return console
     trimmed: Any = Trimmed(stream or sys.stdout)
-    return Console(file=trimmed, highlight=False, width=None if "COLUMNS" in os.environ else 100)
+    return Screen(file=trimmed, highlight=False, width=None if "COLUMNS" in os.environ else 100)

@@ -209,12 +209,13 @@ class StageReplay:
             arrived = min(arrived + 1, self.layers)
             gathered = now.gathered - (not self.prices.pipelined)
             now = replace(now, kept=tuple(kept), arrived=arrived, gathered=gathered)
-        if self.first and one.chunk == 0:
-            now = replace(now, moment="gradients complete", place="end", at="embedding")
-            yield now
-            now = replace(
-                now, place="reduction", at="", embedding_arrived=True, embeddings=now.embeddings - 1
-            )
+        if one.chunk == 0:
+            now = replace(now, moment="gradients complete")
+            if self.first:
+                now = replace(now, place="end", at="embedding")
+                yield now
+                now = replace(now, embedding_arrived=True, embeddings=now.embeddings - 1)
+            now = replace(now, place="reduction", at="")
             yield now
         return now
 

@@ -1,4 +1,4 @@
-"""When the gradients that stay on a GPU are there: all from the start, or as they arise."""
+"""When the gradients that stay on a GPU are there: from the start, as they arise, or as an engine has it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Residence:
 def residence_of(job: Job, layout: Layout, wire: Wire) -> Residence:
     """The residence of a job's gradients under a layout, or under each of a family of layouts.
 
-    They are all there in one buffer or from the second micro-batch on; else what DDP's buckets take
-    beside them is there, a part of both together.
+    A ZeRO engine has its own rule (``kept_gradients``). Else they are all there in one buffer or from the
+    second micro-batch on; or what DDP's buckets take beside them is there, a part of both together.
     """
     kept = strategies_of(layout, wire)[0].kept_gradients()
     if kept:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from planner.errors import InputError
+from planner.files import content
 from planner.specs import ModelSpec, first_problem
 
 MAX_BYTES = 50_000_000
@@ -152,12 +153,9 @@ def load_runs(path: str | Path) -> Runs:
     """
     path = Path(path)
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{path}: more than {MAX_BYTES // 10**6} MB, too large for a file of runs")
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
-        raise InputError(f"{path} cannot be read: {why}") from None
+        text = content(path, MAX_BYTES, "a file of runs").decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: cannot be read: it is not text in UTF-8") from None
     data = _of_csv(text, str(path)) if path.suffix.lower() == ".csv" else _of_json(text, str(path))
     return _checked(data, str(path))
 

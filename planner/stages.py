@@ -116,7 +116,8 @@ class Prices:
         self.resident = residence_of(job, layout, self.wire)
         self.pipelined = (layout.pipeline_parallel > 1) * 1
         self.copied = job.stack.gradient_copies and job.recipe.master > 0 and job.recipe.gradient < 4
-        self.flat_copies = job.stack.flat_copies and self.copied
+        flattened = self.resident.engine and job.recipe.gradient == 4  # fp32 gradients, as they are
+        self.flat_copies = job.stack.flat_copies and (self.copied or flattened)
         # Gradients in a pool of their own take its room at every moment, whether they are there or not.
         self.streams = not job.stack.allocator.of_tensors
         self.apart = (self.streams and self.flat_copies) * 1  # which fit in no piece that passes leave free

@@ -125,7 +125,7 @@ def data_strategy(layout: Layout, wire: Wire) -> AbstractStrategy:
                 degree,
                 shards=layout.data_shards,
                 reshard_after_forward=layout.reshard_after_forward,
-                pipelined=(layout.pipeline_parallel > 1) * 1,
+                pipelined=pipelined,
                 separate_root=wire.separate_root,
                 keeps_last=wire.keeps_last,
                 **gathered,

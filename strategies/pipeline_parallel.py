@@ -92,9 +92,9 @@ class PipelineParallel(AbstractStrategy):
                 f"pipeline_parallel={self.degree} x chunks={self.chunks} is more than the "
                 f"{blocks} layers: use chunks {max(1, blocks // self.degree)} or fewer"
             )
+        if self.schedule != "1f1b" and self.degree == 1:
+            yield f"{self.schedule} schedule without a pipeline: use pipeline_parallel 2 or more, or 1f1b"
         if self.schedule == "interleaved":
-            if self.degree == 1:
-                yield "interleaved schedule without a pipeline: use pipeline_parallel 2 or more"
             if self.chunks == 1:
                 yield "interleaved schedule with chunks=1 interleaves nothing: use chunks 2 or more, or 1f1b"
             if self.microbatches % self.degree:

@@ -10,7 +10,7 @@ that can be read beside the code they were counted in. Options select rows by wo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -141,6 +141,8 @@ class Stack:
     flat_copies: bool = False  # in one piece, from others that lie beside it
     receives_ahead: bool = False  # pipelines allocate what they receive of all micro-batches
     both_gradients: bool = False  # fp32 gradients are kept besides half-precision ones
+    takes: Callable[[Mapping[str, bool], Recipe], Mapping[str, bool]] = lambda shardings, recipe: shardings
+    """The shardings that are run with a recipe."""
     tensor_parallel: bool = True
     policies: tuple[str, ...] = POLICIES  # the recompute policies it knows
     block_policies: tuple[str, ...] = ("full",)  # those that run a whole block again before its backward

@@ -11,12 +11,27 @@ copies exist was traced in DeepSpeed 0.19.8's engine (tests/data/traced_engines.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from planner.stacks.base import ALLOCATOR, FP32, Overhead, Recipe, Row, Stack
 from planner.stacks.hf import HF
 from planner.stacks.megatron import MEGATRON
 
 # Megatron-DeepSpeed casts the logits to fp32 before the loss and its engine holds on to them.
 KEPT_LOGITS = (Row("logits in fp32", "batch seq vocab", 1, FP32, when="!loss:fused", steps="loss"),)
+
+
+def _takes(shardings: Mapping[str, bool], recipe: Recipe) -> Mapping[str, bool]:
+    """What the engine takes a recipe under (runtime/engine.py: _do_optimizer_sanity_check).
+
+    fp32 gradients beside bf16 weights need ZeRO; so, here, does fp32 throughout, which keeps a master copy
+    under ZeRO-1 and 2, none without ZeRO, and another one under ZeRO-3. Without ZeRO a pipeline in bf16
+    gets an optimizer that shares states out.
+    """
+    if recipe.compute == 4 or recipe.gradient > 4:
+        return {name: pipelined for name, pipelined in shardings.items() if name in ("zero1", "zero2")}
+    return {**shardings, "ddp": shardings["ddp"] and recipe.unit != "bf16"}
+
 
 DEEPSPEED = Stack(
     name="deepspeed",
@@ -42,7 +57,7 @@ DEEPSPEED = Stack(
     recipes={
         "bf16": Recipe(2, 2, 4, 4),
         "fp16": Recipe(2, 2, 4, 4, unit="fp16"),
-        "fp32": Recipe(4, 4, 0, 4, compute=4, unit="tf32"),
+        "fp32": Recipe(4, 4, 4, 4, compute=4, unit="tf32"),
     },
     shardings={"zero1": False, "zero2": False, "zero3": False, "ddp": False},
     sharding_notes={
@@ -63,6 +78,7 @@ DEEPSPEED = Stack(
     gradient_copies=True,
     flat_copies=True,
     both_gradients=True,
+    takes=_takes,
     sizes={
         "reduce_bucket_size": 5e8,
         "stage3_max_live_parameters": 1e9,

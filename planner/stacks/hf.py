@@ -79,12 +79,8 @@ BLOCK = (
         "autocast gated !compile:on",
         steps="up",
     ),
-    Row(
-        "query and key in fp32, for their norms", AD, 1, FP32, UNTIL_FULL, "qk_norm !compile:on", steps="core"
-    ),
-    Row(
-        "query and key in fp32, for their norms", KD, 1, FP32, UNTIL_FULL, "qk_norm !compile:on", steps="core"
-    ),
+    Row("query in fp32, for its norm", AD, 1, FP32, UNTIL_FULL, "qk_norm !compile:on", steps="core"),
+    Row("key in fp32, for its norm", KD, 1, FP32, UNTIL_FULL, "qk_norm !compile:on", steps="core"),
     Row("query before its norm, or normalised", AD, 1, COMPUTE, UNTIL_FULL, "qk_norm", steps="core"),
     Row("key before its norm, or normalised", KD, 1, COMPUTE, UNTIL_FULL, "qk_norm", steps="core"),
     Row("statistics of the query's norm", A, 1, FP32, UNTIL_FULL, "qk_norm", steps="core"),

@@ -98,7 +98,7 @@ def test_what_cannot_be_asked_is_refused(path: str, args: tuple[str, ...], words
 def test_a_file_that_is_not_there_is_refused() -> None:
     result = run("--runs", "none.json")
     assert result.exit_code == 2
-    assert "cannot be read" in result.output
+    assert "no such file" in result.output
 
 
 def test_without_the_repository_a_file_must_be_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def layouts(draw: st.DrawFn, model: ModelSpec, tensor: int | None = None) -> Lay
             chunks, accum = draw(st.sampled_from(possible)), depth * draw(st.integers(1, 3))
         else:
             schedule = "1f1b"
+    schedule = schedule if depth > 1 else "1f1b"
     sharding = draw(st.sampled_from(SHARDINGS))
     data = draw(st.sampled_from([1, 2, 3, 4, 8]))
     return Layout(
@@ -130,11 +131,17 @@ def cases(
         options["kernels"] = kernels
     if not model.gated_mlp:  # what compiled blocks keep is known of gated MLPs only
         options.pop("compile", None)
+    precision, gradients = draw(st.sampled_from(["bf16", "fp32"])), None
+    if framework == "deepspeed":  # buffers smaller than a layer, and far larger than the model
+        for name in stack.sizes:
+            options[name] = draw(st.sampled_from(["1e2", "1e4", "1e9"]))
+        gradients = draw(st.sampled_from([None, "fp32"])) if precision == "bf16" else None
     training = TrainingSpec(
+        gradient_dtype=gradients,
         seq_length=draw(st.sampled_from([24, 64, 512])),
         global_batch_size=layout.global_batch_size,
         framework=framework,
-        precision=draw(st.sampled_from(["bf16", "fp32"])),
+        precision=precision,
         optimizer=draw(st.sampled_from(["adamw", "momentum", "sgd"])),
         options=options,
     )

@@ -200,8 +200,9 @@ def test_nothing_fits_exits_1_with_the_nearest_layout_and_three_changes_that_do_
     nearest = document["nearest"]
     assert (nearest["fits"], nearest["verdict"]) == (False, "does not fit")
     (stage,) = nearest["stages"]
-    over = (stage["most_bytes"] - stage["capacity_bytes"]) / 2**30
-    assert f"at {stage['moment']} stage 0 is up to {over:.2f} GiB over" in document["error"]
+    over = (stage["peak_bytes"] - stage["capacity_bytes"]) / 2**30
+    assert f"at {stage['moment']} stage 0 takes {stage['peak_bytes'] / 2**30:.1f} GiB" in document["error"]
+    assert f", {over:.2f} GiB over" in document["error"]
     assert f"optimizer states, {stage['components']['optimizer_states'] / 2**30:.2f} GiB" in document["error"]
     assert len(document["changes"]) >= 3
     for change in document["changes"]:
@@ -233,7 +234,11 @@ def test_a_nearest_layout_at_risk_is_said_to_be_no_sure_fit() -> None:
     document = json.loads(result.stdout)
     assert document["nearest"]["verdict"] == "at risk"
     assert document["error"].startswith("gpt2-small fits for sure on none of ")
-    assert "stage 0 may be " in document["error"]
+    (stage,) = document["nearest"]["stages"]
+    most = (stage["most_bytes"] - stage["capacity_bytes"]) / 2**30
+    usual = (stage["peak_bytes"] - stage["capacity_bytes"]) / 2**30
+    over = f"{usual:.2f}" if usual > 0 else f"up to {most:.2f}"
+    assert f", {over} GiB over" in document["error"]
 
 
 BAD = {
@@ -390,7 +395,7 @@ def test_a_hostile_config_exits_2_naming_the_key(case: str, tmp_path: Path) -> N
         ("{", "not JSON"),
         ("[" * 100_000, "nested too deeply"),
         ("\x00\xff", "not JSON"),
-        (" " * 2_000_000, "at most"),
+        (" " * 2_000_000, "read up to"),
     ],
 )
 def test_what_is_not_json_exits_2(text: str, part: str, tmp_path: Path) -> None:
@@ -498,3 +503,89 @@ def test_what_would_fit_is_what_the_framework_can_be_told() -> None:
     for framework, offered in (("torchtitan", False), ("megatron", True)):
         one = ["--model", "tinyllama-1.1b", "--gpus", "1x80G", "--framework", framework, "-s", "512"]
         assert ("--optimizer-dtype bf16" in changes(*one, "--memory-budget", "18GiB")) == offered
+
+
+# --- Defaults, files and readers that go away -----------------------------------------------------
+
+
+def test_layers_go_on_stages_as_evenly_as_they_go() -> None:
+    """Nobody configures 5 layers on one stage and 9 on another; the split is said where it is not even."""
+    arguments = ["--model", "llama-3.1-405b", "--gpus", "128xH100", "-tp", "8", "-pp", "16", "-b", "64"]
+    result = run("estimate", *arguments)
+    assert "layers 7 8x14 7" in result.output
+    assert "layers on the stages 7, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 7: as even" in " ".join(
+        result.output.split()
+    )
+    assert "vocabulary padded from 128,256 to 129,024" in result.output
+    asked = ",".join(["7", *["8"] * 14, "7"])
+    assert "as even as they go" not in run("estimate", *arguments, "--layers-per-stage", asked).output
+
+
+@pytest.mark.parametrize("given", ["ZeRO-2", "ZERO2", "zero2"])
+def test_shardings_are_read_as_they_are_written(given: str) -> None:
+    result = run("estimate", "--model", "gpt2-small", "--gpus", "2xA100", "--sharding", given, "--json")
+    assert json.loads(result.stdout)["plans"][0]["layout"]["sharding"] == "zero2"
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "pipedream", "interleaved"])
+def test_a_schedule_without_a_pipeline_is_refused(schedule: str) -> None:
+    result = run("estimate", "--model", "gpt2-small", "--gpus", "2xA100", "--schedule", schedule)
+    assert result.exit_code == 2
+    assert f"{schedule} schedule without a pipeline" in result.output
+
+
+def test_a_schedule_that_the_framework_does_not_run_is_a_warning() -> None:
+    arguments = ["--model", "gpt2-small", "--gpus", "2xA100", "-pp", "2", "--schedule", "gpipe"]
+    assert "megatron is not known to run the gpipe schedule" in run("estimate", *arguments).output
+    assert "not known" not in run("estimate", *arguments, "--framework", "torchtitan").output
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/dev/stdin"])
+def test_what_is_no_regular_file_is_not_read(path: str) -> None:
+    for arguments in (["estimate", "--model", path, "--gpus", "1xH100"], ["validate", "--runs", path]):
+        result = run(*arguments)
+        assert result.exit_code == 2
+        assert "not a regular file" in result.output
+
+
+def test_a_models_name_cannot_write_on_the_terminal(tmp_path: Path) -> None:
+    name = "x\r\x1b[2K\nx fits on 8 x H100: all good" + "y" * 5000
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"_name_or_path": name}))
+    output = run("estimate", "--model", str(tmp_path), "--gpus", "1xH100").output
+    assert "\x1b" not in output
+    assert "\nx fits" not in output
+    assert "y" * 100 not in output
+
+
+def test_quantized_weights_are_refused(tmp_path: Path) -> None:
+    config = LLAMA | {"quantization_config": {"load_in_4bit": True}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    result = run("estimate", "--model", str(tmp_path), "--gpus", "1xH100")
+    assert result.exit_code == 2
+    assert "quantized weights are not planned" in result.output
+
+
+@pytest.mark.parametrize("extra", [[], ["--json"]])
+@pytest.mark.parametrize(("model", "status"), [("gpt2-small", 0), ("llama-65b", 1)])
+def test_a_reader_that_goes_away_leaves_the_answers_exit_status(
+    model: str, status: int, extra: list[str]
+) -> None:
+    command = [sys.executable, "-c", "from planner.cli import app; app()"]
+    command += ["estimate", "--model", model, "--gpus", "1xA100", *extra]
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (status, "")
+
+
+def test_explain_says_what_it_explains() -> None:
+    result = run("explain", "--model", "llama-65b", "--gpus", "8x80G", "-tp", "8", "-b", "64")
+    assert result.output.startswith("llama-65b does not fit on 8 x A100-SXM-80GB as TP8 PP1 DP1")
+
+
+def test_advice_leaves_out_frameworks_that_cannot_take_the_job() -> None:
+    arguments = ["--model", "llama-2-13b", "--gpus", "1x24G", "-b", "2", "-s", "1024", "--framework", "hf"]
+    result = run("search", *arguments, "--precision", "pure-bf16")
+    assert result.exit_code == 1
+    assert "fits on none" in result.output

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from planner.best_first import exhaustive, find
+from planner.bounds import sharp_bound
 from planner.candidate import Candidate, Stage
 from planner.defaults import Job
 from planner.layouts import Choices, enumerate_layouts
@@ -255,3 +256,12 @@ def test_of_equally_quick_splits_the_one_with_most_memory_free_is_shown() -> Non
 def test_a_job_without_room_for_what_lies_outside_tensors_has_no_split() -> None:
     assert solve([replace(by_hand(54), capacity=0.0)]) is None
     assert solve([replace(by_hand(54), capacity=-5.0)]) is None
+
+
+def test_a_single_micro_batch_that_does_not_fit_has_no_finite_bound() -> None:
+    """No stage is waited for again, yet none can be done without: 0 times infinity is not a number."""
+    job = job_of(gpt(2, 1024, 8), "2xA100", seq_length=512, global_batch_size=2)
+    candidate = price(job, Layout(data_parallel=2, sharding="zero1")).spread()
+    assert candidate.repeat == 0
+    assert sharp_bound(candidate, float("inf")) == float("inf")
+    assert sharp_bound(candidate, 0.0) < float("inf")

@@ -161,3 +161,28 @@ def test_gpipes_heads_wait_through_the_backward_of_the_others() -> None:
     assert (top.place, top.heads) == ("end", 5)
     assert moment == top.moment == "gradients complete"
     assert closed == pytest.approx(timeline.pools)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_are_reduced_on_every_stage(stage: int) -> None:
+    """DeepSpeed casts all of a stage's gradients to half precision at once, the last stage's too."""
+    model = llama(8, 1024, 8, 8, vocab_size=32000)
+    layout = Layout(data_parallel=2, pipeline_parallel=4, grad_accum=4, sharding="zero1")
+    job = job_of(
+        model,
+        "8xA100",
+        framework="deepspeed",
+        seq_length=512,
+        global_batch_size=8,
+        gradient_dtype="fp32",
+        options={"kernels": "megatron"},
+    )
+    prices = price(job, layout, ("none",))
+    timeline = StageReplay(prices, stage, (2,)).run()
+    reduced = [size for one, size in timeline.snapshots if one.place == "reduction"]
+    before = [size for one, size in timeline.snapshots if one.place == "last"]
+    whole = float(prices.buffer_bytes[stage == 0, stage == 3]["reduction"])
+    assert whole > 2 * 2 * 12e6
+    assert max(reduced) > max(before)
+    closed, _ = prices.spread().peak(stage, (2,))
+    assert timeline.pools <= closed <= timeline.pools * 1.05

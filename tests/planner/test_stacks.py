@@ -151,13 +151,13 @@ def test_the_step_copies_half_precision_gradients_beside_its_master(
     framework: str, sharding: str, copied: float
 ) -> None:
     layout = Layout(data_parallel=8, sharding=sharding)
-    for dtype in ("bf16", "fp32"):
+    both = framework == "megatron" or sharding in ("zero1", "zero2")
+    for dtype in ("bf16", "fp32")[: 1 + both]:
         found = entries_of(layout=layout, framework=framework, gradient_dtype=dtype)
         sizes = {at: held(entries, "copies of gradients") for at, entries in found.items()}
         expected = copied * MODEL.num_parameters if dtype == "bf16" else 0
-        if (framework, sharding, dtype) != ("deepspeed", "zero3", "fp32"):
-            assert sizes.pop("optimizer step") == pytest.approx(expected)
-            assert not any(sizes.values())
+        assert sizes.pop("optimizer step") == pytest.approx(expected)
+        assert not any(sizes.values())
 
 
 def test_deepspeeds_fp32_accumulation_keeps_both_gradients_whole() -> None:
@@ -168,9 +168,34 @@ def test_deepspeeds_fp32_accumulation_keeps_both_gradients_whole() -> None:
     assert sum(found.values()) == pytest.approx(8 + 12 / 8)
 
 
-def test_deepspeed_in_fp32_has_one_copy_of_everything() -> None:
+def test_deepspeed_in_fp32_keeps_a_master_copy_all_the_same() -> None:
+    """runtime/zero/stage_1_and_2.py clones its part of the weights whatever their type."""
     found = per_parameter("deepspeed", "zero1", precision="fp32")
-    assert tuple(found.values()) == pytest.approx((4, 4, 8 / 8))
+    assert tuple(found.values()) == pytest.approx((4, 4, 12 / 8))
+
+
+@pytest.mark.parametrize(
+    ("training", "offered"),
+    [
+        ({"precision": "bf16"}, ["zero1", "zero2", "zero3", "ddp"]),
+        ({"precision": "bf16", "gradient_dtype": "fp32"}, ["zero1", "zero2"]),
+        ({"precision": "fp32"}, ["zero1", "zero2"]),
+    ],
+)
+def test_deepspeeds_engine_takes_some_recipes_under_zero_only(
+    training: dict[str, str], offered: list[str]
+) -> None:
+    assert list(job_of(MODEL, framework="deepspeed", **training).stack.shardings) == offered
+
+
+def test_deepspeeds_pipelines_without_zero_are_fp16s() -> None:
+    """In bf16 they get an optimizer that shares states out (runtime/engine.py)."""
+    kernels = {"framework": "deepspeed", "options": {"kernels": "megatron"}}
+    for precision, pipelined in (("fp16", True), ("bf16", False)):
+        stack = job_of(MODEL, precision=precision, **kernels).stack
+        assert stack.shardings["ddp"] == pipelined
+    with pytest.raises(InputError, match="takes precision=bf16"):
+        job_of(MODEL, framework="deepspeed", precision="fp16", gradient_dtype="fp32")
 
 
 def test_megatron_has_gradients_in_fp32_or_half_precision() -> None:
@@ -254,7 +279,6 @@ def test_deepspeed_runs_transformers_modules_in_half_precision() -> None:
         ("hf", "pure-bf16", 2, Layout()),
         ("fsdp", "bf16", 4, Layout(data_parallel=8, sharding="fsdp")),
         ("torchtitan", "bf16", 4, Layout(data_parallel=8, sharding="fsdp")),
-        ("deepspeed", "fp32", 4, Layout(data_parallel=8, sharding="zero1")),
     ],
 )
 def test_a_foreach_optimizer_makes_one_update_of_every_parameter(

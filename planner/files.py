@@ -1,0 +1,48 @@
+"""Files from users: regular, of a bounded size, and what of them may be shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from planner.errors import InputError
+
+
+def plain(text: str, most: int = 60) -> str:
+    """Text of a file as it may be shown: printable, on one line, of bounded length."""
+    shown = "".join(c if c.isprintable() else "?" for c in text[: most + 1]).strip()
+    return shown if len(shown) <= most else shown[: most - 3] + "..."
+
+
+def sized(path: Path, most: int, what: str) -> int:
+    """The size of a regular file that is neither empty nor larger than ``most`` bytes."""
+    try:
+        if not path.exists():
+            raise InputError(f"{path}: no such file")
+        if not path.is_file():
+            raise InputError(f"{path}: not a regular file; give the {what} itself")
+        size = path.stat().st_size
+    except (OSError, ValueError) as error:
+        raise InputError(f"{plain(str(path))}: cannot be read: {reason_of(error)}") from None
+    if size == 0:
+        raise InputError(f"{path}: empty")
+    if size > most:
+        raise InputError(f"{path}: {size:,} bytes; {what} is read up to {most:,}")
+    return size
+
+
+def reason_of(error: Exception) -> str:
+    """An operating system's error in words."""
+    return str(getattr(error, "strerror", None) or error)[:120]
+
+
+def content(path: Path, most: int, what: str) -> bytes:
+    """A whole file of bounded size."""
+    sized(path, most, what)
+    try:
+        with path.open("rb") as file:
+            data = file.read(most + 1)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {reason_of(error)}") from None
+    if len(data) > most:
+        raise InputError(f"{path}: grew beyond {most:,} bytes while it was read")
+    return data

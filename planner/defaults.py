@@ -107,7 +107,7 @@ def _options(
     usual = {name: allowed[0] for name, allowed in stack.options.items()}
     if gpus == 1:
         usual |= stack.alone
-    if "reduce_dtype" in usual and stack.recipes[precision].weight == 2:
+    if stack.reduces_as_weights and stack.recipes[precision].weight == 2:
         usual["reduce_dtype"] = "bf16"
     chosen = {name: given.get(name, value) for name, value in usual.items()}
     return chosen | {name: given.get(name, f"{size:g}") for name, size in stack.sizes.items()}

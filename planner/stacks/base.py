@@ -143,6 +143,7 @@ class Stack:
     both_gradients: bool = False  # fp32 gradients are kept besides half-precision ones
     takes: Callable[[Mapping[str, bool], Recipe], Mapping[str, bool]] = lambda shardings, recipe: shardings
     """The shardings that are run with a recipe."""
+    reduces_as_weights: bool = False  # FSDP's gradients, where the weights are in half precision
     tensor_parallel: bool = True
     policies: tuple[str, ...] = POLICIES  # the recompute policies it knows
     block_policies: tuple[str, ...] = ("full",)  # those that run a whole block again before its backward

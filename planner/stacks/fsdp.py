@@ -32,6 +32,7 @@ FSDP = Stack(
         "optimizer_step": ("fused", "foreach"),
     },
     casts_weights=True,
+    reduces_as_weights=True,
     separate_root=True,
     tensor_parallel=False,
     eager_alibi=True,

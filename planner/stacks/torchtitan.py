@@ -167,7 +167,13 @@ TORCHTITAN = Stack(
     name="torchtitan",
     version="torchtitan 0.3.0, torch 2.13, eager",
     rows={"embedding": EMBEDDING, "block": BLOCK, "head": HEAD},
-    recipes={"bf16": Recipe(4, 4, 0, 4), "fp32": Recipe(4, 4, 0, 4, compute=4, unit="tf32")},
+    recipes={
+        "bf16": Recipe(4, 4, 0, 4),
+        "fp32": Recipe(4, 4, 0, 4, compute=4, unit="tf32"),
+        "pure-bf16": Recipe(
+            2, 2, 0, 2
+        ),  # --training.dtype=bfloat16; gradients are reduced in fp32 all the same
+    },
     shardings={"fsdp": True},
     sharding_notes={
         "fsdp": "data_parallel_shard_degree, HSDP with data_parallel_replicate_degree",

@@ -13,6 +13,8 @@ from planner.options import option
 
 if TYPE_CHECKING:
     from planner.comparison import Report
+    from planner.runs import Runs
+    from planner.timing import TimeReport
 
 EXAMPLE = "Example: planner validate --source torchtitan --kind reserved --worst 20"
 HOME = Path(__file__).parents[1] / "tests" / "measured"
@@ -26,6 +28,7 @@ Kind = Annotated[
 ]
 Tier = Annotated[str | None, option("--tier", help="Only these tiers, as in A or A,B.")]
 Worst = Annotated[int, option("--worst", help="How many of the runs furthest off to list.")]
+Times = Annotated[bool, option("--time", help="Step times and the order of layouts, instead of memory.")]
 Write = Annotated[str | None, option("--write", help="Write the report as a page, as in docs/accuracy.md.")]
 
 
@@ -35,6 +38,7 @@ def validate(
     kind: Kind = None,
     tier: Tier = None,
     worst: Worst = 10,
+    time: Times = False,
     write: Write = None,
     as_json: o.Json = False,
 ) -> None:
@@ -52,6 +56,8 @@ def validate(
             raise InputError(f"--worst {worst}: use a number from 0 to 10000")
         path = runs_path(runs)
         picked = chosen(load_runs(path), source, check_kind(kind), tiers_of(tier))
+        if time:
+            return show_times(picked, worst, as_json, write)
         with progress(as_json) as report_progress:
             report = run_all(picked, report_progress)
         causes = read_causes(path.parent / "causes.json")
@@ -64,6 +70,24 @@ def validate(
             from planner.render_validate import show_report
 
             show_report(console_for(), report, causes, worst)
+
+
+def show_times(picked: Runs, worst: int, as_json: bool, write: str | None) -> None:
+    """Step times: printed, or as JSON."""
+    from planner.cli import print_json
+    from planner.errors import InputError
+    from planner.validate import validate_times
+
+    if write is not None:
+        raise InputError("--write: the page has memory and step times; leave out --time")
+    with progress(as_json) as report_progress:
+        report = validate_times(picked, report_progress)
+    if as_json:
+        return print_json(times_document(report))
+    from planner.render import console_for
+    from planner.render_validate import show_times as show
+
+    show(console_for(), report, worst)
 
 
 def runs_path(given: str | None) -> Path:
@@ -129,6 +153,19 @@ def as_document(report: Report) -> dict[str, Any]:
         "differences": [one._asdict() for one in report.differences],
         "not_predicted": {run: list(reasons) for run, reasons in report.reasons.items()},
         "not_heeded": report.unheeded,
+    }
+
+
+def times_document(report: TimeReport) -> dict[str, Any]:
+    """The JSON of a report of step times."""
+    return {
+        "schema": "planner.validate_time/1",
+        "timed": len(report.timings),
+        "totals": [one._asdict() for one in report.totals],
+        "sources": [one._asdict() for one in report.sources],
+        "rankings": [one._asdict() for one in report.rankings],
+        "timings": [{**one._asdict(), "error": one.error} for one in report.timings],
+        "not_predicted": dict(report.left_out),
     }
 
 

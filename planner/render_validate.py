@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from statistics import median
 
 from rich.console import Console
 from rich.table import Table
@@ -11,6 +12,7 @@ from rich.text import Text
 from planner.accuracy import cause_of, figures, percent, worst_comparisons, wrong
 from planner.comparison import OUTCOMES, VERDICTS, Report, Summary
 from planner.render import grid
+from planner.timing import Ranking, TimeReport, TimeSummary
 
 ERRORS = ("runs", "median", "p90", "worst", "bias")
 SHOWN = 12
@@ -114,3 +116,42 @@ def _reasons(console: Console, title: str, counts: Mapping[str, int]) -> None:
 def _more(console: Console, count: int) -> None:
     if count > 0:
         console.print(Text(f"and {count} more: --json lists all", style="dim"))
+
+
+def show_times(console: Console, report: TimeReport, worst: int) -> None:
+    """Errors of step times per source, the order within tables, and the worst."""
+    left = f"; {len(report.left_out):,} cannot be" if report.left_out else ""
+    console.print(Text(f"{len(report.timings):,} step times predicted", style="bold"), Text(left), sep="")
+    if not report.timings:
+        return
+    _section(console, "Errors of step times by source; * a number of the planner was chosen from these")
+    console.print(_time_errors([*report.totals, *report.sources]))
+    if report.rankings:
+        _section(console, "Order of layouts within tables: Kendall's tau, and what the first choice costs")
+        console.print(_orders(report.rankings))
+    _section(console, f"The {worst} that are furthest off, seconds")
+    names = ("run", "predicted", "measured", "error")
+    table = grid(*names, left=("run",), wrap=("run",))
+    for one in sorted(report.timings, key=lambda one: -abs(one.error))[:worst]:
+        table.add_row(one.run, f"{one.predicted:,.3g}", f"{one.measured:,.3g}", percent(one.error, sign=True))
+    console.print(table)
+
+
+def _time_errors(summaries: Iterable[TimeSummary]) -> Table:
+    table = grid("source", *ERRORS, left=("source",), spare=("p90", "worst"))
+    for one in summaries:
+        source = one.group + ("*" if one.fitted else "")
+        parts = (percent(one.median), percent(one.p90), percent(abs(one.worst)), percent(one.bias, sign=True))
+        table.add_row(source, f"{one.runs:,}", *parts)
+    return table
+
+
+def _orders(rankings: Iterable[Ranking]) -> Table:
+    found = list(rankings)
+    table = grid("table", "layouts", "tau", "regret", left=("table",), wrap=("table",))
+    for one in found:
+        name = one.name + ("*" if one.fitted else "")
+        table.add_row(name, f"{one.layouts:,}", f"{one.tau:+.2f}", percent(one.regret))
+    tau, regret = median(one.tau for one in found), median(one.regret for one in found)
+    table.add_row(Text("median", style="bold"), "", f"{tau:+.2f}", percent(regret))
+    return table

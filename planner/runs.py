@@ -104,6 +104,7 @@ class Run(BaseModel):
     layout: RunLayout = RunLayout()
     recompute: Text | None = None
     measured: Measured | None = None
+    step_s: Annotated[float, Field(gt=0, lt=1e9)] | None = None  # measured seconds of a step
     needs: Annotated[tuple[Text, ...], Field(max_length=50)] = ()
     assumed: Annotated[tuple[Text, ...], Field(max_length=50)] = ()
     remark: Annotated[str, Field(max_length=1000)] = ""
@@ -132,6 +133,15 @@ class Fitted(BaseModel):
     what: Text
 
 
+class FittedTime(BaseModel):
+    """Step times that a number of the planner was chosen from."""
+
+    model_config = FROZEN
+
+    prefix: Text
+    what: Text
+
+
 class Runs(BaseModel):
     """A file of runs."""
 
@@ -141,6 +151,7 @@ class Runs(BaseModel):
     runs: Annotated[tuple[Run, ...], Field(min_length=1, max_length=MAX_RUNS)]
     differences: Annotated[tuple[Difference, ...], Field(max_length=1000)] = ()
     fitted: Annotated[tuple[Fitted, ...], Field(max_length=100)] = ()
+    timed_fits: Annotated[tuple[FittedTime, ...], Field(max_length=100)] = ()
 
 
 def load_runs(path: str | Path) -> Runs:
@@ -153,7 +164,7 @@ def load_runs(path: str | Path) -> Runs:
     """
     path = Path(path)
     try:
-        text = content(path, MAX_BYTES, "a file of runs").decode("utf-8-sig")
+        text = content(path, MAX_BYTES, "file of runs").decode("utf-8-sig")
     except UnicodeDecodeError:
         raise InputError(f"{path}: cannot be read: it is not text in UTF-8") from None
     data = _of_csv(text, str(path)) if path.suffix.lower() == ".csv" else _of_json(text, str(path))

@@ -4,57 +4,85 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from pydantic import ValidationError
 
+from planner.api import given_plan, solve_layout
 from planner.catalog import load_gpu, load_model
 from planner.comparison import Prediction, Report, Sizes, report_of
-from planner.defaults import resolve
+from planner.defaults import Job, resolve
 from planner.errors import InputError, PlannerError
-from planner.plan import Plan, StagePlan
+from planner.plan import StagePlan
 from planner.runs import Run, Runs, load_runs
 from planner.specs import ClusterSpec, ModelSpec, TrainingSpec, first_problem
 from planner.stacks import STACKS
+from planner.timing import TimeReport, Timing, rankings
 from planner.units import GIB
 from strategies.layout import Layout
 
 __all__ = ["Prediction", "Report", "chosen", "load_runs", "predict", "report_of", "validate"]
 
+T = TypeVar("T")
 
-def sizes_of(plan: Plan, stage: StagePlan) -> Sizes:
+
+def sizes_of(stage: StagePlan) -> Sizes:
     """The three sizes of a stage."""
-    if (counted := getattr(stage, "tensor_bytes", None)) is not None:
-        return Sizes(counted, getattr(stage, "reserved_bytes", counted), stage.peak_bytes)
-    tensors = stage.peak_bytes - stage.components["framework_overhead"]
-    slack = STACKS[plan.training.framework].allocator.value
-    return Sizes(tensors, tensors * (1 + slack), stage.peak_bytes)
+    return Sizes(stage.tensor_bytes, stage.reserved_bytes, stage.peak_bytes)
 
 
 def predict(run: Run) -> Prediction | str:
-    """The prediction for a run, or why there is none."""
+    """The prediction of a run's memory, or why there is none."""
+    return _attempt(run, _predict)
+
+
+def predict_step(run: Run) -> float | str:
+    """Seconds of a step, by the closed form that the search ranks by, or why there is no prediction."""
+    return _attempt(run, _predict_step)
+
+
+def _attempt(run: Run, predicted: Callable[[Run], T]) -> T | str:
     if run.needs:
         return ", ".join(run.needs)
     try:
-        return _predict(run)
+        return predicted(run)
     except PlannerError as error:
         return str(error)
     except ValidationError as error:
         return first_problem(error)
 
 
-def _predict(run: Run) -> Prediction | str:
-    from planner.api import given_plan, solve_layout
+def _predict_step(run: Run) -> float:
+    job, layout = _job(run, most=None)
+    return float(solve_layout(job, layout, str(run.recompute), run.layout.layers_per_stage).cost)
 
+
+def _predict(run: Run) -> Prediction:
+    # As given, whether or not the framework is known to run it: some runs stand under their nearest one.
+    job, layout = _job(run, most=4)
+    plan = given_plan(job, solve_layout(job, layout, str(run.recompute), run.layout.layers_per_stage))
+    unheeded = tuple(
+        f"{name}={value}" for name, value in run.options.items() if name not in job.stack.options
+    )
+    stages = tuple(sizes_of(stage) for stage in plan.stages)
+    return Prediction(run.id, stages, float(plan.capacity_bytes), plan.verdict, unheeded)
+
+
+def _job(run: Run, most: int | None) -> tuple[Job, Layout]:
+    """The job and layout of a run. Raises InputError for what is not given or not planned.
+
+    No schedule but gpipe holds more micro-batches than ``most`` times its stages: where only memory
+    matters, fewer take less time to plan.
+    """
     stack = STACKS.get(run.framework)
     if stack is None:
-        return f"framework {run.framework}, which is not planned"
+        raise InputError(f"framework {run.framework}, which is not planned")
     missing = [name for name in ("data_parallel", "micro_batch_size", "grad_accum") if not _given(run, name)]
     missing += [name for name in ("seq", "gpus", "recompute") if getattr(run, name) is None]
     if missing:
-        return f"{missing[0]} is not given"
-    model = _model(run)
-    layout = _layout(run)
-    heeded = {name: value for name, value in run.options.items() if name in stack.options}
+        raise InputError(f"{missing[0]} is not given")
+    layout = _layout(run, most)
+    options = stack.under(run.options).options
     training = TrainingSpec(
         seq_length=run.seq,
         global_batch_size=int(layout.global_batch_size),
@@ -64,16 +92,32 @@ def _predict(run: Run) -> Prediction | str:
         gradient_dtype=run.gradient_dtype,
         optimizer_dtype=run.optimizer_dtype,
         master_weights=run.master_weights,
-        options=heeded,
+        options={name: value for name, value in run.options.items() if name in options},
     )
-    layers = run.layout.layers_per_stage
-    # As given, whether or not the framework is known to run it: some runs stand under their nearest one.
-    job = resolve(model, _cluster(run), training)
-    plan = given_plan(job, solve_layout(job, layout, str(run.recompute), layers))
-    verdict = getattr(plan, "verdict", "fits" if plan.fits else "does not fit")
-    unheeded = tuple(f"{name}={value}" for name, value in run.options.items() if name not in heeded)
-    stages = tuple(sizes_of(plan, stage) for stage in plan.stages)
-    return Prediction(run.id, stages, float(plan.capacity_bytes), verdict, unheeded)
+    return resolve(_model(run), _cluster(run), training), layout
+
+
+def validate_times(
+    runs: Runs, progress: Callable[[int, int], object] = lambda done, total: None
+) -> TimeReport:
+    """Predicts every run whose step time was measured. ``progress`` is told runs done and runs in all."""
+    timed = [run for run in runs.runs if run.step_s is not None]
+    if not timed:
+        raise InputError("no run of these has a measured step time")
+    timings, left_out = [], {}
+    prefixes = [one.prefix for one in runs.timed_fits]
+    for number, run in enumerate(timed, 1):
+        seconds = predict_step(run)
+        if isinstance(seconds, str):
+            left_out[run.id] = seconds
+        else:
+            tokens = int(_layout(run, None).global_batch_size) * (run.seq or 0)
+            fitted = any(run.id.startswith(prefix) for prefix in prefixes)
+            timings.append(
+                Timing(run.id, run.group, run.tier, seconds, float(run.step_s or 0), tokens, fitted)
+            )
+        progress(number, len(timed))
+    return TimeReport(tuple(timings), tuple(rankings(runs, timings)), left_out)
 
 
 def _given(run: Run, name: str) -> bool:
@@ -99,16 +143,14 @@ def _cluster(run: Run) -> ClusterSpec:
     return ClusterSpec(gpu=gpu, num_gpus=run.gpus, gpus_per_node=min(gpu.gpus_per_node, run.gpus))
 
 
-def _layout(run: Run) -> Layout:
+def _layout(run: Run, most: int | None) -> Layout:
     given = run.layout
     assert given.data_parallel is not None
     assert given.micro_batch_size is not None
     assert given.grad_accum is not None
-    # No schedule holds more than this many micro-batches but gpipe: fewer take less time to plan.
-    enough = 4 * given.pipeline_parallel
     accum = given.grad_accum
-    if given.schedule != "gpipe" and accum > enough:
-        accum = enough
+    if most is not None and given.schedule != "gpipe":
+        accum = min(accum, most * given.pipeline_parallel)
     return Layout(
         data_parallel=given.data_parallel,
         tensor_parallel=given.tensor_parallel,

@@ -1,0 +1,165 @@
+"""Step times: predicted beside measured, by source, and the order of layouts within tables.
+
+A table is all runs of one source that share the model, the GPUs and the sequence and differ in layout,
+micro-batch or recomputation. The planner ranks; so what counts is the order within a table (Kendall 1938,
+Biometrika 30, doi:10.1093/biomet/30.1-2.81) and what its first choice costs: *regret*, the measured time of
+the layout that it would pick over the best measured, less 1. Times are per token, as batches differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import median
+from typing import NamedTuple
+
+from planner.comparison import percentile
+from planner.runs import Run, Runs
+
+LEAST = 3
+"""Layouts that a table has at least."""
+
+
+class Timing(NamedTuple):
+    """Predicted and measured seconds of a step, and the tokens of it."""
+
+    run: str
+    group: str
+    tier: str
+    predicted: float
+    measured: float
+    tokens: int
+    fitted: bool
+
+    @property
+    def error(self) -> float:
+        """Predicted over measured, less 1."""
+        return self.predicted / self.measured - 1
+
+
+class TimeSummary(NamedTuple):
+    """Errors of several step times: sizes without sign but for ``bias``, the signed median."""
+
+    group: str
+    fitted: bool
+    runs: int
+    median: float
+    p90: float
+    worst: float
+    worst_run: str
+    bias: float
+
+
+class Ranking(NamedTuple):
+    """One table: how well its order is kept, and what the layout predicted to be fastest costs."""
+
+    name: str
+    layouts: int
+    tau: float
+    regret: float
+    picked: str
+    best: str
+    fitted: bool
+
+
+@dataclass(frozen=True)
+class TimeReport:
+    """All of it."""
+
+    timings: tuple[Timing, ...]
+    rankings: tuple[Ranking, ...]
+    left_out: Mapping[str, str]
+
+    @property
+    def sources(self) -> list[TimeSummary]:
+        """One for each source, those that a number was fitted to apart."""
+        return summarize(self.timings, lambda one: (one.fitted, one.group))
+
+    @property
+    def totals(self) -> list[TimeSummary]:
+        """One for those that a number was fitted to, one for the others."""
+        return summarize([one._replace(group="all") for one in self.timings], lambda one: one.fitted)
+
+
+def summarize(timings: Iterable[Timing], by: Callable[[Timing], object]) -> list[TimeSummary]:
+    """One summary for each value of ``by``."""
+    groups: dict[object, list[Timing]] = {}
+    for timing in timings:
+        groups.setdefault(by(timing), []).append(timing)
+    found = []
+    for members in groups.values():
+        sizes = sorted(abs(one.error) for one in members)
+        worst = max(members, key=lambda one: abs(one.error))
+        found.append(
+            TimeSummary(
+                group=worst.group,
+                fitted=worst.fitted,
+                runs=len(members),
+                median=median(sizes),
+                p90=percentile(sizes, 0.9),
+                worst=worst.error,
+                worst_run=worst.run,
+                bias=median(one.error for one in members),
+            )
+        )
+    return sorted(found, key=lambda one: (one.fitted, one.group))
+
+
+def kendall(predicted: Sequence[float], measured: Sequence[float]) -> float:
+    """Kendall's tau-a: pairs in the same order less pairs in the other, over all pairs.
+
+    >>> kendall([1, 2, 3], [10, 20, 30]), kendall([1, 2, 3], [10, 30, 20])
+    (1.0, 0.3333333333333333)
+    """
+    pairs = list(combinations(zip(predicted, measured, strict=True), 2))
+    signs = (_sign(a[0] - b[0]) * _sign(a[1] - b[1]) for a, b in pairs)
+    return sum(signs) / len(pairs)
+
+
+def _sign(value: float) -> int:
+    return (value > 0) - (value < 0)
+
+
+def rankings(runs: Runs, timings: Iterable[Timing]) -> list[Ranking]:
+    """Every table of the timed runs, the one with most layouts first."""
+    by_id = {run.id: run for run in runs.runs}
+    tables: dict[object, list[Timing]] = {}
+    for timing in timings:
+        tables.setdefault(_shared(by_id[timing.run]), []).append(timing)
+    found = []
+    for members in tables.values():
+        layouts = {_varied(by_id[one.run]): one for one in members}  # of equal ones the last
+        if len(layouts) < LEAST:
+            continue
+        rows = list(layouts.values())
+        predicted = [one.predicted / one.tokens for one in rows]
+        measured = [one.measured / one.tokens for one in rows]
+        picked = predicted.index(min(predicted))
+        best = measured.index(min(measured))
+        run = by_id[rows[0].run]
+        model = run.model if isinstance(run.model, str) else run.model.name
+        found.append(
+            Ranking(
+                name=f"{run.group}: {model}, {run.seq} tokens, {run.gpus} x {run.gpu.kind}",
+                layouts=len(rows),
+                tau=kendall(predicted, measured),
+                regret=measured[picked] / measured[best] - 1,
+                picked=rows[picked].run,
+                best=rows[best].run,
+                fitted=any(one.fitted for one in rows),
+            )
+        )
+    return sorted(found, key=lambda one: (-one.layouts, one.name))
+
+
+def _shared(run: Run) -> object:
+    """What all runs of a table have in common."""
+    model = run.model if isinstance(run.model, str) else run.model.model_dump_json(exclude={"name", "source"})
+    software = (run.framework, run.precision, run.optimizer, tuple(sorted(run.options.items())))
+    return run.group, run.source, model, run.seq, run.gpu.kind, run.gpus, software
+
+
+def _varied(run: Run) -> object:
+    """What they differ in."""
+    return run.layout.model_copy(update={"grad_accum": None}), run.recompute

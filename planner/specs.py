@@ -132,6 +132,7 @@ class Gpu(BaseModel):
     aliases: tuple[str, ...] = ()
     vendor: str
     compute_capability: float | None = None  # NVIDIA's
+    multiprocessors: int | None = Field(None, ge=1)  # that compute tiles of products; NVIDIA's
     marketed_gb: int
     memory_bytes: int = Field(gt=0)
     usable_bytes: int = Field(gt=0)

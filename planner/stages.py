@@ -31,6 +31,7 @@ from planner.layer_price import LayerPrice, StepPrice, working_set
 from planner.layers import Builder
 from planner.network import Network
 from planner.overheads import tensor_capacity
+from planner.products import slowdown
 from planner.residence import Residence, residence_of
 from strategies.base import (
     STATES,
@@ -101,6 +102,7 @@ class Prices:
         sustained = gpu.achievable["sustained"].value
         peak = peaks.get(job.recipe.unit, peaks["fp32"])
         self.flops = peak * gpu.achievable["matmul"].value * sustained
+        self.multiprocessors = gpu.multiprocessors or 0
         self.bandwidth = gpu.hbm_bytes_per_s * gpu.achievable["memory"].value
         self.wire = job.stack.wire(job.recipe, job.training.options)
         builder = Builder(
@@ -209,7 +211,7 @@ class Prices:
         saved = role_sum(layer, Role.ACTIVATION, strategies)
         ahead, recomputed, walk = self._walk(layer, policy)
         data, size = strategies[0], size_seen_by(strategies[0], strategies)
-        compute = role_sum(layer, Role.FLOPS, strategies) / self.flops
+        compute = self._work(layer, policy) / self.flops
         compute = compute + role_sum(layer, Role.TRAFFIC, strategies) / self.bandwidth
         hidden: Quantity = 0.0
         exposed: Quantity = 0.0
@@ -236,6 +238,21 @@ class Prices:
             seconds=np.maximum(compute, hidden) + exposed,
             per_step=tuple(per_step),
         )
+
+    def _work(self, layer: Layer, policy: str) -> Quantity:
+        """FLOPs of a micro-batch, those of products that leave multiprocessors idle as so many more."""
+        *strategies, _ = strategies_of(self.layout, self.wire, 0, policy)
+        *plain, _ = strategies_of(self.layout, self.wire, 0, "none")
+        total: Quantity = 0.0
+        for term in layer.by_role[Role.FLOPS]:
+            work, once = held(term, strategies), held(term, plain)
+            if self.multiprocessors and "hidden" in term.dims:  # one side of every weight, never cut
+                tokens, hidden = term.dims["batch"] * term.dims["seq"], term.dims["hidden"]
+                other = once / (term.unit * tokens * hidden)
+                sides = (other, hidden) if list(term.dims)[-1] == "hidden" else (hidden, other)
+                work = work * slowdown(tokens, *sides, work / once, self.multiprocessors)
+            total = total + work
+        return total
 
     def _update_bytes(self, layer: Layer, strategies: Sequence[AbstractStrategy]) -> Quantity:
         # States are read and written, the gradient read, the weight written, of this GPU's part.

@@ -94,7 +94,7 @@ def _job(run: Run, most: int | None) -> tuple[Job, Layout]:
         master_weights=run.master_weights,
         options={name: value for name, value in run.options.items() if name in options},
     )
-    return resolve(_model(run), _cluster(run), training), layout
+    return resolve(_model(run), cluster_of(run), training), layout
 
 
 def validate_times(
@@ -135,7 +135,8 @@ def _model(run: Run) -> ModelSpec:
     return model
 
 
-def _cluster(run: Run) -> ClusterSpec:
+def cluster_of(run: Run) -> ClusterSpec:
+    """The GPUs that a run had."""
     gpu = load_gpu(run.gpu.kind)
     if run.gpu.usable_gib is not None:
         gpu = gpu.model_copy(update={"usable_bytes": int(run.gpu.usable_gib * GIB)})

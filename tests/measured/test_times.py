@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 
 import pytest
 from typer.testing import CliRunner
 
 from planner.cli import app
+from planner.defaults import TIMES
 from planner.errors import InputError
 from planner.runs import Runs, load_runs
 from planner.timing import TimeReport, Timing, kendall, rankings, summarize
@@ -92,8 +93,9 @@ def test_a_step_is_priced_with_all_of_its_micro_batches() -> None:
 def test_where_the_planner_stands_on_what_it_was_not_fitted_to() -> None:
     held_out = [one for one in report().totals if not one.fitted]
     assert held_out[0].runs > 240
-    assert held_out[0].median < 0.145
-    assert median(one.regret for one in report().rankings) < 0.01
+    assert held_out[0].median < 0.11
+    assert median(one.tau for one in report().rankings) > 0.65
+    assert median(one.regret for one in report().rankings) < 0.001
 
 
 def test_runs_without_step_times_are_refused() -> None:
@@ -112,3 +114,11 @@ def test_the_command_prints_times_and_gives_json() -> None:
     assert document["timed"] == len(document["timings"])
     assert {"name", "layouts", "tau", "regret"} <= set(document["rankings"][0])
     assert CliRunner().invoke(app, ["validate", "--time", "--write", "x.md"]).exit_code == 2
+
+
+def test_four_in_five_took_as_long_as_every_answer_says() -> None:
+    """Every answer lists it: of 476 published runs, 0.8 to 1.4 times as long."""
+    ratios = [one.measured / one.predicted for one in report().timings]
+    assert f"of {len(ratios)} published runs four in five took 0.8 to 1.4 times" in TIMES
+    low, *_, high = quantiles(ratios, n=10)
+    assert (round(low, 1), round(high, 1)) == (0.8, 1.4)

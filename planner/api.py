@@ -11,7 +11,7 @@ from planner.best_first import Found, find
 from planner.candidate import Candidate
 from planner.defaults import Job, resolve
 from planner.errors import InfeasibleError, InputError, SolverError
-from planner.layouts import Choices, check_layout, check_supported
+from planner.layouts import Choices, check_layout, check_supported, unsupported
 from planner.ledger import Entry, Message, entries, messages, view
 from planner.plan import Plan, make_plan
 from planner.program import Solution, settle, solve
@@ -136,6 +136,30 @@ def _nothing_found(job: Job, choices: Choices, found: Found, progress: Callable[
     raise InfeasibleError(message, nearest, changes_that_fit(job, choices, progress))
 
 
+def job_for(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, layout: Layout) -> Job:
+    """The job under a layout that was given, with the option that its framework runs it with.
+
+    DeepSpeed runs tensor and pipeline parallelism with Megatron's kernels: so that need not be said. Raises
+    InputError for a layout that cannot be, or that the framework is not known to run.
+    """
+    job = resolve(model, cluster, training)
+    check_layout(job, layout)
+    for variant in job.stack.variants if unsupported(job.stack, layout) else ():
+        option, _, value = variant.partition(":")
+        if option in training.options:
+            continue
+        chosen = training.model_copy(update={"options": {**training.options, option: value}})
+        try:
+            other = resolve(model, cluster, chosen)
+        except InputError:  # another option contradicts it
+            continue
+        if not unsupported(other.stack, layout):
+            note = f"{option} {value}: those that {job.stack.name} runs this layout with"
+            return replace(other, assumptions=(*other.assumptions, note))
+    check_supported(job, layout)
+    return job
+
+
 def solve_layout(
     job: Job, layout: Layout, recompute: str = "auto", layers: Sequence[int] | None = None
 ) -> Solution:
@@ -213,9 +237,7 @@ def estimate(
     ``layers`` are the layers on each stage; without them they are as even as they go, under ``auto``
     the quickest split.
     """
-    job = resolve(model, cluster, training)
-    check_layout(job, layout)
-    check_supported(job, layout)
+    job = job_for(model, cluster, training, layout)
     return given_plan(job, solve_layout(job, layout, recompute, layers), asked=layers is not None)
 
 
@@ -246,9 +268,7 @@ def explain(
 
     Raises InputError for a stage or moment that the plan does not have.
     """
-    job = resolve(model, cluster, training)
-    check_layout(job, layout)
-    check_supported(job, layout)
+    job = job_for(model, cluster, training, layout)
     solution = solve_layout(job, layout, recompute, layers)
     plan = given_plan(job, solution, asked=layers is not None)
     index = plan.fullest if stage is None else stage
@@ -286,9 +306,8 @@ def compare(
     rows: list[tuple[str, Plan | str]] = []
     for name, layout in _one_of_each(job, micro_batch_size):
         try:
-            check_supported(job, layout)
-            solution = solve_layout(job, layout, recompute)
-            rows.append((name, given_plan(job, solution)))
+            own = job_for(model, cluster, training, layout)
+            rows.append((name, given_plan(own, solve_layout(own, layout, recompute))))
         except InputError as error:
             rows.append((name, str(error)))
     return rows

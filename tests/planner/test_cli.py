@@ -155,10 +155,16 @@ def test_what_must_not_be_overlooked_is_a_warning() -> None:
         ("--framework hf --sharding zero1", "hf does not run zero1: use ddp, or framework deepspeed"),
         ("--framework hf --sharding fsdp", "hf does not run fsdp: use ddp, or framework fsdp"),
         ("--framework hf -tp 2", "use tensor_parallel 1, or framework megatron"),
-        ("--framework deepspeed -tp 8", "or framework deepspeed with option kernels=megatron"),
+        (
+            "--framework deepspeed -tp 8 --option kernels=hf",
+            "or framework deepspeed with option kernels=megatron",
+        ),
         ("--sharding zero3", "does not run zero3: use ddp, zero1, zero2, fsdp, or framework deepspeed"),
         ("--sharding fsdp -pp 2", "use pipeline_parallel 1, ddp, zero1, or framework torchtitan"),
-        ("--framework deepspeed -pp 2", "1, or framework deepspeed with option kernels=megatron"),
+        (
+            "--framework deepspeed -pp 2 --attention sdpa",
+            "1, or framework deepspeed with option kernels=megatron",
+        ),
         (
             "--framework hf -pp 2",
             "hf runs ddp without a pipeline only: use pipeline_parallel 1, or framework",
@@ -172,6 +178,16 @@ def test_what_a_framework_does_not_run_is_refused_with_what_does(
     result = run(command, "--model", "llama-2-7b", "--gpus", "8x80G", *arguments.split())
     assert result.exit_code == 2
     assert said in " ".join(result.output.split())
+
+
+def test_deepspeed_runs_tensor_parallelism_and_pipelines_with_megatrons_kernels() -> None:
+    """Nobody has to say so; and it is said."""
+    arguments = ["--model", "llama-2-7b", "--gpus", "8x80G", "--framework", "deepspeed", "-b", "64", "--json"]
+    for degrees in (["-tp", "8"], ["-pp", "2"], ["-tp", "2", "-pp", "2"]):
+        found = json.loads(run("estimate", *arguments, *degrees).stdout)
+        asked = json.loads(run("estimate", *arguments, *degrees, "--option", "kernels=megatron").stdout)
+        assert found["plans"][0]["stages"] == asked["plans"][0]["stages"]
+        assert "kernels megatron: those that deepspeed runs this layout with" in found["assumptions"]
 
 
 @pytest.mark.parametrize("framework", ["megatron", "torchtitan", "fsdp", "deepspeed", "hf"])

@@ -37,15 +37,14 @@ def reuse(high: int, wide: int) -> float:
     return high * wide / (high + wide)
 
 
-def slowdown(
-    tokens: Quantity, inner: Quantity, outer: Quantity, again: Quantity, multiprocessors: int
-) -> Quantity:
-    """Time of a weight's products over that at the best rate: 1 or more.
+def passes(
+    tokens: Quantity, inner: Quantity, outer: Quantity, multiprocessors: int
+) -> tuple[Quantity, Quantity]:
+    """Time of a weight's forward and backward, over that of all its work at the best rate.
 
     The weight has ``inner`` x ``outer`` elements on a GPU. Its forward makes tokens x outer elements, its
-    backward tokens x inner for the input and inner x outer for the weight, all three of equal work;
-    ``again`` is 4/3 where the forward is run twice, else 1.
+    backward tokens x inner for the input and inner x outer for the weight: three products of equal work.
     """
     forward = 1 / busy(tokens, outer, multiprocessors)
     backward = 1 / busy(tokens, inner, multiprocessors) + 1 / busy(inner, outer, multiprocessors)
-    return ((forward + backward) / 3 + (again - 1) * forward) / again
+    return forward / 3, backward / 3

@@ -31,7 +31,7 @@ from planner.layer_price import LayerPrice, StepPrice, working_set
 from planner.layers import Builder
 from planner.network import Network
 from planner.overheads import tensor_capacity
-from planner.products import slowdown
+from planner.products import passes
 from planner.residence import Residence, residence_of
 from strategies.base import (
     STATES,
@@ -103,6 +103,7 @@ class Prices:
         peak = peaks.get(job.recipe.unit, peaks["fp32"])
         self.flops = peak * gpu.achievable["matmul"].value * sustained
         self.multiprocessors = gpu.multiprocessors or 0
+        self.products: dict[tuple[str, str], tuple[Quantity, Quantity, Quantity]] = {}
         self.bandwidth = gpu.hbm_bytes_per_s * gpu.achievable["memory"].value
         self.wire = job.stack.wire(job.recipe, job.training.options)
         builder = Builder(
@@ -151,7 +152,7 @@ class Prices:
         """The same prices for a part of the family: an index, or an index array and new axes."""
         part = copy.copy(self)
         for name, value in vars(self).items():
-            if name != "layers":
+            if name not in ("layers", "products"):
                 setattr(part, name, _pick(value, selector))
         return part
 
@@ -242,17 +243,25 @@ class Prices:
     def _work(self, layer: Layer, policy: str) -> Quantity:
         """FLOPs of a micro-batch, those of products that leave multiprocessors idle as so many more."""
         *strategies, _ = strategies_of(self.layout, self.wire, 0, policy)
-        *plain, _ = strategies_of(self.layout, self.wire, 0, "none")
         total: Quantity = 0.0
         for term in layer.by_role[Role.FLOPS]:
-            work, once = held(term, strategies), held(term, plain)
-            if self.multiprocessors and "hidden" in term.dims:  # one side of every weight, never cut
-                tokens, hidden = term.dims["batch"] * term.dims["seq"], term.dims["hidden"]
-                other = once / (term.unit * tokens * hidden)
-                sides = (other, hidden) if list(term.dims)[-1] == "hidden" else (hidden, other)
-                work = work * slowdown(tokens, *sides, work / once, self.multiprocessors)
+            work = held(term, strategies)
+            if self.multiprocessors and "hidden" in term.dims:
+                once, forward, backward = self._once(layer, term)
+                work = once * (forward + backward) + (work - once) * 3 * forward  # run forward again
             total = total + work
         return total
+
+    def _once(self, layer: Layer, term: Term) -> tuple[Quantity, Quantity, Quantity]:
+        """FLOPs of a weight's products without recompute, and the time of its passes over theirs."""
+        if (key := (layer.kind, term.name)) not in self.products:
+            *plain, _ = strategies_of(self.layout, self.wire, 0, "none")
+            once = held(term, plain)
+            tokens, hidden = term.dims["batch"] * term.dims["seq"], term.dims["hidden"]
+            other = once / (term.unit * tokens * hidden)  # one side of every weight is never cut
+            sides = (other, hidden) if list(term.dims)[-1] == "hidden" else (hidden, other)
+            self.products[key] = once, *passes(tokens, *sides, self.multiprocessors)
+        return self.products[key]
 
     def _update_bytes(self, layer: Layer, strategies: Sequence[AbstractStrategy]) -> Quantity:
         # States are read and written, the gradient read, the weight written, of this GPU's part.

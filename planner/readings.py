@@ -151,7 +151,7 @@ def load_json(path: Path) -> Any:
 
 def format_of(path: Path) -> str:
     """Which of :data:`FORMATS` a file is, by its content. Raises InputError for any other."""
-    sized(path, MAX_TEXT_BYTES, "a file of readings")
+    sized(path, MAX_TEXT_BYTES, "file of readings")
     try:
         with path.open("rb") as file:
             head = file.read(4096)

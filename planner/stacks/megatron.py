@@ -115,7 +115,7 @@ STAGE = (
         "stand-in gradient, query, key, value: key and value",
         "hidden kv_heads head_dim",
         2,
-        when="!eager",
+        when="mcore !eager",
         role=BUFFER,
     ),
     Row("stand-in gradient, attention output", "heads head_dim hidden", 1, when="mcore !eager", role=BUFFER),

@@ -326,6 +326,14 @@ def test_without_transformer_engine_nothing_stands_in() -> None:
     assert held(found, "attention scores, shared") == 2 * 8 * 512**2
 
 
+@pytest.mark.parametrize("attention", ["flash", "eager"])
+def test_megatron_deepspeed_has_no_stand_ins_either(attention: str) -> None:
+    """Transformer Engine is Megatron Core's; Megatron-DeepSpeed has the same layers without it."""
+    options = {"kernels": "megatron", "attention": attention}
+    for moment, entries in entries_of(framework="deepspeed", gpus="1xA100", options=options).items():
+        assert held(entries, "stand-in") == 0, moment
+
+
 # --- Tied embeddings ------------------------------------------------------------------------------
 
 

@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 from statistics import median
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 from planner.runs import MEMORY, Memory, Run, Runs
 from planner.units import GIB
 
 VERDICTS = ("fits", "at risk", "does not fit")
 OUTCOMES = ("ran", "out of memory")
-KINDS: tuple[str, ...] = MEMORY
+STEP_TIME = "step time"
+KINDS: tuple[str, ...] = (*MEMORY, STEP_TIME)
 
 
 class Sizes(NamedTuple):
@@ -61,6 +62,24 @@ class Comparison(NamedTuple):
     def error(self) -> float:
         """Predicted over measured, less 1."""
         return self.predicted / self.measured - 1
+
+
+class Compared(Protocol):
+    """What a summary reads of a comparison, of memory or of step times."""
+
+    @property
+    def run(self) -> str: ...
+    @property
+    def group(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def fitted(self) -> bool: ...
+    @property
+    def error(self) -> float: ...
+
+
+AnyCompared = TypeVar("AnyCompared", bound=Compared)
 
 
 class Summary(NamedTuple):
@@ -224,16 +243,16 @@ def _differences(runs: Runs, comparisons: Sequence[Comparison]) -> Iterator[Diff
                 yield DifferenceOutcome(pair.name, kind, predicted, measured)
 
 
-def summarize(comparisons: Iterable[Comparison], by: Callable[[Comparison], object]) -> list[Summary]:
-    """One summary for each value of ``by``, in the order of the kinds of memory and the groups."""
-    groups: dict[object, list[Comparison]] = {}
+def summarize(comparisons: Iterable[AnyCompared], by: Callable[[AnyCompared], object]) -> list[Summary]:
+    """One summary for each value of ``by``, in the order of the kinds of reading and the groups."""
+    groups: dict[object, list[AnyCompared]] = {}
     for comparison in comparisons:
         groups.setdefault(by(comparison), []).append(comparison)
     found = [_summary(members) for members in groups.values()]
     return sorted(found, key=lambda s: (KINDS.index(s.kind), s.group, s.fitted))
 
 
-def _summary(members: Sequence[Comparison]) -> Summary:
+def _summary(members: Sequence[Compared]) -> Summary:
     sizes = sorted(abs(c.error) for c in members)
     worst = max(members, key=lambda c: abs(c.error))
     return Summary(

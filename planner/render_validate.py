@@ -9,12 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from planner.accuracy import cause_of, figures, percent, worst_comparisons, wrong
+from planner.accuracy import ERRORS, cause_of, figures, percent, worst_comparisons, wrong
 from planner.comparison import OUTCOMES, VERDICTS, Report, Summary
 from planner.render import grid
-from planner.timing import Ranking, TimeReport, TimeSummary
+from planner.timing import Ranking, TimeReport
 
-ERRORS = ("runs", "median", "p90", "worst", "bias")
 SHOWN = 12
 
 
@@ -47,9 +46,12 @@ def _section(console: Console, title: str) -> None:
 def _errors(summaries: Iterable[Summary]) -> Table:
     table = grid("reading", "source", *ERRORS, left=("reading", "source"), spare=("p90", "worst", "bias"))
     for summary in summaries:
-        source = summary.group + ("*" if summary.fitted else "")
-        table.add_row(summary.kind, source, *figures(summary))
+        table.add_row(summary.kind, _marked(summary), *figures(summary))
     return table
+
+
+def _marked(summary: Summary) -> str:
+    return summary.group + ("*" if summary.fitted else "")
 
 
 def _confusion(report: Report) -> Table:
@@ -137,12 +139,10 @@ def show_times(console: Console, report: TimeReport, worst: int) -> None:
     console.print(table)
 
 
-def _time_errors(summaries: Iterable[TimeSummary]) -> Table:
+def _time_errors(summaries: Iterable[Summary]) -> Table:
     table = grid("source", *ERRORS, left=("source",), spare=("p90", "worst"))
     for one in summaries:
-        source = one.group + ("*" if one.fitted else "")
-        parts = (percent(one.median), percent(one.p90), percent(abs(one.worst)), percent(one.bias, sign=True))
-        table.add_row(source, f"{one.runs:,}", *parts)
+        table.add_row(_marked(one), *figures(one))
     return table
 
 

@@ -8,13 +8,12 @@ the layout that it would pick over the best measured, less 1. Times are per toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from statistics import median
 from typing import NamedTuple
 
-from planner.comparison import percentile
+from planner.comparison import STEP_TIME, Summary, summarize
 from planner.runs import Run, Runs
 
 LEAST = 3
@@ -33,22 +32,14 @@ class Timing(NamedTuple):
     fitted: bool
 
     @property
+    def kind(self) -> str:
+        """The kind of reading."""
+        return STEP_TIME
+
+    @property
     def error(self) -> float:
         """Predicted over measured, less 1."""
         return self.predicted / self.measured - 1
-
-
-class TimeSummary(NamedTuple):
-    """Errors of several step times: sizes without sign but for ``bias``, the signed median."""
-
-    group: str
-    fitted: bool
-    runs: int
-    median: float
-    p90: float
-    worst: float
-    worst_run: str
-    bias: float
 
 
 class Ranking(NamedTuple):
@@ -72,38 +63,15 @@ class TimeReport:
     left_out: Mapping[str, str]
 
     @property
-    def sources(self) -> list[TimeSummary]:
-        """One for each source, those that a number was fitted to apart."""
-        return summarize(self.timings, lambda one: (one.fitted, one.group))
+    def sources(self) -> list[Summary]:
+        """One for each source, those that a number was fitted to last."""
+        found = summarize(self.timings, lambda one: (one.fitted, one.group))
+        return sorted(found, key=lambda one: one.fitted)
 
     @property
-    def totals(self) -> list[TimeSummary]:
-        """One for those that a number was fitted to, one for the others."""
+    def totals(self) -> list[Summary]:
+        """One for those that no number was fitted to, one for the others."""
         return summarize([one._replace(group="all") for one in self.timings], lambda one: one.fitted)
-
-
-def summarize(timings: Iterable[Timing], by: Callable[[Timing], object]) -> list[TimeSummary]:
-    """One summary for each value of ``by``."""
-    groups: dict[object, list[Timing]] = {}
-    for timing in timings:
-        groups.setdefault(by(timing), []).append(timing)
-    found = []
-    for members in groups.values():
-        sizes = sorted(abs(one.error) for one in members)
-        worst = max(members, key=lambda one: abs(one.error))
-        found.append(
-            TimeSummary(
-                group=worst.group,
-                fitted=worst.fitted,
-                runs=len(members),
-                median=median(sizes),
-                p90=percentile(sizes, 0.9),
-                worst=worst.error,
-                worst_run=worst.run,
-                bias=median(one.error for one in members),
-            )
-        )
-    return sorted(found, key=lambda one: (one.fitted, one.group))
 
 
 def kendall(predicted: Sequence[float], measured: Sequence[float]) -> float:

@@ -11,10 +11,11 @@ import pytest
 from typer.testing import CliRunner
 
 from planner.cli import app
+from planner.comparison import summarize
 from planner.defaults import TIMES
 from planner.errors import InputError
 from planner.runs import Runs, load_runs
-from planner.timing import TimeReport, Timing, kendall, rankings, summarize
+from planner.timing import TimeReport, Timing, kendall, rankings
 from planner.validate import predict_step, validate_times
 
 RUNS = load_runs(Path(__file__).parent / "runs.json")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from planner.errors import InputError
+from planner.files import content, reason_of
 
 if TYPE_CHECKING:
     from planner.specs import Profile
@@ -30,16 +31,9 @@ def read_profile(path: str | PathLike[str]) -> Profile:
 
     file = Path(path)
     try:
-        if not file.is_file():
-            what = "not a file" if file.exists() else "no such file"
-            raise InputError(f"profile {file}: {what}; planner calibrate writes one")
-        size = file.stat().st_size
-        if size > MAX_BYTES:
-            raise InputError(f"profile {file}: {size:,} bytes; a profile has at most {MAX_BYTES:,}")
-        data = file.read_bytes()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"profile {str(path)[:200]!r}: cannot be read: {reason}") from None
+        data = content(file, MAX_BYTES, "profile")
+    except InputError as error:
+        raise InputError(f"profile {error}; planner calibrate writes one") from None
     try:
         profile = Profile.model_validate_json(data, strict=True)
     except ValidationError as error:
@@ -81,8 +75,7 @@ def refuse_output(path: Path, inputs: Iterable[Path], force: bool) -> None:
             if path.exists() and not path.is_file():
                 raise InputError(f"{shown} is not a regular file: name another")
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"{shown} cannot be written: {reason}") from None
+        raise InputError(f"{shown} cannot be written: {reason_of(error)}") from None
 
 
 def write_profile(profile: Profile, path: Path, force: bool = False) -> None:
@@ -103,8 +96,7 @@ def write_profile(profile: Profile, path: Path, force: bool = False) -> None:
         refuse_output(path, (), force)
         os.replace(temporary, path)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"--output {str(path)[:200]!r} cannot be written: {reason}") from None
+        raise InputError(f"--output {str(path)[:200]!r} cannot be written: {reason_of(error)}") from None
     finally:
         if made:
             temporary.unlink(missing_ok=True)

@@ -79,7 +79,9 @@ def show_times(picked: Runs, worst: int, as_json: bool, write: str | None) -> No
     from planner.validate import validate_times
 
     if write is not None:
-        raise InputError("--write: the page has memory and step times; leave out --time")
+        raise InputError(
+            f"--write {write[:200]}: the page has memory alone; leave out --time, or take --json"
+        )
     with progress(as_json) as report_progress:
         report = validate_times(picked, report_progress)
     if as_json:

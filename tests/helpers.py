@@ -10,6 +10,16 @@ from planner.layers import Builder
 from strategies.base import Layer, Role, held
 from strategies.layout import Layout, Wire, strategies_of
 
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
+    "vocab_size": 1000,
+}
+"""A small config.json, as its reader takes it."""
+
 
 def gpt(layers: int, hidden: int, heads: int, vocab: int = 51200, seq: int = 2048, **more: Any) -> ModelSpec:
     """A GPT as the papers have it: 4h MLP, GELU, LayerNorm, learned positions, tied head, dropout."""

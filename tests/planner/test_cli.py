@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from planner.cli import app
+from tests.helpers import LLAMA
 
 RUNNER = CliRunner()
 SMALL = ["--model", "gpt2-small", "--gpus", "2xA100", "--global-batch-size", "8"]
@@ -367,14 +368,6 @@ def test_a_bad_layout_exits_2_with_the_reason(case: str) -> None:
     assert part in result.output
 
 
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 512,
-    "vocab_size": 1000,
-}
 HOSTILE: dict[str, tuple[Any, str]] = {
     "wrong type": (LLAMA | {"hidden_size": "256"}, "hidden_size"),
     "a bool for a number": (LLAMA | {"hidden_size": True}, "hidden_size"),

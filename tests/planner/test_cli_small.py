@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from planner import ModelSpec
 from planner.cli import app
 from planner.render import console_for, grid
+from tests.helpers import LLAMA
 
 RUNS = [
     {
@@ -184,16 +185,8 @@ def test_qwen3_is_in_the_catalog(size: str) -> None:
 
 
 def config(tmp_path: Path, name: str = "config.json", **more: Any) -> str:
-    values = {
-        "model_type": "llama",
-        "hidden_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 512,
-        "vocab_size": 1000,
-    }
     tmp_path.mkdir(exist_ok=True)
-    (tmp_path / name).write_text(json.dumps(values | more))
+    (tmp_path / name).write_text(json.dumps(LLAMA | more))
     return str(tmp_path / name)
 
 

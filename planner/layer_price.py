@@ -33,8 +33,15 @@ class LayerPrice:
     recomputed: Quantity  # what its backward starts by making again
     walk: tuple[StepPrice, ...]
     working: Quantity  # most bytes above ``saved`` while its own backward runs
-    seconds: Quantity
+    forward: Quantity  # seconds of one micro-batch, with the messages that are not hidden
+    inputs: Quantity  # seconds of the gradient of its input, and of what is run again before it
+    weights: Quantity  # seconds of the gradients of its weights
     per_step: tuple[tuple[str, Quantity], ...]  # (hidden behind, seconds) of once-a-step messages
+
+    @property
+    def seconds(self) -> Quantity:
+        """Seconds of one micro-batch, forward and backward."""
+        return self.forward + self.inputs + self.weights
 
 
 def working_set(recomputed: Quantity, walk: Iterable[StepPrice]) -> Quantity:

@@ -140,6 +140,7 @@ def features(model: ModelSpec, training: TrainingSpec, stack: Stack) -> frozense
         "fp32": training.precision == "fp32",
         "qk_norm": model.qk_norm,
         "gated": model.gated_mlp,
+        "biases": model.mlp_bias,
         "parallel": model.parallel_residual,
         "embedding_norm": model.embedding_norm,
         # A mask of its own leaves the flash kernel, in transformers from a full window on.
@@ -154,32 +155,8 @@ def features(model: ModelSpec, training: TrainingSpec, stack: Stack) -> frozense
     return frozenset(words | {word for word, holds in chosen.items() if holds})
 
 
-def _row(name: str, dims: str, count: float, dtype: str = COMPUTE, when: str = "") -> Row:
-    return Row(name, dims, count, dtype, UNTIL_FULL, when, Role.TRAFFIC)
-
-
-# Elements read and written by memory-bound kernels, forward and backward, each kernel reading its
-# inputs and writing its outputs once. A norm: x in, y out; backward x and dy in, dx out.
-BLOCK_TRAFFIC = (
-    _row("norms", "batch seq residual", 10),
-    _row("residual additions", "batch seq residual", 12),
-    _row("dropout", "batch seq residual", 8, when="dropout"),
-    _row("rotary embedding of queries", "batch seq heads head_dim", 4, when="rotary"),
-    _row("rotary embedding of keys", "batch seq kv_heads head_dim", 4, when="rotary"),
-    _row("gated activation", "batch seq ffn", 8, when="gated !swiglu:unfused"),
-    _row("gated activation, unfused", "batch seq ffn", 13, when="gated swiglu:unfused"),
-    _row("activation", "batch seq ffn", 5, when="!gated"),
-    _row("softmax of the scores", "batch heads seq seq_k", 5, when="eager"),
-    _row("dropout of the scores", "batch heads seq seq_k", 4, when="eager attention_dropout"),
-)
-AROUND_TRAFFIC = {
-    "embedding": (_row("look-up", "batch seq residual", 4),),
-    "head": (
-        _row("final norm", "batch seq residual", 5),
-        _row("loss", "batch seq vocab", 5, FP32),
-    ),
-}
-ATTENTION_FLOPS = {"eager": 12.0, "sdpa": 7.0, "flash": 7.0}
+UNFUSED = 12.0
+ATTENTION_FLOPS = {"eager": UNFUSED, "sdpa": 7.0, "flash": 7.0, "flash1": 7.0}
 """FLOPs per batch x seq x seq_k x head x head_dim, forward and backward: two products of 2 FLOPs
 forward, four backward; flash skips the causal half and runs five products backward, which is
 half of 4 + 10 (Dao 2023, arXiv:2307.08691, section 4.1)."""
@@ -267,14 +244,14 @@ class Builder:
         per_pair = ATTENTION_FLOPS[str(self.training.attention)]
         kept = self.stack.rerun.get("attention core", UNTIL_FULL)
         terms.append(Term("attention core", Role.FLOPS, core, per_pair, kept))
-        terms += self.rows(self.stack.rows["block"] + BLOCK_TRAFFIC)
+        terms += self.rows(self.stack.rows["block"])
         terms.append(self.regions(4, UNTIL_FULL))
         return Layer("block", tuple(terms), self.model.num_hidden_layers, STEPS["block"])
 
     def embedding(self) -> Layer:
         """Word and position embedding."""
         terms = [t for w in embedding_weights(self.model, self.vocab) for t in self.states(w)]
-        terms += self.rows(self.stack.rows["embedding"] + AROUND_TRAFFIC["embedding"])
+        terms += self.rows(self.stack.rows["embedding"])
         return Layer("embedding", (*terms, self.regions(1)), steps=STEPS["embedding"])
 
     def head(self) -> Layer:
@@ -283,7 +260,7 @@ class Builder:
         terms = [t for w in weights for t in self.states(w)]
         dims = {"vocab": self.vocab, "hidden": self.model.hidden_size}
         terms.append(self.product("head weight", dims, ALWAYS))
-        terms += self.rows(self.stack.rows["head"] + AROUND_TRAFFIC["head"])
+        terms += self.rows(self.stack.rows["head"])
         return Layer("head", (*terms, self.regions(1)), steps=STEPS["head"])
 
     def stage(self) -> Layer:

@@ -39,12 +39,12 @@ def reuse(high: int, wide: int) -> float:
 
 def passes(
     tokens: Quantity, inner: Quantity, outer: Quantity, multiprocessors: int
-) -> tuple[Quantity, Quantity]:
-    """Time of a weight's forward and backward, over that of all its work at the best rate.
+) -> tuple[Quantity, Quantity, Quantity]:
+    """Time of a weight's product, of the gradient of its input and of its own, over that at the best rate.
 
     The weight has ``inner`` x ``outer`` elements on a GPU. Its forward makes tokens x outer elements, its
     backward tokens x inner for the input and inner x outer for the weight: three products of equal work.
     """
-    forward = 1 / busy(tokens, outer, multiprocessors)
-    backward = 1 / busy(tokens, inner, multiprocessors) + 1 / busy(inner, outer, multiprocessors)
-    return forward / 3, backward / 3
+    sides = ((tokens, outer), (tokens, inner), (inner, outer))
+    forward, inputs, weights = (1 / busy(rows, columns, multiprocessors) for rows, columns in sides)
+    return forward, inputs, weights

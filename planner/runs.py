@@ -38,6 +38,7 @@ class RunGpu(BaseModel):
 
     kind: Text
     usable_gib: Size | None = None
+    network_gb_per_s: Size | None = None  # of the network, per GPU and direction
 
 
 class RunLayout(BaseModel):

@@ -123,6 +123,27 @@ class Figure(BaseModel):
     source: str
 
 
+class AttentionCurve(BaseModel):
+    """What a fused attention kernel reaches of the GPU's peak, counted causal (half of all pairs).
+
+    ``forward`` and ``backward`` are what it tends to in long sequences, with heads of 128; half of it is
+    reached at ``half_length`` tokens. ``narrow`` is the part of it with heads of 64 or less.
+    """
+
+    model_config = FROZEN
+
+    forward: float = Field(gt=0, le=1)
+    backward: float = Field(gt=0, le=1)
+    half_length: float = Field(ge=0)
+    narrow: float = Field(1.0, gt=0, le=1)
+    source: str
+
+    def rates(self, head_dim: int, seq_length: int) -> tuple[float, float]:
+        """Fractions of the peak that forward and backward reach with such heads and sequences."""
+        part = seq_length / (seq_length + self.half_length) * (self.narrow if head_dim <= 64 else 1.0)
+        return self.forward * part, self.backward * part
+
+
 class Gpu(BaseModel):
     """One kind of GPU, from the catalog. Bytes, bytes/s, FLOP/s (dense), watts."""
 
@@ -144,6 +165,7 @@ class Gpu(BaseModel):
     gpus_per_node: int = Field(ge=1)
     power_w: float = Field(gt=0)
     achievable: dict[str, Figure]
+    attention: dict[str, AttentionCurve] = Field(default_factory=dict)  # by kernel
     latency_s: dict[str, Figure]
     source: dict[str, str]
 
@@ -272,7 +294,7 @@ class TrainingSpec(BaseModel):
     precision: Literal["bf16", "fp16", "fp32", "pure-bf16"] | None = None
     optimizer: Literal["adamw", "adam", "momentum", "sgd"] = "adamw"
     framework: str = "megatron"
-    attention: Literal["flash", "sdpa", "eager"] | None = None
+    attention: Literal["flash", "sdpa", "eager", "flash1"] | None = None
     swiglu: Literal["fused", "unfused", "recomputed"] | None = None
     dropout: float | None = Field(None, ge=0, lt=1)
     gradient_dtype: Literal["fp32", "bf16", "fp16"] | None = None

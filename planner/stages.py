@@ -26,12 +26,12 @@ from typing import Any
 import numpy as np
 
 from planner.candidate import Candidate, Stage
+from planner.compute import Compute
 from planner.defaults import Job
 from planner.layer_price import LayerPrice, StepPrice, working_set
 from planner.layers import Builder
 from planner.network import Network
 from planner.overheads import tensor_capacity
-from planner.products import passes
 from planner.residence import Residence, residence_of
 from strategies.base import (
     STATES,
@@ -96,15 +96,9 @@ class Prices:
     def __init__(self, job: Job, layout: Layout, policies: Sequence[str]) -> None:
         self.job, self.layout, self.policies = job, layout, tuple(policies)
         self.network = Network.of(job.cluster)
-        gpu = job.cluster.gpu
-        peaks = gpu.peak_flops
-        # A whole layer sustains a fraction of what its best product alone achieves.
-        sustained = gpu.achievable["sustained"].value
-        peak = peaks.get(job.recipe.unit, peaks["fp32"])
-        self.flops = peak * gpu.achievable["matmul"].value * sustained
-        self.multiprocessors = gpu.multiprocessors or 0
-        self.products: dict[tuple[str, str], tuple[Quantity, Quantity, Quantity]] = {}
-        self.bandwidth = gpu.hbm_bytes_per_s * gpu.achievable["memory"].value
+        self.compute = Compute(job)
+        self.bandwidth = self.compute.bandwidth
+        self.overlap = job.training.options.get("overlap", "on") == "on"
         self.wire = job.stack.wire(job.recipe, job.training.options)
         builder = Builder(
             job.model,
@@ -152,7 +146,7 @@ class Prices:
         """The same prices for a part of the family: an index, or an index array and new axes."""
         part = copy.copy(self)
         for name, value in vars(self).items():
-            if name not in ("layers", "products"):
+            if name not in ("layers", "compute"):
                 setattr(part, name, _pick(value, selector))
         return part
 
@@ -212,8 +206,6 @@ class Prices:
         saved = role_sum(layer, Role.ACTIVATION, strategies)
         ahead, recomputed, walk = self._walk(layer, policy)
         data, size = strategies[0], size_seen_by(strategies[0], strategies)
-        compute = self._work(layer, policy) / self.flops
-        compute = compute + role_sum(layer, Role.TRAFFIC, strategies) / self.bandwidth
         hidden: Quantity = 0.0
         exposed: Quantity = 0.0
         per_step: list[tuple[str, Quantity]] = []
@@ -221,11 +213,13 @@ class Prices:
             for message in strategy.collectives(layer, size_seen_by(strategy, strategies)):
                 seconds = self.network.seconds(message, self.layout)
                 if message.per == "step":
-                    per_step.append((message.behind, seconds))
-                elif message.behind == "layer":
+                    per_step.append((message.behind if self.overlap else "", seconds))
+                elif message.behind == "layer" and self.overlap:
                     hidden = hidden + seconds
                 else:
                     exposed = exposed + seconds
+        *plain, _ = strategies_of(self.layout, self.wire, 0, "none")
+        passes = self.compute.passes(layer, plain, strategies, hidden, exposed)
         return LayerPrice(
             states={role: role_sum(layer, role, strategies) for role in (*STATES, Role.BUFFER)},
             gathered=sum(data.gathered(term, size) for term in layer.by_role[Role.PARAMETER]),
@@ -236,32 +230,11 @@ class Prices:
             recomputed=recomputed,
             walk=walk,
             working=working_set(recomputed, walk),
-            seconds=np.maximum(compute, hidden) + exposed,
+            forward=passes.forward,
+            inputs=passes.inputs + passes.again,
+            weights=passes.weights,
             per_step=tuple(per_step),
         )
-
-    def _work(self, layer: Layer, policy: str) -> Quantity:
-        """FLOPs of a micro-batch, those of products that leave multiprocessors idle as so many more."""
-        *strategies, _ = strategies_of(self.layout, self.wire, 0, policy)
-        total: Quantity = 0.0
-        for term in layer.by_role[Role.FLOPS]:
-            work = held(term, strategies)
-            if self.multiprocessors and "hidden" in term.dims:
-                once, forward, backward = self._once(layer, term)
-                work = once * (forward + backward) + (work - once) * 3 * forward  # run forward again
-            total = total + work
-        return total
-
-    def _once(self, layer: Layer, term: Term) -> tuple[Quantity, Quantity, Quantity]:
-        """FLOPs of a weight's products without recompute, and the time of its passes over theirs."""
-        if (key := (layer.kind, term.name)) not in self.products:
-            *plain, _ = strategies_of(self.layout, self.wire, 0, "none")
-            once = held(term, plain)
-            tokens, hidden = term.dims["batch"] * term.dims["seq"], term.dims["hidden"]
-            other = once / (term.unit * tokens * hidden)  # one side of every weight is never cut
-            sides = (other, hidden) if list(term.dims)[-1] == "hidden" else (hidden, other)
-            self.products[key] = once, *passes(tokens, *sides, self.multiprocessors)
-        return self.products[key]
 
     def _update_bytes(self, layer: Layer, strategies: Sequence[AbstractStrategy]) -> Quantity:
         # States are read and written, the gradient read, the weight written, of this GPU's part.
@@ -311,7 +284,7 @@ class Prices:
         exposed: Quantity = 0.0
         for index, (behind, seconds) in enumerate(block.per_step):
             around = self._around(self.embedding.per_step[index][1], self.head.per_step[index][1])
-            share = {"backward": 2 / 3, "forward": 1 / 3}[behind]
+            share = {"backward": 2 / 3, "forward": 1 / 3, "": 0.0}[behind]
             exposed = exposed + np.maximum(0.0, seconds * depth + around - share * window)
         around = self._around(self.embedding.update_bytes, self.head.update_bytes)
         total = exposed + (block.update_bytes * depth + around) / self.bandwidth

@@ -140,6 +140,9 @@ def cluster_of(run: Run) -> ClusterSpec:
     gpu = load_gpu(run.gpu.kind)
     if run.gpu.usable_gib is not None:
         gpu = gpu.model_copy(update={"usable_bytes": int(run.gpu.usable_gib * GIB)})
+    if run.gpu.network_gb_per_s is not None:
+        network = gpu.network.model_copy(update={"bytes_per_s": run.gpu.network_gb_per_s * 1e9})
+        gpu = gpu.model_copy(update={"network": network})
     assert run.gpus is not None
     return ClusterSpec(gpu=gpu, num_gpus=run.gpus, gpus_per_node=min(gpu.gpus_per_node, run.gpus))
 

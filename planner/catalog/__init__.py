@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from planner.errors import InputError, nearest_names
 
 if TYPE_CHECKING:
-    from planner.specs import Gpu, ModelSpec
+    from planner.specs import Figure, Gpu, ModelSpec
 
 HERE = Path(__file__).parent
 
@@ -79,6 +79,15 @@ def load_gpu(name: str) -> Gpu:
     from planner.specs import Gpu
 
     return Gpu(**_read("gpus", _find("gpus", name, "GPU kind")))
+
+
+@cache
+def host(name: str) -> Figure:
+    """A figure of the machine that feeds the GPUs."""
+    from planner.specs import Figure
+
+    data: dict[str, Any] = json.loads((HERE / "host.json").read_bytes())
+    return Figure(**data[name])
 
 
 def gpu_of_memory(gigabytes: int) -> Gpu:

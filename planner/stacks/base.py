@@ -10,7 +10,7 @@ that can be read beside the code they were counted in. Options select rows by wo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -155,6 +155,8 @@ class Stack:
     sizes: Mapping[str, float] = field(default_factory=dict)  # options that are numbers of elements
     bucket_fraction: float = 0.0
     eager_alibi: bool = False  # no fused attention for ALiBi models
+    launches: tuple[float, float] = (20.0, 38.0)  # kernels of a block's forward and of its backward
+    attention_kernels: tuple[str, ...] = ("flash", "cudnn")  # fused ones, the preferred first
     hidden_transfers: str = ""  # the flags behind the overlap that is assumed
     context: Overhead = CONTEXT
     communicator: Overhead = COMMUNICATOR
@@ -166,6 +168,11 @@ class Stack:
         for name, value in options.items():
             changed |= self.variants.get(f"{name}:{value}", {})
         return replace(self, **changed) if changed else self
+
+    def attention_kernel(self, attention: str | None, there: Iterable[str]) -> str:
+        """The fused kernel that is run, of those that are known of a GPU; empty where none is."""
+        wanted = {"eager": (), "flash1": ("flash1",)}.get(str(attention), self.attention_kernels)
+        return next((name for name in wanted if name in there), "")
 
     def autograd_bytes(self, recipe: Recipe) -> float:
         """Bytes per element of the gradients that autograd makes, before they are stored."""
@@ -179,7 +186,7 @@ class Stack:
         """What this stack sends for data parallelism under a recipe and options."""
         usual = recipe.compute if self.both_gradients else recipe.gradient
         wire = Wire(
-            gather_bytes=recipe.compute,
+            gather_bytes=recipe.compute if self.casts_weights else recipe.weight,
             reduce_bytes=WIDTHS.get(options.get("reduce_dtype", ""), usual),
             bucket_bytes=self.size("reduce_bucket_size", options) * recipe.compute,
             bucket_fraction=self.bucket_fraction if options.get("gradient_view") != "on" else 0.0,

@@ -41,6 +41,7 @@ DEEPSPEED = Stack(
         "kernels:megatron": {
             "rows": {**MEGATRON.rows, "head": MEGATRON.rows["head"] + KEPT_LOGITS},
             "rerun": MEGATRON.rerun,
+            "launches": MEGATRON.launches,
             "policies": MEGATRON.policies,
             "vocabulary_multiple": MEGATRON.vocabulary_multiple,
             "shardings": {"zero1": True, "zero2": False, "zero3": False, "ddp": True},
@@ -51,6 +52,7 @@ DEEPSPEED = Stack(
                 "loss": ("parallel", "fused"),
                 "swiglu": ("unfused", "fused"),
                 "optimizer_step": ("fused", "foreach"),
+                "overlap": ("off", "on"),
             },
         }
     },
@@ -72,7 +74,9 @@ DEEPSPEED = Stack(
         "attention": ("sdpa", "flash", "eager"),
         "loss": ("eager", "fused", "chunked"),
         "optimizer_step": ("fused", "foreach"),
+        "overlap": ("on", "off"),  # overlap_comm
     },
+    launches=(38, 71),
     tensor_parallel=False,
     policies=("none", "full"),
     gradient_copies=True,

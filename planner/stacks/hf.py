@@ -7,6 +7,7 @@ normalised values and its output); GPT-2 ``sb[18h + 10f] + 4sba + 16sb`` with dr
 
 from __future__ import annotations
 
+from planner.stacks import traffic
 from planner.stacks.base import (
     ALWAYS,
     BYTE,
@@ -221,7 +222,13 @@ HEAD = (
 HF = Stack(
     name="hf",
     version="transformers 5.23, one GPU or DDP",
-    rows={"embedding": EMBEDDING, "block": BLOCK, "head": HEAD},
+    rows={
+        "embedding": EMBEDDING + traffic.EMBEDDING,
+        "block": BLOCK
+        + traffic.given("!compile:on", *traffic.EAGER)
+        + traffic.given("compile:on", *traffic.FUSED),
+        "head": HEAD + traffic.HEAD,
+    },
     recipes={
         # accelerate keeps fp32 weights under mixed precision; pure-bf16 is a model loaded in bf16.
         "bf16": Recipe(4, 4, 0, 4),
@@ -240,6 +247,7 @@ HF = Stack(
         "optimizer_step": ("fused", "foreach"),
         "gradient_view": ("off", "on"),
     },
+    launches=(48, 87),  # under autocast (tests/data/traced_traffic.json)
     bucket_fraction=1.0,  # DDP's buckets, gradient_as_bucket_view off as in torch's default
     tensor_parallel=False,
     eager_alibi=True,

@@ -7,6 +7,7 @@ attention keeps ``sbh(12 + 4k/a + 6f/h)`` plus log-sum-exp and statistics.
 
 from __future__ import annotations
 
+from planner.stacks import traffic
 from planner.stacks.base import (
     ALLOCATOR,
     ALWAYS,
@@ -129,7 +130,12 @@ STAGE = (
 MEGATRON = Stack(
     name="megatron",
     version="Megatron-LM core 0.16, Transformer Engine kernels",
-    rows={"embedding": EMBEDDING, "block": BLOCK, "head": HEAD, "stage": STAGE},
+    rows={
+        "embedding": EMBEDDING + traffic.EMBEDDING,
+        "block": BLOCK + traffic.FUSED,
+        "head": HEAD + traffic.HEAD,
+        "stage": STAGE,
+    },
     recipes={
         "bf16": Recipe(2, 4, 4, 4),
         "fp16": Recipe(2, 4, 4, 4, unit="fp16"),
@@ -148,6 +154,7 @@ MEGATRON = Stack(
         "swiglu": ("fused", "unfused", "recomputed"),
         "norm": ("kept", "recomputed"),
         "loss": ("parallel", "fused"),
+        "overlap": ("on", "off"),  # of gradients and parameters with compute
     },
     rerun={"attention core": NONE},
     vocabulary_multiple=128,
@@ -164,5 +171,6 @@ MEGATRON = Stack(
         "1.01-1.09 in SimuMax's per-rank readings of Megatron-LM on B200, 1.03 in most",
         fraction=True,
     ),
+    attention_kernels=("cudnn", "flash"),  # as Transformer Engine prefers them
     hidden_transfers="--overlap-grad-reduce --overlap-param-gather",
 )

@@ -9,6 +9,7 @@ the outputs of every second product and of attention; ``full`` keeps ``2sbh``. C
 
 from __future__ import annotations
 
+from planner.stacks import traffic
 from planner.stacks.base import (
     ALWAYS,
     COMPUTE,
@@ -131,6 +132,25 @@ EMBEDDING = (
     Row("gradients of the tied weight", "vocab hidden tied", 2, role=TRANSIENT, steps="embedding"),
 )
 
+# Norms are kernels of their own; the rotary embedding is a product of complex numbers in fp32.
+TRAFFIC = traffic.always_rerun(
+    *traffic.given("compile:on", *traffic.FUSED),
+    *traffic.given(
+        "!compile:on",
+        traffic.row("norms", H, 10, "!norm:eager"),
+        traffic.row("norms, written out", H, 2 * traffic.WRITTEN_OUT, "norm:eager"),
+        traffic.row("norm of the queries", AD, 5, "qk_norm"),
+        traffic.row("norm of the keys", KD, 5, "qk_norm"),
+        *traffic.ADDITIONS,
+        traffic.row("gradients of the first norm's output, added up", H, 6, "qkv:separate"),
+        traffic.row("gradients of the second norm's output, added up", H, 3, "gated"),
+        traffic.row("rotary embedding of queries", AD, 20, "rotary"),
+        traffic.row("rotary embedding of keys", KD, 20, "rotary"),
+        traffic.row("gated activation", F, 14, "gated"),
+        traffic.row("activation", F, 5, "!gated"),
+    ),
+)
+
 EAGER = "!loss:compiled !loss:chunked !loss:eager-chunked"
 
 HEAD = (
@@ -166,7 +186,11 @@ HEAD = (
 TORCHTITAN = Stack(
     name="torchtitan",
     version="torchtitan 0.3.0, torch 2.13, eager",
-    rows={"embedding": EMBEDDING, "block": BLOCK, "head": HEAD},
+    rows={
+        "embedding": EMBEDDING + traffic.EMBEDDING,
+        "block": BLOCK + TRAFFIC,
+        "head": HEAD + traffic.HEAD,
+    },
     recipes={
         "bf16": Recipe(4, 4, 0, 4),
         "fp32": Recipe(4, 4, 0, 4, compute=4, unit="tf32"),

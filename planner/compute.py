@@ -1,0 +1,154 @@
+"""Seconds of a layer's own work on a GPU: matrix products, attention, memory-bound kernels, launches.
+
+A pass takes the sum of its kernels' times, as they run one after the other:
+
+- a weight's product: FLOPs at the best rate of a product of its shape (:mod:`planner.products`);
+- attention: FLOPs at the rate of its kernel, which grows with the sequence;
+- memory-bound kernels: the bytes that they move (:mod:`planner.stacks.traffic`), at what such kernels
+  reach of the bandwidth;
+
+and never less than the host takes to launch them. Messages behind a pass take multiprocessors from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from planner.catalog import host
+from planner.defaults import Job
+from planner.layers import UNFUSED
+from planner.products import passes
+from strategies.base import AbstractStrategy, Layer, Quantity, Role, Term, held
+
+ALIGNED = 8
+"""Elements of half precision that tensor cores take at a time: products along a length that is no multiple
+of it run without them (NVIDIA, Matrix Multiplication Background User's Guide, "Tensor Core Requirements";
+cuBLAS before version 11 states it as a condition)."""
+CHANNELS = 24
+"""Multiprocessors that NCCL's kernels take, one a channel: as many as it opens on eight A100 (NVIDIA/nccl-tests
+issue 100, "Channel 23/24")."""
+SCORES_MOVED = 6
+"""How often unfused attention's products write or read the scores: twice forward, four times backward."""
+
+
+class Passes(NamedTuple):
+    """Seconds of one micro-batch's passes through a layer: forward; again, what of it is recomputed;
+    the gradient of its input; those of its weights."""
+
+    forward: Quantity = 0.0
+    again: Quantity = 0.0
+    inputs: Quantity = 0.0
+    weights: Quantity = 0.0
+
+    @property
+    def backward(self) -> Quantity:
+        """Seconds of the backward, with what it runs again."""
+        return self.again + self.inputs + self.weights
+
+
+class Compute:
+    """What a job's layers take on one of its GPUs."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        gpu = job.cluster.gpu
+        reach = {name: figure.value for name, figure in gpu.achievable.items()}
+        self.peak = gpu.peak_flops.get(job.recipe.unit, gpu.peak_flops["fp32"])
+        self.products = self.peak * reach["matmul"] * reach["sustained"]
+        self.unaligned = gpu.peak_flops["fp32"] * reach["matmul"]
+        self.bandwidth = gpu.hbm_bytes_per_s * reach["memory"]
+        self.kernels = self.bandwidth * reach["kernels"]
+        self.in_step = reach["in_step"]
+        self.multiprocessors = gpu.multiprocessors or 0
+        self.channels = min(1.0, CHANNELS / self.multiprocessors) if self.multiprocessors else 0.0
+        self.launch = host("launch_s").value
+        self.attention = gpu.attention.get(job.stack.attention_kernel(job.training.attention, gpu.attention))
+        self.memo: dict[tuple[str, str], tuple[Quantity, Quantity, Quantity]] = {}
+
+    def passes(
+        self,
+        layer: Layer,
+        plain: Sequence[AbstractStrategy],
+        strategies: Sequence[AbstractStrategy],
+        hidden: Quantity = 0.0,
+        exposed: Quantity = 0.0,
+    ) -> Passes:
+        """Seconds of a layer's passes; ``plain`` are the strategies without recompute.
+
+        ``hidden`` seconds of messages run behind them, a third behind the forward; ``exposed`` ones run
+        between their kernels, half of them forward, where they wait for the group's slowest GPU.
+        """
+        forward: Quantity = 0.0
+        rerun: Quantity = 0.0
+        inputs: Quantity = 0.0
+        weights: Quantity = 0.0
+        for term in (*layer.by_role[Role.FLOPS], *layer.by_role[Role.TRAFFIC]):
+            once, of_input, of_weight = self.seconds(layer, term, plain)
+            forward = forward + once
+            rerun = rerun + once * again(term, strategies)
+            inputs, weights = inputs + of_input, weights + of_weight
+        repeated = max((again(term, strategies) for term in layer.by_role[Role.MESSAGE]), default=0)
+        each = exposed / self.in_step / (2 + repeated)
+        ahead = self.behind(forward, hidden / 3) + each
+        back = self.behind(rerun + inputs + weights, hidden * 2 / 3) + each * (1 + repeated)
+        if layer.kind == "block":
+            most = max(again(term, strategies) for term in layer.by_role[Role.FLOPS])
+            launches = [count * self.launch for count in self.job.stack.launches]
+            ahead = np.maximum(ahead, launches[0])
+            back = np.maximum(back, launches[1] + most * launches[0])
+        return Passes(ahead, rerun, back - rerun - weights, weights)
+
+    def behind(self, work: Quantity, messages: Quantity) -> Quantity:
+        """Seconds of work that messages run behind, on their part of the multiprocessors."""
+        return np.maximum(work + self.channels * messages, messages)
+
+    def seconds(
+        self, layer: Layer, term: Term, plain: Sequence[AbstractStrategy]
+    ) -> tuple[Quantity, Quantity, Quantity]:
+        """Seconds of a term's forward, of its input's gradient and of its weight's, nothing recomputed."""
+        if (key := (layer.kind, term.name)) not in self.memo:
+            amount = held(term, plain)
+            if term.role is Role.TRAFFIC:
+                third = amount / self.kernels / 3
+                self.memo[key] = third, 2 * third, 0.0
+            elif "hidden" in term.dims:
+                self.memo[key] = self._product(term, amount)
+            else:
+                self.memo[key] = self._attention(term, amount)
+        return self.memo[key]
+
+    def _product(self, term: Term, flops: Quantity) -> tuple[Quantity, Quantity, Quantity]:
+        """A weight's product with every token, the gradient of its input and its own: equal work."""
+        third = flops / self.products / 3
+        if not self.multiprocessors:
+            return third, third, third
+        tokens, hidden = term.dims["batch"] * term.dims["seq"], term.dims["hidden"]
+        other = flops / (term.unit * tokens * hidden)  # one side of every weight is never cut
+        sides = (other, hidden) if list(term.dims)[-1] == "hidden" else (hidden, other)
+        forward, inputs, weights = passes(tokens, *sides, self.multiprocessors)
+        return third * forward, third * inputs, third * weights
+
+    def _attention(self, term: Term, flops: Quantity) -> tuple[Quantity, Quantity, Quantity]:
+        """The attention core: fused, at its kernel's rate; else products that move the scores."""
+        width = term.dims["head_dim"]
+        if self.attention is None or term.unit == UNFUSED:
+            aligned = width % ALIGNED == 0 or self.job.recipe.compute == 4
+            moved = flops / term.unit / width * SCORES_MOVED * self.job.recipe.compute
+            rate = self.products if aligned else self.unaligned
+            third = np.maximum(flops / rate, moved / self.kernels) / 3
+            return third, 2 * third, 0.0
+        forward, backward = self.attention.rates(width, self.job.seq_length)
+        # Two products forward, five backward (Dao 2023, arXiv:2307.08691, section 4.1).
+        return flops * 2 / 7 / (self.peak * forward), flops * 5 / 7 / (self.peak * backward), 0.0
+
+
+def again(term: Term, strategies: Sequence[AbstractStrategy]) -> float:
+    """How often a term's forward is run again under the recompute policy.
+
+    Its strategy counts a freed term of work, a third of it forward, 4/3, and a message, half of it, 3/2.
+    """
+    parts = 2 if term.role is Role.MESSAGE else 3
+    return sum(round(parts * (one.share(term) - 1)) for one in strategies if one.axis == "recompute")

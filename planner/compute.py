@@ -65,6 +65,7 @@ class Compute:
         self.multiprocessors = gpu.multiprocessors or 0
         self.channels = min(1.0, CHANNELS / self.multiprocessors) if self.multiprocessors else 0.0
         self.launch = host("launch_s").value
+        self.blocking = job.training.options.get("launch_blocking") == "on"
         self.attention = gpu.attention.get(job.stack.attention_kernel(job.training.attention, gpu.attention))
         self.memo: dict[tuple[str, str], tuple[Quantity, Quantity, Quantity]] = {}
 
@@ -97,8 +98,11 @@ class Compute:
         if layer.kind == "block":
             most = max(again(term, strategies) for term in layer.by_role[Role.FLOPS])
             launches = [count * self.launch for count in self.job.stack.launches]
-            ahead = np.maximum(ahead, launches[0])
-            back = np.maximum(back, launches[1] + most * launches[0])
+            back_launches = launches[1] + most * launches[0]
+            if self.blocking:
+                ahead, back = ahead + launches[0], back + back_launches
+            else:
+                ahead, back = np.maximum(ahead, launches[0]), np.maximum(back, back_launches)
         return Passes(ahead, rerun, back - rerun - weights, weights)
 
     def behind(self, work: Quantity, messages: Quantity) -> Quantity:

@@ -106,6 +106,7 @@ class Run(BaseModel):
     recompute: Text | None = None
     measured: Measured | None = None
     step_s: Annotated[float, Field(gt=0, lt=1e9)] | None = None  # measured seconds of a step
+    when: Text = ""  # state of the cluster, where the source says that it changed between its runs
     needs: Annotated[tuple[Text, ...], Field(max_length=50)] = ()
     assumed: Annotated[tuple[Text, ...], Field(max_length=50)] = ()
     remark: Annotated[str, Field(max_length=1000)] = ""

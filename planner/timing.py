@@ -1,8 +1,8 @@
 """Step times: predicted beside measured, by source, and the order of layouts within tables.
 
 A table is all runs of one source that share the model, the GPUs and the sequence and differ in layout,
-micro-batch or recomputation. The planner ranks; so what counts is the order within a table (Kendall 1938,
-Biometrika 30, doi:10.1093/biomet/30.1-2.81) and what its first choice costs: *regret*, the measured time of
+micro-batch or recomputation. The planner ranks; so what counts is the order within a table (Kendall
+1945) and what its first choice costs: *regret*, the measured time of
 the layout that it would pick over the best measured, less 1. Times are per token, as batches differ.
 """
 
@@ -75,14 +75,18 @@ class TimeReport:
 
 
 def kendall(predicted: Sequence[float], measured: Sequence[float]) -> float:
-    """Kendall's tau-a: pairs in the same order less pairs in the other, over all pairs.
+    """Kendall's tau-b: pairs in the same order less pairs in the other, over pairs that have an order.
 
-    >>> kendall([1, 2, 3], [10, 20, 30]), kendall([1, 2, 3], [10, 30, 20])
-    (1.0, 0.3333333333333333)
+    Readings in whole seconds are often equal: such pairs have none (Kendall 1945, Biometrika 33,
+    doi:10.1093/biomet/33.3.239). 0 where all are equal.
+
+    >>> kendall([1, 2, 3], [10, 20, 30]), kendall([1, 2, 3], [10, 30, 20]), kendall([1, 2], [5, 5])
+    (1.0, 0.3333333333333333, 0.0)
     """
     pairs = list(combinations(zip(predicted, measured, strict=True), 2))
-    signs = (_sign(a[0] - b[0]) * _sign(a[1] - b[1]) for a, b in pairs)
-    return sum(signs) / len(pairs)
+    signs = [(_sign(a[0] - b[0]), _sign(a[1] - b[1])) for a, b in pairs]
+    ordered = sum(a != 0 for a, _ in signs) * sum(b != 0 for _, b in signs)
+    return sum(a * b for a, b in signs) / ordered**0.5 if ordered else 0.0
 
 
 def _sign(value: float) -> int:
@@ -125,7 +129,7 @@ def _shared(run: Run) -> object:
     """What all runs of a table have in common."""
     model = run.model if isinstance(run.model, str) else run.model.model_dump_json(exclude={"name", "source"})
     software = (run.framework, run.precision, run.optimizer, tuple(sorted(run.options.items())))
-    return run.group, run.source, model, run.seq, run.gpu.kind, run.gpus, software
+    return run.group, run.source, run.when, model, run.seq, run.gpu.kind, run.gpus, software
 
 
 def _varied(run: Run) -> object:

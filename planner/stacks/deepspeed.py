@@ -53,6 +53,7 @@ DEEPSPEED = Stack(
                 "swiglu": ("unfused", "fused"),
                 "optimizer_step": ("fused", "foreach"),
                 "overlap": ("off", "on"),
+                "launch_blocking": ("off", "on"),  # CUDA_LAUNCH_BLOCKING=1
             },
         }
     },

@@ -40,8 +40,6 @@ STEP_S = {
 """Seconds of one step over a link, by protocol (``hwLatencies``)."""
 POST_S = (1e-6, 1e-6, 3e-6)
 """Seconds that every step of a ring across nodes costs at least: to post a network request."""
-PLATEAU = 1.4
-"""How much longer the steps of a ring all-reduce across nodes take under Simple (1.9 before Ampere)."""
 SHARE = {"ring": (1 / 2, 0.92, 1), "tree": (0.92 / 3.8, 0.92 * 120 / 128, 0.92)}
 """Part of the links' bandwidth that an algorithm gets under each protocol."""
 TREE_IN_DOMAIN = (0.92 / 3.8, 0.92 * 7 / 9, 0.92)
@@ -90,7 +88,7 @@ class Messages:
         elif kind == "all_to_all":
             ways = [self._all_to_all(place)]
         else:
-            ways = self._ring(place, PASSES[kind])
+            ways = self._ring(place, kind)
             if kind == "all_reduce":
                 ways += [*self._tree(place), *self._in_switch(place)]
         whole = np.shape(self.layout.world_size)
@@ -111,9 +109,10 @@ class Messages:
         two, more = LL_ACROSS
         return np.where(place.crossed[1], np.where(place.units[1] <= 2, two, more), inside)
 
-    def _ring(self, place: Place, passes: int) -> list[Way]:
+    def _ring(self, place: Place, kind: str) -> list[Way]:
         """n - 1 steps a pass: those between the units of a level over its way out, the rest inside."""
-        n, links = place.n, self.network.bandwidth(place)
+        n, passes, links = place.n, PASSES[kind], self.network.bandwidth(place)
+        volume = 1 if kind == "broadcast" else passes * (n - 1) / n  # of the buffer, over every link
         units = [*place.units, 1]
         ways = []
         for protocol in self._protocols():
@@ -129,9 +128,7 @@ class Messages:
             if protocol == 0:
                 speed = np.minimum(speed, self._ll_limit(place))
             latency = BASE_S["ring"][protocol] + passes * sum(steps)
-            if passes == 2 and protocol == 2:
-                latency = latency * np.where(place.crossed[1], PLATEAU, 1)
-            ways.append((latency, passes * (n - 1) / n / speed))
+            ways.append((latency, volume / speed))
         return ways
 
     def _tree_links(self, place: Place) -> Any:

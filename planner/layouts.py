@@ -205,21 +205,26 @@ def enumerate_layouts(job: Job, choices: Choices = Choices()) -> Space:
 def _in_orders(job: Job, choices: Choices, family: Layout, space: Space) -> Iterator[Layout]:
     """A family under every rank order, without those layouts whose groups all lie as under an earlier one."""
     network = Network.of(job.cluster)
-    earlier: list[Layout] = []
+    ordered: list[Layout] = []
+    kept: list[Any] = []
     for order in dict.fromkeys(choices.rank_order or job.stack.rank_orders):
         one = replace(family, rank_order=order)
         new = np.ones(len(family.data_parallel), dtype=bool)
-        for other in earlier:
+        for other in ordered:
             new &= ~network.same(one, other)
-        earlier.append(one)
         if not choices.across_nodes:
             leaving = network.place(*group("tensor", one)).crossed[1]
             if left := int(np.count_nonzero(new & leaving)):
                 reason = f"rank order {order}: a tensor-parallel group would leave its node"
                 space.refused[f"{reason} of {job.cluster.domain} GPUs"] += left
             new &= ~leaving
-        if np.any(new):
-            yield replace(one, **{name: getattr(one, name)[new] for name in NUMBERS})
+        ordered.append(one)
+        kept.append(np.nonzero(new)[0])
+    if rows := sum(map(len, kept)):
+        chosen = np.concatenate(kept)
+        numbers = {name: getattr(family, name)[chosen] for name in NUMBERS}
+        orders = np.repeat([one.rank_order for one in ordered], list(map(len, kept)))
+        yield replace(family, **numbers, rank_order=orders if len(kept[0]) < rows else str(orders[0]))
 
 
 def _micro_batches(per_replica: int, choices: Choices) -> list[int]:

@@ -45,7 +45,7 @@ class Wire:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where everything runs. Every number may be a numpy array: a family of layouts at once.
+    """Where everything runs. Numbers and the rank order may be numpy arrays: a family of layouts at once.
 
     ``data_shards`` is the group that FSDP shards over: 0, the default, stands for all of
     ``data_parallel``, fewer make it hybrid (HSDP);
@@ -64,7 +64,7 @@ class Layout:
     sharding: str = "ddp"
     reshard_after_forward: bool = True
     schedule: str = "1f1b"
-    rank_order: str = RANK_ORDERS[0]
+    rank_order: Any = RANK_ORDERS[0]
 
     def __post_init__(self) -> None:
         if isinstance(self.data_shards, int) and not self.data_shards:
@@ -87,13 +87,19 @@ class Layout:
         32
         """
         degrees = {"tp": self.tensor_parallel, "dp": self.data_parallel, "pp": self.pipeline_parallel}
-        order = self.rank_order.split("-")
-        return prod(degrees[inner] for inner in order[: order.index(axis)])
+        inside = {order: order.split("-")[: order.split("-").index(axis)] for order in RANK_ORDERS}
+        return sum(
+            (self.rank_order == order) * prod(degrees[inner] for inner in inside[order])
+            for order in RANK_ORDERS
+        )
 
     def plain(self) -> Layout:
         """The same single layout with Python's own numbers in place of array elements."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        plain: dict[str, Any] = {k: v if isinstance(v, str | bool) else int(v) for k, v in values.items()}
+        plain: dict[str, Any] = {
+            k: str(v) if isinstance(v, str) else v if isinstance(v, bool) else int(v)
+            for k, v in values.items()
+        }
         return Layout(**plain)
 
     def describe(self) -> str:

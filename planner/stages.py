@@ -95,7 +95,7 @@ class Prices:
 
     def __init__(self, job: Job, layout: Layout, policies: Sequence[str]) -> None:
         self.job, self.layout, self.policies = job, layout, tuple(policies)
-        self.messages = Messages.of(job.cluster, layout)
+        self._messages = Messages.of(job.cluster, layout)
         gpu = job.cluster.gpu
         peaks = gpu.peak_flops
         # A whole layer sustains a fraction of what its best product alone achieves.
@@ -219,7 +219,7 @@ class Prices:
         per_step: list[tuple[str, Quantity]] = []
         for strategy in strategies:
             for message in strategy.collectives(layer, size_seen_by(strategy, strategies)):
-                seconds = self.messages.seconds(message)
+                seconds = self._messages.seconds(message)
                 if message.per == "step":
                     per_step.append((message.behind, seconds))
                 elif message.behind == "layer":
@@ -299,7 +299,7 @@ class Prices:
 
     def _send_seconds(self) -> Quantity:
         # A chunk's output goes on once forward and its gradient back once: exposed.
-        once = self.messages.send_seconds(self.send_bytes)
+        once = self._messages.send_seconds(self.send_bytes)
         return 2 * once * self.layout.chunks * (self.layout.pipeline_parallel > 1)
 
     def _step_seconds(self) -> Quantity:

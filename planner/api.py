@@ -19,7 +19,7 @@ from planner.replay import StageReplay
 from planner.specs import ClusterSpec, ModelSpec, TrainingSpec
 from planner.stages import price
 from planner.units import gib
-from strategies.layout import Layout
+from strategies.layout import RANK_ORDERS, Layout
 from strategies.pipeline_parallel import SCHEDULES
 
 OBJECTIVES = ("time", "headroom")
@@ -93,6 +93,7 @@ def _check_choices(job: Job, choices: Choices, objective: str, top: int, time_li
         "sharding": tuple(job.stack.shardings),
         "schedule": SCHEDULES,
         "recompute": job.stack.policies,
+        "rank_order": RANK_ORDERS,
     }
     for name, allowed in offered.items():
         for value in getattr(choices, name) or ():

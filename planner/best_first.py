@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -111,6 +111,14 @@ class _Frontier:
         return len(self.order) + len(self.refined)
 
 
+def layouts_for(job: Job, choices: Choices, objective: str) -> Space:
+    """The layouts to search: for headroom in one rank order, as memory does not depend on it."""
+    if objective == "headroom":
+        first = tuple(choices.rank_order or job.stack.rank_orders)[:1]
+        choices = replace(choices, rank_order=first)
+    return enumerate_layouts(job, choices)
+
+
 def find(
     job: Job,
     choices: Choices = Choices(),
@@ -128,7 +136,7 @@ def find(
     """
     start = time.perf_counter()
     policies = choices.policies(job)
-    space = enumerate_layouts(job, choices)
+    space = layouts_for(job, choices, objective)
     frontier = _Frontier([price(job, family, policies) for family in space.families], objective)
     found = Found(space)
     worst = unproved = float("inf")
@@ -180,7 +188,7 @@ def exhaustive(job: Job, choices: Choices, objective: str, top: int) -> Sequence
     """Every layout solved, none pruned: what :func:`find` must agree with. For tests."""
     policies = choices.policies(job)
     answers = []
-    for family in enumerate_layouts(job, choices).families:
+    for family in layouts_for(job, choices, objective).families:
         prices = price(job, family, policies)
         for index in range(len(family.data_parallel)):
             solution = solve([prices.take(index).spread()], objective)

@@ -144,6 +144,8 @@ def as_document(model: ModelSpec, cluster: ClusterSpec, plans: list[Plan]) -> di
             "gpu": cluster.gpu.name,
             "num_gpus": cluster.num_gpus,
             "gpus_per_node": cluster.gpus_per_node,
+            "nodes_per_leaf": cluster.nodes_per_leaf,
+            "oversubscription": cluster.oversubscription,
             "usable_bytes": cluster.gpu.usable_bytes,
             "capacity_bytes": cluster.capacity_bytes,
         },
@@ -165,6 +167,8 @@ def search(
     tokens: o.Tokens = None,
     memory_budget: o.Budget = None,
     headroom: o.Headroom = None,
+    nodes_per_leaf: o.Leaf = None,
+    oversubscription: o.Oversubscription = None,
     framework: o.Framework = "megatron",
     precision: o.Precision = None,
     optimizer: o.Optimizer = "adamw",
@@ -184,6 +188,7 @@ def search(
     sharding: o.OnlySharding = None,
     schedule: o.OnlySchedule = None,
     recompute: o.OnlyRecompute = None,
+    rank_order: o.OnlyRankOrder = None,
     sequence_parallel: o.WithSP = True,
     across_nodes: o.AcrossNodes = False,
     objective: o.Objective = "time",
@@ -207,9 +212,10 @@ def search(
             name: reading.numbers(f"--{name.replace('_', '-')}", given[name]) for name in degrees
         }
         only |= {name: reading.words(given[name]) for name in ("sharding", "schedule", "recompute")}
+        only["rank_order"] = tuple(rank_order.lower().replace(" ", "").split(",")) if rank_order else None
         choices = Choices(**only, sequence_parallel=sequence_parallel, across_nodes=across_nodes)
         training = reading.read_training(given)
-        spec, cluster = reading.read_model(model), reading.read_cluster(gpus, memory_budget, headroom)
+        spec, cluster = reading.read_model(model), cluster_of(given)
         if only["micro_batch_size"] and len(only["micro_batch_size"]) == 1:
             unit = cluster.num_gpus * only["micro_batch_size"][0]
             training = reading.with_batch(spec, cluster, training, unit)
@@ -231,12 +237,20 @@ def search(
         show_search(console_for(), plans, verbose, quiet)
 
 
+def cluster_of(given: dict[str, Any]) -> ClusterSpec:
+    """The cluster that a command's options describe."""
+    from planner import reading
+
+    names = ("gpus", "memory_budget", "headroom", "nodes_per_leaf", "oversubscription")
+    return reading.read_cluster(*(given[name] for name in names))
+
+
 def one_layout(given: dict[str, Any]) -> tuple[Any, ...]:
     """Model, cluster, training and layout of a command that plans one given layout."""
     from planner import reading
 
     spec = reading.read_model(given["model"])
-    cluster = reading.read_cluster(given["gpus"], given["memory_budget"], given["headroom"])
+    cluster = cluster_of(given)
     training = reading.read_training(given)
     return spec, cluster, *reading.read_layout(spec, cluster, training, given)
 
@@ -257,6 +271,7 @@ def estimate(
     reshard_after_forward: o.Reshard = True,
     schedule: o.Schedule = None,
     sequence_parallel: o.SequenceParallel = None,
+    rank_order: o.RankOrder = "tp-dp-pp",
     recompute: o.Recompute = "none",
     layers_per_stage: o.Layers = None,
     seq_length: o.Seq = None,
@@ -264,6 +279,8 @@ def estimate(
     tokens: o.Tokens = None,
     memory_budget: o.Budget = None,
     headroom: o.Headroom = None,
+    nodes_per_leaf: o.Leaf = None,
+    oversubscription: o.Oversubscription = None,
     framework: o.Framework = "megatron",
     precision: o.Precision = None,
     optimizer: o.Optimizer = "adamw",
@@ -312,6 +329,7 @@ def explain(
     reshard_after_forward: o.Reshard = True,
     schedule: o.Schedule = None,
     sequence_parallel: o.SequenceParallel = None,
+    rank_order: o.RankOrder = "tp-dp-pp",
     recompute: o.Recompute = "none",
     layers_per_stage: o.Layers = None,
     seq_length: o.Seq = None,
@@ -319,6 +337,8 @@ def explain(
     tokens: o.Tokens = None,
     memory_budget: o.Budget = None,
     headroom: o.Headroom = None,
+    nodes_per_leaf: o.Leaf = None,
+    oversubscription: o.Oversubscription = None,
     framework: o.Framework = "megatron",
     precision: o.Precision = None,
     optimizer: o.Optimizer = "adamw",
@@ -371,6 +391,8 @@ def compare(
     tokens: o.Tokens = None,
     memory_budget: o.Budget = None,
     headroom: o.Headroom = None,
+    nodes_per_leaf: o.Leaf = None,
+    oversubscription: o.Oversubscription = None,
     framework: o.Framework = "megatron",
     precision: o.Precision = None,
     optimizer: o.Optimizer = "adamw",
@@ -390,7 +412,7 @@ def compare(
         from planner import api, reading
         from planner.errors import InputError
 
-        spec, cluster = reading.read_model(model), reading.read_cluster(gpus, memory_budget, headroom)
+        spec, cluster = reading.read_model(model), cluster_of(given)
         training = reading.read_training(given)
         if micro_batch_size > 0:
             training = reading.with_batch(spec, cluster, training, cluster.num_gpus * micro_batch_size)

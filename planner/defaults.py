@@ -163,6 +163,13 @@ def profile_notes(profile: Profile | None, gpu: str) -> list[str]:
     return notes
 
 
+def _switches(cluster: ClusterSpec) -> str:
+    """What joins the nodes."""
+    if cluster.nodes_per_leaf is None:
+        return "one non-blocking switch joins all nodes"
+    return f"leaf switches of {cluster.nodes_per_leaf} nodes, oversubscribed {cluster.oversubscription:g} : 1"
+
+
 def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> Job:
     """The job with every open choice made. Raises InputError for choices that cannot be."""
     for given, kind in ((model, ModelSpec), (cluster, ClusterSpec), (training, TrainingSpec)):
@@ -181,6 +188,8 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
             "give 256 MiB or more"
         )
     notes = list(cluster.assumptions)
+    if cluster.num_gpus > cluster.domain:
+        notes.append(_switches(cluster))
     precision = _precision(training.precision, cluster.gpu.peak_flops, stack, cluster.gpu.name)
     seq = training.seq_length or min(model.max_position_embeddings, 8192)
     if model.position_embedding == "learned" and seq > model.max_position_embeddings:

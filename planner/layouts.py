@@ -17,11 +17,11 @@ import numpy as np
 from planner.defaults import Job
 from planner.errors import InputError
 from planner.layers import Builder
-from planner.network import fast_domain
+from planner.network import Network, group
 from planner.stacks import STACKS
 from planner.stacks.base import Stack
 from strategies.base import Layer
-from strategies.layout import SHARDINGS, Layout
+from strategies.layout import RANK_ORDERS, SHARDINGS, Layout
 from strategies.pipeline_parallel import SCHEDULES, PipelineParallel
 from strategies.sequence_parallel import SequenceParallel
 from strategies.tensor_parallel import TensorParallel
@@ -50,6 +50,7 @@ class Choices:
     sharding: tuple[str, ...] | None = None
     schedule: tuple[str, ...] | None = None
     recompute: tuple[str, ...] | None = None
+    rank_order: tuple[str, ...] | None = None
     sequence_parallel: bool = True
     across_nodes: bool = False  # may a tensor-parallel group leave its node?
 
@@ -96,7 +97,7 @@ def short_chunks(layers: int, chunks: int) -> int:
 
 
 def _tensor_degrees(job: Job, choices: Choices, layers: list[Layer], space: Space) -> Iterator[int]:
-    domain, gpus = fast_domain(job.cluster), job.cluster.num_gpus
+    domain, gpus = job.cluster.domain, job.cluster.num_gpus
     for tensor in divisors(gpus):
         if not _allowed(tensor, choices.tensor_parallel):
             continue
@@ -190,16 +191,40 @@ def enumerate_layouts(job: Job, choices: Choices = Choices()) -> Space:
                         rows[sharding, reshard, sequence_parallel, schedule].append(row)
     for (sharding, reshard, sequence_parallel, schedule), numbers in rows.items():
         columns = np.array(numbers, dtype=np.int64).T
-        space.families.append(
-            Layout(
-                **dict(zip(NUMBERS, columns, strict=True)),
-                sequence_parallel=sequence_parallel,
-                sharding=sharding,
-                reshard_after_forward=reshard,
-                schedule=schedule,
-            )
+        family = Layout(
+            **dict(zip(NUMBERS, columns, strict=True)),
+            sequence_parallel=sequence_parallel,
+            sharding=sharding,
+            reshard_after_forward=reshard,
+            schedule=schedule,
         )
+        space.families += _in_orders(job, choices, family, space)
     return space
+
+
+def _in_orders(job: Job, choices: Choices, family: Layout, space: Space) -> Iterator[Layout]:
+    """A family under every rank order, without those layouts whose groups all lie as under an earlier one."""
+    network = Network.of(job.cluster)
+    ordered: list[Layout] = []
+    kept: list[Any] = []
+    for order in dict.fromkeys(choices.rank_order or job.stack.rank_orders):
+        one = replace(family, rank_order=order)
+        new = np.ones(len(family.data_parallel), dtype=bool)
+        for other in ordered:
+            new &= ~network.same(one, other)
+        if not choices.across_nodes:
+            leaving = network.place(*group("tensor", one)).crossed[1]
+            if left := int(np.count_nonzero(new & leaving)):
+                reason = f"rank order {order}: a tensor-parallel group would leave its node"
+                space.refused[f"{reason} of {job.cluster.domain} GPUs"] += left
+            new &= ~leaving
+        ordered.append(one)
+        kept.append(np.nonzero(new)[0])
+    if rows := sum(map(len, kept)):
+        chosen = np.concatenate(kept)
+        numbers = {name: getattr(family, name)[chosen] for name in NUMBERS}
+        orders = np.repeat([one.rank_order for one in ordered], list(map(len, kept)))
+        yield replace(family, **numbers, rank_order=orders if len(kept[0]) < rows else str(orders[0]))
 
 
 def _micro_batches(per_replica: int, choices: Choices) -> list[int]:
@@ -225,6 +250,8 @@ def _layout_problems(job: Job, layout: Layout) -> Iterator[str]:
         yield f"sharding={layout.sharding!r}: use one of {', '.join(SHARDINGS)}"
     if layout.schedule not in SCHEDULES:
         yield f"schedule={layout.schedule!r}: use one of {', '.join(SCHEDULES)}"
+    if layout.rank_order not in RANK_ORDERS:
+        yield f"rank_order={layout.rank_order!r}: use one of {', '.join(RANK_ORDERS)}"
     tensor, pipeline, data = layout.tensor_parallel, layout.pipeline_parallel, layout.data_parallel
     if gpus % (tensor * pipeline):
         yield (
@@ -308,7 +335,7 @@ def _variants(job: Job) -> Iterator[tuple[str, Stack]]:
 
 def beyond_node(job: Job, layout: Layout) -> str:
     """A note where a tensor-parallel group leaves its node, which the search does not let it; else empty."""
-    domain, tensor = fast_domain(job.cluster), layout.tensor_parallel
-    if tensor > domain or (job.cluster.num_gpus > domain and domain % tensor):
-        return f"a tensor-parallel group of {tensor} leaves its node of {domain} GPUs"
+    if Network.of(job.cluster).place(*group("tensor", layout)).crossed[1]:
+        size, domain = layout.tensor_parallel, job.cluster.domain
+        return f"a tensor-parallel group of {size} leaves its node of {domain} GPUs"
     return ""

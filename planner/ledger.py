@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from planner.candidate import Candidate
+from planner.collectives import Messages
 from planner.layer_price import LayerPrice
 from planner.network import group
 from planner.overheads import groups, library_bytes
@@ -339,6 +340,7 @@ def messages(prices: Prices, stage: StageView) -> Iterator[Message]:
     layers = [(embedding, "none", 1)] * stage.first
     layers += [(block, policy, count) for policy, count in stage.layers.items() if count]
     layers += [(head, "none", 1)] * stage.last
+    sent = Messages.of(prices.job.cluster, prices.layout)
     for layer, policy, copies in layers:
         *strategies, _ = strategies_of(prices.layout, prices.wire, 0, policy)
         for strategy in strategies:
@@ -346,7 +348,7 @@ def messages(prices: Prices, stage: StageView) -> Iterator[Message]:
                 gpus = int(group(one.axis, prices.layout)[0])
                 if gpus > 1 and one.times:
                     count = float(one.times) * copies
-                    seconds = float(prices.network.seconds(one, prices.layout)) * copies
+                    seconds = float(sent.seconds(one)) * copies
                     yield Message(
                         one.kind,
                         one.axis,

@@ -1,106 +1,148 @@
-"""How long a collective takes, by where its group of GPUs lies.
+"""The links of a cluster, as levels, and where on them the groups of a layout lie.
 
-Ranks are laid out as Megatron lays them: tensor innermost, then data, pipeline outermost. A group
-of n ranks at a stride then lies within one fast domain (NVLink) or across nodes. Times are those
-of ring algorithms: Patarasuk and Yuan 2009, doi:10.1016/j.jpdc.2008.09.002; the factor on the
-buffer's size is what nccl-tests calls bus bandwidth over algorithm bandwidth.
+A level is a kind of unit, GPU, NVLink domain or leaf switch, and its way out. A group of n ranks at
+a stride has some members in each unit that it leaves; its sibling groups have the rest of the unit's
+GPUs. While they all talk, a ring of the group gets of that unit's way out
+
+    members within a unit x bytes per second out of the unit for each of its GPUs
+
+and the least of these, over the levels that it crosses, is its bandwidth. That is what routing all
+groups' rings over the cluster's graph gives (:mod:`planner.topology`), in closed form, where units
+hold whole groups or groups whole units. Where one straddles the other the members are those of a
+unit that the stride fills.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import reduce
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from planner.specs import ClusterSpec
-from strategies.base import Collective, Quantity
+from strategies.base import Quantity
 from strategies.layout import Layout
 
-PASSES = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
-"""How often a ring passes the buffer around."""
+
+@dataclass(frozen=True)
+class Level:
+    """A unit of ``gpus`` neighbouring ranks and its way out: bytes per second for each of its GPUs.
+
+    ``latency_s`` is a step of a ring over that link under NCCL's LL protocol; ``link`` is ``NVLink``,
+    ``PCI`` or ``network``.
+    """
+
+    gpus: int
+    bytes_per_s: float
+    latency_s: float
+    link: str
+
+
+class Place(NamedTuple):
+    """Groups of ``n`` ranks on the levels: do they leave its units, and how many members has a unit?
+
+    Members of a level that is not left are all ``n``.
+    """
+
+    n: Quantity
+    crossed: tuple[Any, ...]
+    members: tuple[Any, ...]
+
+    @property
+    def units(self) -> tuple[Any, ...]:
+        """Units of each level that a group spreads over: 1 where it does not leave one."""
+        return tuple(self.n / members for members in self.members)
 
 
 @dataclass(frozen=True)
 class Network:
-    """The links of a cluster at what they achieve: bytes per second, seconds per hop."""
+    """The levels of a cluster at what they achieve, from the GPU itself outwards."""
 
     gpus: int
-    domain: int
-    intra: float
-    inter: float
-    intra_latency: float
-    inter_latency: float
+    levels: tuple[Level, ...]
+    generation: int = 0  # NVIDIA's compute capability, whole number; 0 of other vendors
 
     @staticmethod
     def of(cluster: ClusterSpec) -> Network:
         """The network of a cluster, from its GPU's catalog entry."""
-        gpu = cluster.gpu
+        gpu, domain = cluster.gpu, cluster.domain
         reach = {name: figure.value for name, figure in gpu.achievable.items()}
         delay = {name: figure.value for name, figure in gpu.latency_s.items()}
-        return Network(
-            gpus=cluster.num_gpus,
-            domain=fast_domain(cluster),
-            intra=gpu.intra_node.bytes_per_s * reach["intra_node"],
-            inter=gpu.network.bytes_per_s * reach["network"],
-            intra_latency=delay["intra_node"],
-            inter_latency=delay["network"],
+        inside = "PCI" if gpu.intra_node.kind.startswith("PCI") else "NVLink"
+        out = gpu.network.bytes_per_s * reach["network"]
+        levels = [
+            Level(1, gpu.intra_node.bytes_per_s * reach["intra_node"], delay["intra_node"], inside),
+            Level(domain, out, delay["network"], "network"),
+        ]
+        if cluster.nodes_per_leaf:
+            leaf = cluster.nodes_per_leaf * cluster.gpus_per_node
+            levels.append(Level(leaf, out / cluster.oversubscription, delay["network"], "network"))
+        return Network(cluster.num_gpus, tuple(levels), int(gpu.compute_capability or 0))
+
+    def holds(self, unit: int, span: Quantity) -> Any:
+        """Do blocks of ``span`` neighbouring ranks lie within such units, none across two?"""
+        return (span <= unit) & ((unit % np.maximum(span, 1) == 0) | (self.gpus <= unit))
+
+    def place(self, n: Quantity, stride: Quantity) -> Place:
+        """Where groups of ``n`` ranks at a stride lie."""
+        crossed = tuple((n > 1) & ~self.holds(level.gpus, n * stride) for level in self.levels)
+        members = tuple(
+            np.where(out, np.clip(level.gpus // stride, 1, n), n)
+            for out, level in zip(crossed, self.levels, strict=True)
         )
+        return Place(n, crossed, members)
 
-    def ring(self, n: Quantity, stride: Quantity) -> tuple[Any, Any]:
-        """Bytes per second and seconds of latency of one pass round a ring.
+    def bandwidth(self, place: Place) -> Any:
+        """Bytes per second of a ring of each group while all of them talk; infinite in a group of one."""
+        return self.slowest(place, place.members)
 
-        A ring within a domain runs at the domain's speed. One across nodes uses the network of
-        every member that it has in a node, up to the domain's own speed.
+    def slowest(self, place: Place, sharers: tuple[Any, ...]) -> Any:
+        """The least over the levels crossed of ``sharers`` times the bytes per second of one GPU."""
+        speeds = [
+            np.where(out, several * level.bytes_per_s, np.inf)
+            for out, several, level in zip(place.crossed, sharers, self.levels, strict=True)
+        ]
+        return reduce(np.minimum, speeds)
+
+    def send_bandwidth(self, layout: Layout) -> Any:
+        """Bytes per second from every rank of a pipeline stage to the next, at the slowest boundary.
+
+        A send has its own GPU's adapter alone. Those of a boundary share the switches' ways out with
+        no others: each has what a member of a ring at the larger of stride and domain has.
         """
-        inside = np.maximum(1, np.minimum(n, self.domain // np.maximum(stride, 1)))
-        within = self.inside(n * stride)
-        speed = np.where(within, self.intra, np.minimum(self.intra, inside * self.inter))
-        hops = np.where(
-            within,
-            (n - 1) * self.intra_latency,
-            (n / inside - 1) * self.inter_latency + (inside - 1) * self.intra_latency,
-        )
-        return speed, hops
+        n, stride = group("pipeline", layout)
+        apart = self.place(n, np.maximum(stride, self.levels[1].gpus))
+        return self.slowest(self.place(n, stride), (1, 1, *apart.members[2:]))
 
-    def inside(self, span: Quantity) -> Any:
-        """Do blocks of that many neighbouring ranks lie within fast domains, none across two?"""
-        span = np.maximum(span, 1)
-        return (span <= self.domain) & ((self.domain % span == 0) | (self.gpus <= self.domain))
-
-    def seconds(self, collective: Collective, layout: Layout) -> Any:
-        """Seconds that a collective takes, all its repetitions together."""
-        n, stride = group(collective.axis, layout)
-        speed, hops = self.ring(n, stride)
-        passes = PASSES[collective.kind]
-        return collective.times * passes * ((n - 1) / n * collective.size / speed + hops)
-
-    def send_seconds(self, size: Quantity, layout: Layout) -> Any:
-        """Seconds to hand ``size`` bytes to the next pipeline stage."""
-        # The slowest of the stages' boundaries counts: within a node only if the pipeline is.
-        return np.where(
-            self.inside(layout.world_size),
-            size / self.intra + self.intra_latency,
-            size / self.inter + self.inter_latency,
-        )
+    def same(self, one: Layout, other: Layout) -> Any:
+        """Do all groups of two layouts with equal degrees lie alike, so that no time differs?"""
+        alike: Any = True
+        for axis in AXES:
+            first, second = (self.place(*group(axis, layout)) for layout in (one, other))
+            for a, b in zip(
+                (*first.crossed, *first.members), (*second.crossed, *second.members), strict=True
+            ):
+                alike = alike & (a == b)
+        return alike
 
 
-def fast_domain(cluster: ClusterSpec) -> int:
-    """GPUs that share the fast links: a node, or more where NVLink spans nodes (NVL72)."""
-    gpu = cluster.gpu
-    return gpu.intra_node.gpus if gpu.intra_node.gpus > gpu.gpus_per_node else cluster.gpus_per_node
+AXES = ("tensor", "data", "data_shard", "data_replicate", "pipeline")
+"""The axes that messages are sent along."""
 
 
 def group(axis: str, layout: Layout) -> tuple[Quantity, Quantity]:
     """Size of the group of an axis and the stride between its ranks."""
-    tensor = layout.tensor_parallel
     match axis:
         case "tensor":
-            return tensor, 1
+            return layout.tensor_parallel, layout.stride("tp")
         case "data":
-            return layout.data_parallel, tensor
+            return layout.data_parallel, layout.stride("dp")
         case "data_shard":
-            return layout.data_shards, tensor
+            return layout.data_shards, layout.stride("dp")
         case "data_replicate":
-            return layout.data_parallel / layout.data_shards, tensor * layout.data_shards
-    raise ValueError(f"no collective runs on axis {axis!r}")
+            replicas = layout.data_parallel // layout.data_shards
+            return replicas, layout.stride("dp") * layout.data_shards
+        case "pipeline":
+            return layout.pipeline_parallel, layout.stride("pp")
+    raise ValueError(f"no message is sent along axis {axis!r}")

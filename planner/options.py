@@ -24,6 +24,10 @@ Batch = Annotated[int | None, option("--global-batch-size", "-b", help="Sequence
 Tokens = Annotated[str | None, option("--tokens", help="Tokens of the whole training, as in 1.4T.")]
 Budget = Annotated[str | None, option("--memory-budget", help="Bytes per GPU to plan for, as in 72GiB.")]
 Headroom = Annotated[str | None, option("--headroom", help="Fraction of each GPU to leave free, as in 10%.")]
+Leaf = Annotated[int | None, option("--nodes-per-leaf", help="Nodes that share leaf switches.")]
+Oversubscription = Annotated[
+    float | None, option("--oversubscription", help="Of leaf switches: bandwidth down to nodes over that up.")
+]
 
 # The stack.
 Framework = Annotated[str, option("--framework", help="megatron, torchtitan, fsdp, deepspeed or hf.")]
@@ -61,6 +65,7 @@ Reshard = Annotated[
 ]
 Schedule = Annotated[str | None, option("--schedule", help="1f1b, interleaved, gpipe or pipedream.")]
 SequenceParallel = Annotated[bool | None, option(SP, help="Cut the residual stream too; on with TP.")]
+RankOrder = Annotated[str, option("--rank-order", help="Axes, innermost first, as in tp-dp-pp.")]
 Recompute = Annotated[str, option("--recompute", help="none, selective, full, or auto: as memory forces.")]
 Layers = Annotated[
     str | None, option("--layers-per-stage", help="As in 20,20,20,20; as even as they go by default.")
@@ -75,6 +80,9 @@ OnlyChunks = Annotated[str | None, option("--chunks", help="Only these numbers o
 OnlySharding = Annotated[str | None, option("--sharding", help="Only these, if the framework has them.")]
 OnlySchedule = Annotated[
     str | None, option("--schedule", help="Only these: 1f1b, interleaved, gpipe, pipedream.")
+]
+OnlyRankOrder = Annotated[
+    str | None, option("--rank-order", help="Only these, innermost axis first, as in tp-dp-pp,tp-pp-dp.")
 ]
 OnlyRecompute = Annotated[str | None, option("--recompute", help="Only these: none, selective, full.")]
 WithSP = Annotated[bool, option(SP, help="Sequence parallelism wherever there is TP.")]

@@ -19,7 +19,7 @@ from planner.replay import StageReplay
 from planner.schedule import step_seconds
 from planner.specs import TrainingSpec
 from planner.stages import Prices, price
-from strategies.layout import Layout
+from strategies.layout import RANK_ORDERS, Layout
 
 SCHEMA = "planner.plan/1"
 TOLERANCE = 1e-6
@@ -71,6 +71,7 @@ class LayoutPlan(BaseModel):
     sharding: str
     reshard_after_forward: bool
     schedule: str
+    rank_order: str = RANK_ORDERS[0]
 
     def to_layout(self) -> Layout:
         """The layout that the strategies are made from."""
@@ -165,6 +166,9 @@ def warnings_for(job: Job, layout: Layout, verdict: Verdict) -> list[str]:
     notes = [note] if (note := beyond_node(job, layout)) else []
     if layout.pipeline_parallel > 1 and layout.schedule not in job.stack.schedules:
         notes.append(f"{job.stack.name} is not known to run the {layout.schedule} schedule")
+    if layout.rank_order not in (known := job.stack.rank_orders):
+        runs = " and ".join(known)
+        notes.append(f"{job.stack.name} is not known to run rank order {layout.rank_order}: it runs {runs}")
     if job.seq_length > (positions := job.model.max_position_embeddings):
         notes.append(f"sequence length {job.seq_length} is beyond the model's {positions} positions")
     notes += profile_notes(job.training.profile, job.cluster.gpu.name)
@@ -179,6 +183,8 @@ def _of_layout(job: Job, layout: Layout) -> list[str]:
     how = job.stack.sharding_notes.get(layout.sharding)
     if how and layout.data_parallel > 1:
         notes.append(f"{layout.sharding} is {job.stack.name}'s {how}")
+    if flag := job.stack.rank_orders.get(layout.rank_order):
+        notes.append(f"rank order {layout.rank_order} is {job.stack.name}'s {flag}")
     multiple, vocabulary = job.stack.vocabulary_multiple * layout.tensor_parallel, job.model.vocab_size
     if vocabulary % multiple:
         padded = -(-vocabulary // multiple) * multiple

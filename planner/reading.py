@@ -24,6 +24,7 @@ LAYOUT_OPTIONS = (
     "reshard_after_forward",
     "schedule",
     "sequence_parallel",
+    "rank_order",
 )
 
 
@@ -38,8 +39,14 @@ def read_model(text: str) -> ModelSpec:
     return ModelSpec.from_hugging_face(text) if is_path else ModelSpec.from_catalog(text)
 
 
-def read_cluster(gpus: str, memory_budget: str | None, headroom: str | None) -> ClusterSpec:
-    """A cluster with its memory budget."""
+def read_cluster(
+    gpus: str,
+    memory_budget: str | None = None,
+    headroom: str | None = None,
+    nodes_per_leaf: int | None = None,
+    oversubscription: float | None = None,
+) -> ClusterSpec:
+    """A cluster with its memory budget and the switches above its nodes."""
     cluster = ClusterSpec.parse(gpus)
     update: dict[str, Any] = {}
     if memory_budget is not None:
@@ -51,7 +58,19 @@ def read_cluster(gpus: str, memory_budget: str | None, headroom: str | None) -> 
             raise InputError(f"--memory-budget {memory_budget} is more than there is: {have}")
     if headroom is not None:
         update["headroom"] = parse_fraction(headroom, "--headroom ")
-    return cluster.model_copy(update=update)
+    if nodes_per_leaf is not None:
+        update["nodes_per_leaf"] = nodes_per_leaf
+    if oversubscription is not None:
+        update["oversubscription"] = oversubscription
+    try:
+        return ClusterSpec(**{**dict(cluster), **update})
+    except ValidationError as error:
+        problem = first_problem(error)
+        for name in ("nodes_per_leaf", "oversubscription"):
+            problem = problem.replace(f"{name}=", f"--{name.replace('_', '-')} ").replace(
+                name, f"--{name.replace('_', '-')}"
+            )
+        raise InputError(problem) from None
 
 
 def read_training(given: dict[str, Any]) -> TrainingSpec:
@@ -171,5 +190,6 @@ def read_layout(
         or ("zero1" if "zero1" in job.stack.shardings else next(iter(job.stack.shardings))),
         reshard_after_forward=given["reshard_after_forward"],
         schedule=schedule,
+        rank_order=given["rank_order"].strip().lower(),
     )
     return training, layout

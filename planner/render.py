@@ -23,6 +23,7 @@ from planner.advice import Change
 from planner.ledger import COMPONENTS, Entry, Message
 from planner.plan import Plan, StagePlan, verdict_of
 from planner.units import gib, human_bytes, human_count, human_seconds
+from strategies.layout import RANK_ORDERS
 
 SHORT = {
     "parameters": "params",
@@ -142,12 +143,13 @@ def opening(plan: Plan) -> Group:
 
 def ranking(plans: Sequence[Plan], wide: bool) -> Table:
     """The ranked layouts, one a row."""
-    names = ["#", "TP", "PP", "DP", "sharding", "mb"]
+    order = ["order"] * any(plan.layout.rank_order != RANK_ORDERS[0] for plan in plans)
+    names = ["#", "TP", "PP", "DP", *order, "sharding", "mb"]
     names += ["peak GiB", "most", "bubble", "step", "MFU", "recompute"]
     if wide:
-        names = ["#", "TP", "PP", "DP", "chunks", "sharding", "schedule", "micro-batch", "grad accum"]
+        names = ["#", "TP", "PP", "DP", *order, "chunks", "sharding", "schedule", "micro-batch", "grad accum"]
         names += ["peak GiB", "most", "bubble", "step", "tokens/s", "MFU", "layers per stage", "recompute"]
-    left = ("sharding", "schedule", "layers per stage", "recompute")
+    left = ("order", "sharding", "schedule", "layers per stage", "recompute")
     spare = ("tokens/s", "bubble", "MFU", "grad accum", "most", "recompute", "layers per stage")
     table = grid(*names, left=left, wrap=("recompute",), spare=spare)
     for number, plan in enumerate(plans, 1):
@@ -155,6 +157,7 @@ def ranking(plans: Sequence[Plan], wide: bool) -> Table:
         label = layout.to_layout().sharding_label
         pipeline = f"{layout.pipeline_parallel}" + ("" if wide or layout.chunks == 1 else f"v{layout.chunks}")
         cells = [str(number), str(layout.tensor_parallel), pipeline, str(layout.data_parallel)]
+        cells += [layout.rank_order] * len(order)
         cells += [str(layout.chunks), label, layout.schedule] if wide else [label]
         cells += [str(layout.micro_batch_size), *([str(layout.grad_accum)] if wide else [])]
         cells += [gib(plan.peak_bytes), gib(plan.most_bytes), f"{plan.bubble_fraction:.1%}"]

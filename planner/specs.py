@@ -8,6 +8,7 @@ which lists what it assumed.
 from __future__ import annotations
 
 import re
+from math import gcd
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -171,7 +172,11 @@ class Gpu(BaseModel):
 
 
 class ClusterSpec(BaseModel):
-    """One pool of equal GPUs. ``capacity_bytes`` is what one process may fill, of its GPU."""
+    """One pool of equal GPUs. ``capacity_bytes`` is what one process may fill, of its GPU.
+
+    ``nodes_per_leaf`` nodes share leaf switches, whose way up has 1/``oversubscription`` of the bandwidth
+    down to the nodes. None: one non-blocking switch joins all nodes.
+    """
 
     model_config = FROZEN
 
@@ -180,7 +185,31 @@ class ClusterSpec(BaseModel):
     gpus_per_node: int = Field(ge=1, le=100_000)
     budget_bytes: int | None = Field(None, gt=0)
     headroom: float = Field(0.0, ge=0, lt=1)
+    nodes_per_leaf: int | None = Field(None, ge=1, le=10_000_000)
+    oversubscription: float = Field(1.0, ge=1, le=1000)
     assumptions: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _leaves(self) -> ClusterSpec:
+        if self.nodes_per_leaf is None:
+            if self.oversubscription > 1:
+                raise ValueError(
+                    f"oversubscription={self.oversubscription:g} is of leaf switches: give nodes_per_leaf too"
+                )
+        elif (leaf := self.nodes_per_leaf * self.gpus_per_node) % self.domain:
+            whole = self.domain // gcd(self.domain, self.gpus_per_node)
+            near = max(1, round(self.nodes_per_leaf / whole)) * whole
+            raise ValueError(
+                f"nodes_per_leaf={self.nodes_per_leaf} of {self.gpus_per_node} GPUs are {leaf}, not whole "
+                f"NVLink domains of {self.domain}: use {near}"
+            )
+        return self
+
+    @property
+    def domain(self) -> int:
+        """GPUs that share the fast links: a node, or more where NVLink spans nodes (NVL72)."""
+        joined = self.gpu.intra_node.gpus
+        return joined if joined > self.gpu.gpus_per_node else self.gpus_per_node
 
     @property
     def capacity_bytes(self) -> int:

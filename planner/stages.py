@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 
 from planner.candidate import Candidate, Stage
+from planner.collectives import Messages
 from planner.compute import Compute
 from planner.defaults import Job
 from planner.layer_price import LayerPrice, StepPrice, working_set
 from planner.layers import Builder
-from planner.network import Network
 from planner.overheads import tensor_capacity
 from planner.residence import Residence, residence_of
 from strategies.base import (
@@ -95,7 +95,7 @@ class Prices:
 
     def __init__(self, job: Job, layout: Layout, policies: Sequence[str]) -> None:
         self.job, self.layout, self.policies = job, layout, tuple(policies)
-        self.network = Network.of(job.cluster)
+        self._messages = Messages.of(job.cluster, layout)
         self.compute = Compute(job)
         self.bandwidth = self.compute.bandwidth
         self.overlap = job.training.options.get("overlap", "on") == "on"
@@ -211,7 +211,7 @@ class Prices:
         per_step: list[tuple[str, Quantity]] = []
         for strategy in strategies:
             for message in strategy.collectives(layer, size_seen_by(strategy, strategies)):
-                seconds = self.network.seconds(message, self.layout)
+                seconds = self._messages.seconds(message)
                 if message.per == "step":
                     per_step.append((message.behind if self.overlap else "", seconds))
                 elif message.behind == "layer" and self.overlap:
@@ -272,7 +272,7 @@ class Prices:
 
     def _send_seconds(self) -> Quantity:
         # A chunk's output goes on once forward and its gradient back once: exposed.
-        once = self.network.send_seconds(self.send_bytes, self.layout)
+        once = self._messages.send_seconds(self.send_bytes)
         return 2 * once * self.layout.chunks * (self.layout.pipeline_parallel > 1)
 
     def _step_seconds(self) -> Quantity:

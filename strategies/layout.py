@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from math import prod
 from typing import Any
 
 from strategies.base import AbstractStrategy, Quantity
@@ -18,6 +19,8 @@ from strategies.zero3 import Zero3
 
 ENGINE_ALL_REDUCE = 5e8
 """Elements that DeepSpeed's engine reduces at a time without ZeRO (``MEMORY_OPT_ALLREDUCE_SIZE``)."""
+RANK_ORDERS = ("tp-dp-pp", "tp-pp-dp", "dp-tp-pp", "dp-pp-tp", "pp-tp-dp", "pp-dp-tp")
+"""Which groups neighbouring ranks form, innermost first."""
 SHARDINGS = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 """What the data-parallel group does with model states. HSDP is ``fsdp`` with fewer shards."""
 
@@ -42,11 +45,12 @@ class Wire:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where everything runs. Every number may be a numpy array: a family of layouts at once.
+    """Where everything runs. Numbers and the rank order may be numpy arrays: a family of layouts at once.
 
     ``data_shards`` is the group that FSDP shards over: 0, the default, stands for all of
     ``data_parallel``, fewer make it hybrid (HSDP);
-    ``chunks`` is Megatron's virtual pipeline size; ``grad_accum`` the micro-batches per step.
+    ``chunks`` is Megatron's virtual pipeline size; ``grad_accum`` the micro-batches per step;
+    ``rank_order`` lists the axes from that of neighbouring ranks outwards.
     """
 
     data_parallel: Quantity = 1
@@ -60,6 +64,7 @@ class Layout:
     sharding: str = "ddp"
     reshard_after_forward: bool = True
     schedule: str = "1f1b"
+    rank_order: Any = RANK_ORDERS[0]
 
     def __post_init__(self) -> None:
         if isinstance(self.data_shards, int) and not self.data_shards:
@@ -75,10 +80,26 @@ class Layout:
         """Sequences per step."""
         return self.data_parallel * self.micro_batch_size * self.grad_accum
 
+    def stride(self, axis: str) -> Quantity:
+        """How far the ranks of a group of an axis, ``tp``, ``dp`` or ``pp``, lie apart.
+
+        >>> Layout(data_parallel=4, tensor_parallel=8, pipeline_parallel=2).stride("pp")
+        32
+        """
+        degrees = {"tp": self.tensor_parallel, "dp": self.data_parallel, "pp": self.pipeline_parallel}
+        inside = {order: order.split("-")[: order.split("-").index(axis)] for order in RANK_ORDERS}
+        return sum(
+            (self.rank_order == order) * prod(degrees[inner] for inner in inside[order])
+            for order in RANK_ORDERS
+        )
+
     def plain(self) -> Layout:
         """The same single layout with Python's own numbers in place of array elements."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        plain: dict[str, Any] = {k: v if isinstance(v, str | bool) else int(v) for k, v in values.items()}
+        plain: dict[str, Any] = {
+            k: str(v) if isinstance(v, str) else v if isinstance(v, bool) else int(v)
+            for k, v in values.items()
+        }
         return Layout(**plain)
 
     def describe(self) -> str:
@@ -87,7 +108,8 @@ class Layout:
         if self.chunks > 1:
             parts.append(f"v{self.chunks}")
         parts.append(self.sharding_label)
-        return " ".join([*parts, f"mb{self.micro_batch_size}"])
+        order = [self.rank_order] if self.rank_order != RANK_ORDERS[0] else []
+        return " ".join([*parts, f"mb{self.micro_batch_size}", *order])
 
     @property
     def sharding_label(self) -> str:

@@ -129,6 +129,8 @@ class Stack:
     options: Mapping[str, tuple[str, ...]]  # option -> its values, the default first
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Fields that an option replaces, as in ``kernels:megatron``."""
+    rank_orders: Mapping[str, str] = field(default_factory=lambda: {"tp-dp-pp": ""})
+    """Rank orders that it runs, innermost axis first, and how each is asked for; the default first."""
     words: tuple[str, ...] = ()  # feature words of its own
     alone: Mapping[str, str] = field(default_factory=dict)  # options' defaults on a single GPU
     notes: Mapping[str, str] = field(default_factory=dict)  # precision -> what to know of it

@@ -70,6 +70,8 @@ DEEPSPEED = Stack(
         "ddp": "zero_optimization stage 0",
     },
     schedules=("1f1b",),
+    # runtime/pipe/topology.py: PipeModelDataParallelTopology has the axes pipe, data, model.
+    rank_orders={"tp-dp-pp": ""},
     options={
         "kernels": ("hf", "megatron"),
         "attention": ("sdpa", "flash", "eager"),

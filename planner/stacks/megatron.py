@@ -149,6 +149,7 @@ MEGATRON = Stack(
         "fsdp": "--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params",
     },
     schedules=("1f1b", "interleaved"),
+    rank_orders={"tp-dp-pp": "", "tp-pp-dp": "--use-tp-pp-dp-mapping"},  # tp-cp-ep-dp-pp, tp-cp-ep-pp-dp
     options={
         "attention": ("flash", "eager"),
         "swiglu": ("fused", "unfused", "recomputed"),

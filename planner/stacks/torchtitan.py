@@ -203,6 +203,8 @@ TORCHTITAN = Stack(
         "fsdp": "data_parallel_shard_degree, HSDP with data_parallel_replicate_degree",
     },
     schedules=("1f1b", "interleaved", "gpipe"),
+    # distributed/parallel_dims.py: a mesh of pp, dp_replicate, dp_shard, tp, outermost first.
+    rank_orders={"tp-dp-pp": ""},
     options={
         "attention": ("flash",),
         "loss": ("eager", "eager-kept", "eager-chunked", "compiled", "chunked"),

@@ -6,50 +6,106 @@ from dataclasses import replace
 
 import pytest
 
-from planner import InfeasibleError, Layout, api
+from planner import ClusterSpec, InfeasibleError, InputError, Layout, api
 from planner.best_first import find
+from planner.collectives import Messages
 from planner.layouts import Choices
-from planner.network import Network
+from planner.network import Level, Network
 from planner.plan import make_plan
 from planner.program import Solution, solve
+from planner.reading import read_cluster
 from planner.stages import price
 from strategies.base import Collective
 from strategies.pipeline_parallel import PipelineParallel
 from tests.helpers import job_of, llama
 
 GIB = 2**30
-PLAIN = Network(gpus=64, domain=8, intra=200e9, inter=20e9, intra_latency=2e-6, inter_latency=10e-6)
+PLAIN = Network(
+    64, (Level(1, 200e9, 2e-6, "NVLink"), Level(8, 20e9, 10e-6, "network")), generation=8
+)  # an A100's tuning, without its in-switch reductions
+LARGE = 1e12
+"""Bytes beside which no latency counts."""
+
+
+def seconds(network: Network, kind: str, axis: str, layout: Layout, size: float = LARGE) -> float:
+    return float(Messages(network, layout).seconds(Collective(kind, axis, size)))
 
 
 def test_a_ring_within_a_node_runs_at_its_speed_and_one_across_at_its_members_networks() -> None:
-    """1 GB all-reduced: 2 (n-1)/n of it round the ring, and 2 (n-1) hops."""
-    message = Collective("all_reduce", "data", 1e9)
-    inside = PLAIN.seconds(message, Layout(data_parallel=8))
-    assert inside == pytest.approx(2 * (7 / 8 * 1e9 / 200e9 + 7 * 2e-6))
-    # 16 replicas, 8 in each node: eight networks side by side, 160 GB/s; one hop between nodes, 7 within.
-    across = PLAIN.seconds(message, Layout(data_parallel=16))
-    assert across == pytest.approx(2 * (15 / 16 * 1e9 / 160e9 + 10e-6 + 7 * 2e-6))
+    """1 TB gathered: (n-1)/n of it round the ring."""
+    inside = seconds(PLAIN, "all_gather", "data", Layout(data_parallel=8))
+    assert inside == pytest.approx(7 / 8 * LARGE / 200e9, rel=1e-3)
+    # 16 replicas, 8 in each node: eight networks side by side, 160 GB/s.
+    across = seconds(PLAIN, "all_gather", "data", Layout(data_parallel=16))
+    assert across == pytest.approx(15 / 16 * LARGE / 160e9, rel=1e-3)
     # With tensor parallelism 8 each replica has one member in a node: one network.
-    sparse = PLAIN.seconds(message, Layout(data_parallel=8, tensor_parallel=8))
-    assert sparse == pytest.approx(2 * (7 / 8 * 1e9 / 20e9 + 7 * 10e-6))
+    sparse = seconds(PLAIN, "all_gather", "data", Layout(data_parallel=8, tensor_parallel=8))
+    assert sparse == pytest.approx(7 / 8 * LARGE / 20e9, rel=1e-3)
+
+
+def test_an_oversubscribed_leaf_switch_slows_those_that_leave_it_alone() -> None:
+    """Two nodes a leaf, 8 : 1: a group of one member a node has two in a leaf, 2 x 2.5 GB/s of 20."""
+    network = replace(PLAIN, levels=(*PLAIN.levels, Level(16, 2.5e9, 10e-6, "network")))
+    tensor = Layout(data_parallel=8, tensor_parallel=8)
+    assert network.bandwidth(network.place(8, 8)) == 2 * 2.5e9
+    assert network.bandwidth(network.place(2, 8)) == 20e9  # one leaf's own nodes
+    assert network.bandwidth(network.place(64, 1)) == 16 * 2.5e9
+    assert seconds(network, "all_gather", "data", tensor) == pytest.approx(7 / 8 * LARGE / 5e9, rel=1e-3)
+
+
+def test_a_cluster_has_the_levels_that_it_names() -> None:
+    flat = ClusterSpec.parse("16x8xH100")
+    assert [level.gpus for level in Network.of(flat).levels] == [1, 8]
+    leaves = ClusterSpec(**{**dict(flat), "nodes_per_leaf": 4, "oversubscription": 2})
+    inside, out, up = Network.of(leaves).levels
+    assert (inside.gpus, out.gpus, up.gpus) == (1, 8, 32)
+    assert up.bytes_per_s == out.bytes_per_s / 2
+    assert Network.of(ClusterSpec.parse("144xGB200")).levels[1].gpus == 72
+
+
+def test_switches_that_cannot_be_are_refused_with_the_nearest_that_can() -> None:
+    cluster = dict(ClusterSpec.parse("144xGB200"))
+    with pytest.raises(
+        ValueError, match="nodes_per_leaf=16 of 4 GPUs are 64, not whole NVLink domains of 72: use 18"
+    ):
+        ClusterSpec(**{**cluster, "nodes_per_leaf": 16})
+    with pytest.raises(ValueError, match="give nodes_per_leaf too"):
+        ClusterSpec(**{**cluster, "oversubscription": 3})
+    with pytest.raises(InputError, match=r"--oversubscription 0\.5"):
+        read_cluster("64xH100", nodes_per_leaf=4, oversubscription=0.5)
 
 
 def test_a_group_that_straddles_two_nodes_is_not_within_one() -> None:
     """Six neighbouring ranks of 24: the second group is ranks 6 to 11, across the first node's end."""
     network = replace(PLAIN, gpus=24)
-    message = Collective("all_gather", "data", 1e9)
-    seconds = network.seconds(message, Layout(data_parallel=6, pipeline_parallel=4))
-    assert seconds > 5 / 6 * 1e9 / 200e9 * 1.5
-    alone = replace(PLAIN, gpus=6).seconds(message, Layout(data_parallel=6))
-    assert alone == pytest.approx(5 / 6 * 1e9 / 200e9 + 5 * 2e-6)
+    layout = Layout(data_parallel=6, pipeline_parallel=4)
+    assert seconds(network, "all_gather", "data", layout) > 5 / 6 * LARGE / 200e9 * 1.5
+    alone = seconds(replace(PLAIN, gpus=6), "all_gather", "data", Layout(data_parallel=6))
+    assert alone == pytest.approx(5 / 6 * LARGE / 200e9, rel=1e-3)
 
 
 def test_a_pipeline_that_leaves_a_node_sends_over_the_network() -> None:
     """TP4 PP4 on two nodes: stages 1 and 2 lie on different nodes."""
-    spread = PLAIN.send_seconds(64e6, Layout(tensor_parallel=4, pipeline_parallel=4))
-    assert spread == pytest.approx(64e6 / 20e9 + 10e-6)
-    inside = PLAIN.send_seconds(64e6, Layout(tensor_parallel=2, pipeline_parallel=4))
-    assert inside == pytest.approx(64e6 / 200e9 + 2e-6)
+    spread = Messages(PLAIN, Layout(tensor_parallel=4, pipeline_parallel=4)).send_seconds(64e6)
+    assert spread == pytest.approx(64e6 / 20e9 + 8.4e-6 + 10e-6 + 11.3e-6)
+    inside = Messages(PLAIN, Layout(tensor_parallel=2, pipeline_parallel=4)).send_seconds(64e6)
+    assert inside == pytest.approx(64e6 / 200e9 + 8.4e-6 + 2e-6 + 2.8e-6)
+
+
+def test_the_rank_order_says_whose_neighbours_share_a_node() -> None:
+    """TP2 PP4 DP8 on nodes of eight: stages within a node, or four replicas."""
+    outside = Layout(data_parallel=8, tensor_parallel=2, pipeline_parallel=4)
+    inside = replace(outside, rank_order="tp-pp-dp")
+    assert (outside.stride("pp"), inside.stride("pp")) == (16, 2)
+    assert (outside.stride("dp"), inside.stride("dp")) == (2, 8)
+    sends = [Messages(PLAIN, one).send_seconds(1e9) for one in (outside, inside)]
+    assert sends[0] == pytest.approx(10 * sends[1], rel=0.01)
+    reductions = [seconds(PLAIN, "reduce_scatter", "data", one) for one in (outside, inside)]
+    assert reductions[1] == pytest.approx(4 * reductions[0], rel=0.01)
+    # With eight ranks of tensor parallelism neither has two of its own in a node.
+    wide = Layout(data_parallel=4, tensor_parallel=8, pipeline_parallel=2)
+    assert PLAIN.same(wide, replace(wide, rank_order="tp-pp-dp"))
+    assert not PLAIN.same(outside, inside)
 
 
 def test_the_update_moves_states_twice_gradients_and_weights_once() -> None:

@@ -28,7 +28,7 @@ ALIGNED = 8
 of it run without them (NVIDIA, Matrix Multiplication Background User's Guide, "Tensor Core Requirements";
 cuBLAS before version 11 states it as a condition)."""
 CHANNELS = 24
-"""Multiprocessors that NCCL's kernels take, one a channel: as many as it opens on eight A100 (NVIDIA/nccl-tests
+"""Multiprocessors that NCCL takes, one a channel: as many as it opens on eight A100 (NVIDIA/nccl-tests
 issue 100, "Channel 23/24")."""
 SCORES_MOVED = 6
 """How often unfused attention's products write or read the scores: twice forward, four times backward."""

@@ -18,7 +18,7 @@ from planner.overheads import groups, library_bytes
 from planner.replay import Snapshot
 from planner.stages import SPANS_OF, Prices
 from strategies.base import STATES, Layer, Role, Term, held, size_seen_by
-from strategies.layout import strategies_of
+from strategies.layout import collectives_of, strategies_of
 from strategies.recompute import Recompute
 
 COMPONENTS = (
@@ -343,23 +343,13 @@ def messages(prices: Prices, stage: StageView) -> Iterator[Message]:
     sent = Messages.of(prices.job.cluster, prices.layout)
     for layer, policy, copies in layers:
         *strategies, _ = strategies_of(prices.layout, prices.wire, 0, policy)
-        for strategy in strategies:
-            for one in strategy.collectives(layer, size_seen_by(strategy, strategies)):
-                gpus = int(group(one.axis, prices.layout)[0])
-                if gpus > 1 and one.times:
-                    count = float(one.times) * copies
-                    seconds = float(sent.seconds(one)) * copies
-                    yield Message(
-                        one.kind,
-                        one.axis,
-                        layer.kind,
-                        gpus,
-                        one.per,
-                        one.behind,
-                        count,
-                        float(one.size),
-                        seconds,
-                    )
+        for one in collectives_of(layer, strategies):
+            gpus = int(group(one.axis, prices.layout)[0])
+            if gpus > 1 and one.times:
+                count = float(one.times) * copies
+                seconds = float(sent.seconds(one)) * copies
+                times = one.per, one.behind, count, float(one.size), seconds
+                yield Message(one.kind, one.axis, layer.kind, gpus, *times)
     if stage.depth > 1:
         sends = 2 * prices.layout.chunks
         yield Message(

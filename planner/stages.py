@@ -45,7 +45,7 @@ from strategies.base import (
     size_seen_by,
     smaller,
 )
-from strategies.layout import Layout, strategies_of
+from strategies.layout import Layout, collectives_of, strategies_of
 from strategies.pipeline_parallel import PipelineParallel
 
 MOMENTS = ("loss", "backward", "gradients complete", "optimizer step")
@@ -209,15 +209,14 @@ class Prices:
         hidden: Quantity = 0.0
         exposed: Quantity = 0.0
         per_step: list[tuple[str, Quantity]] = []
-        for strategy in strategies:
-            for message in strategy.collectives(layer, size_seen_by(strategy, strategies)):
-                seconds = self._messages.seconds(message)
-                if message.per == "step":
-                    per_step.append((message.behind if self.overlap else "", seconds))
-                elif message.behind == "layer" and self.overlap:
-                    hidden = hidden + seconds
-                else:
-                    exposed = exposed + seconds
+        for message in collectives_of(layer, strategies):
+            seconds = self._messages.seconds(message)
+            if message.per == "step":
+                per_step.append((message.behind if self.overlap else "", seconds))
+            elif message.behind == "layer" and self.overlap:
+                hidden = hidden + seconds
+            else:
+                exposed = exposed + seconds
         *plain, _ = strategies_of(self.layout, self.wire, 0, "none")
         passes = self.compute.passes(layer, plain, strategies, hidden, exposed)
         return LayerPrice(

@@ -108,7 +108,8 @@ class Collective:
     ``size`` is the whole buffer in bytes (what an all-gather ends with, what a reduce-scatter
     starts from). ``per`` is ``micro-batch`` or ``step``. ``behind`` names the computation that
     it overlaps with (``layer``: its own layer's compute; ``forward``/``backward``: one
-    micro-batch's pass through the stage); empty means that it is exposed.
+    micro-batch's pass through the stage); empty means that it is exposed. ``of`` is the term that crosses a
+    region, where there is one: recomputation sends it again.
     """
 
     kind: str
@@ -117,6 +118,7 @@ class Collective:
     times: Quantity = 1
     per: str = "micro-batch"
     behind: str = ""
+    of: Term | None = None
 
 
 Size = Callable[[Term], Quantity]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from math import prod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from strategies.base import AbstractStrategy, Quantity
+from strategies.base import AbstractStrategy, Collective, Layer, Quantity, size_seen_by
 from strategies.ddp import DataParallel
 from strategies.fsdp import FullyShardedDataParallel
 from strategies.pipeline_parallel import PipelineParallel
@@ -174,3 +174,15 @@ def strategies_of(
             schedule=layout.schedule,
         ),
     )
+
+
+def collectives_of(layer: Layer, strategies: Sequence[AbstractStrategy]) -> Iterator[Collective]:
+    """What the GPUs send each other for a layer; what is recomputed is sent once more."""
+    plain = [one for one in strategies if one.axis != "recompute"]
+    for strategy in plain:
+        for sent in strategy.collectives(layer, size_seen_by(strategy, plain)):
+            if sent.of is None:
+                yield sent
+                continue
+            factor = prod(one.share(sent.of) for one in strategies if one.axis == "recompute")
+            yield replace(sent, times=sent.times * factor)

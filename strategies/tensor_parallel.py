@@ -42,10 +42,10 @@ class TensorParallel(AbstractStrategy):
             crossings = term.dims["crossings"]
             region = size(term) / crossings
             if not self.sequence_parallel:
-                yield Collective("all_reduce", self.axis, region, times=crossings)
+                yield Collective("all_reduce", self.axis, region, times=crossings, of=term)
                 continue
-            yield Collective("all_gather", self.axis, region, times=crossings)
-            yield Collective("reduce_scatter", self.axis, region, times=crossings)
+            yield Collective("all_gather", self.axis, region, times=crossings, of=term)
+            yield Collective("reduce_scatter", self.axis, region, times=crossings, of=term)
             if layer.kind == "block":
                 yield Collective("all_gather", self.axis, region, times=crossings / 2, behind="layer")
 

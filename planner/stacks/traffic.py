@@ -84,7 +84,7 @@ EAGER = (
     row("casts of gate weights", FW, 6, "autocast gated"),
 )
 EMBEDDING = (row("look-up", H, 4),)
-# Log-softmax in fp32 of logits in half precision; fused, the logits are read twice and their gradient written.
+# Log-softmax in fp32 of half-precision logits; fused, the logits are read twice, their gradient written.
 HEAD = (
     row("final norm", H, 5),
     row("loss", V, 9, "!loss:fused !loss:compiled", FP32),

@@ -59,7 +59,10 @@ Reshard = Annotated[
     bool,
     option("--reshard-after-forward/--keep-gathered", help="FSDP frees gathered units after the forward."),
 ]
-Schedule = Annotated[str | None, option("--schedule", help="1f1b, interleaved, gpipe or pipedream.")]
+Schedule = Annotated[
+    str | None,
+    option("--schedule", help="1f1b, interleaved, gpipe, pipedream, zb-h1, zb-h2, zb-v or dualpipe."),
+]
 SequenceParallel = Annotated[bool | None, option(SP, help="Cut the residual stream too; on with TP.")]
 Recompute = Annotated[str, option("--recompute", help="none, selective, full, or auto: as memory forces.")]
 Layers = Annotated[
@@ -74,7 +77,11 @@ OnlyMicro = Annotated[str | None, option("--micro-batch-size", "-mb", help="Only
 OnlyChunks = Annotated[str | None, option("--chunks", help="Only these numbers of model chunks.")]
 OnlySharding = Annotated[str | None, option("--sharding", help="Only these, if the framework has them.")]
 OnlySchedule = Annotated[
-    str | None, option("--schedule", help="Only these: 1f1b, interleaved, gpipe, pipedream.")
+    str | None,
+    option(
+        "--schedule",
+        help="Only these, as in 1f1b,zb-v: interleaved, gpipe, pipedream, zb-h1, zb-h2, dualpipe.",
+    ),
 ]
 OnlyRecompute = Annotated[str | None, option("--recompute", help="Only these: none, selective, full.")]
 WithSP = Annotated[bool, option(SP, help="Sequence parallelism wherever there is TP.")]

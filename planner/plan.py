@@ -16,7 +16,7 @@ from planner.ledger import components, entries, view
 from planner.overheads import device_bytes, library_bytes, reserved_bytes
 from planner.program import Solution
 from planner.replay import StageReplay
-from planner.schedule import step_seconds
+from planner.schedule import PassSeconds, step_seconds
 from planner.specs import TrainingSpec
 from planner.stages import Prices, price
 from strategies.layout import Layout
@@ -186,6 +186,28 @@ def _of_layout(job: Job, layout: Layout) -> list[str]:
     return notes
 
 
+def pass_seconds(prices: Prices, rows: Sequence[Sequence[int]]) -> list[list[PassSeconds]]:
+    """Seconds of a micro-batch's passes through every chunk of every stage, for a split of the layers.
+
+    Forward and weight gradients are shares of the work without recompute (``Prices.forward_share``,
+    ``weight_share``); what is left, recompute too, goes into the gradients of the inputs. Of a chunk's
+    two sends one belongs to its forward, one to its backward.
+    """
+    stages = []
+    layers = [float(price.seconds) for price in prices.blocks]
+    once = float(prices.send / prices.pipeline.passes) / 2
+    for j, own in enumerate(rows):
+        first, last = map(bool, prices.pipeline_at(j).ends)
+        plain = [sum(own) * float(prices.plain.seconds)] * int(prices.layout.chunks)
+        missing = float(prices.blocks[0].seconds)
+        plain[0] += float(prices.embedding.seconds) * first - missing * (first and prices.short == 2)
+        plain[-1] += float(prices.head.seconds) * last - missing * (last and prices.short >= 1)
+        again = sum(n * t for n, t in zip(own, layers, strict=True)) - sum(own) * float(prices.plain.seconds)
+        f, w = float(prices.forward_share), float(prices.weight_share)
+        stages.append([PassSeconds(f * t + once, (1 - f - w) * t + again + once, w * t) for t in plain])
+    return stages
+
+
 def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
     """A plan from a solved candidate: stages, time on the schedule graph, proof."""
     candidate = solution.candidate
@@ -194,18 +216,11 @@ def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
     alike: dict[Any, StagePlan] = {}
     stages = []
     for j, rows in enumerate(solution.rows):
-        key = (rows, j == 0, j == len(solution.rows) - 1, float(prices.pipeline_at(j).in_flight))
+        pipeline = prices.pipeline_at(j)
+        key = (rows, *map(bool, pipeline.ends), tuple((float(n), float(k)) for n, k in pipeline.held))
         if key not in alike:
             alike[key] = plan_stage(prices, solution, j)
         stages.append(alike[key])
-    # Without recompute, the forward is a third of a layer's work.
-    plain = float(prices.plain.seconds) * layout.chunks
-    forward = [
-        (sum(rows) * plain + own.fixed_seconds) / 3
-        for rows, own in zip(solution.rows, candidate.stages, strict=True)
-    ]
-    total = [candidate.stage_seconds(j, rows) for j, rows in enumerate(solution.rows)]
-    backward = [whole - part for whole, part in zip(total, forward, strict=True)]
     step = candidate.cost(solution.rows)
     tokens_per_s = job.tokens_per_step / step
     flops = job.model.flops_per_token(job.seq_length) * tokens_per_s
@@ -228,7 +243,7 @@ def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
         most_bytes=max(stage.most_bytes for stage in stages),
         capacity_bytes=job.cluster.capacity_bytes,
         step_time_s=step,
-        critical_path_s=step_seconds(layout, forward, backward) + candidate.step_seconds,
+        critical_path_s=step_seconds(layout, pass_seconds(prices, solution.rows)) + candidate.step_seconds,
         tokens_per_s=tokens_per_s,
         mfu=flops / (job.cluster.num_gpus * peak_flops),
         days=job.training.tokens / tokens_per_s / 86400 if job.training.tokens else None,

@@ -278,19 +278,20 @@ def schedule_graph(schedule: str, seconds: Seconds, m: int) -> nx.DiGraph[Pass |
 
     found: dict[tuple[int, int, int, bool], tuple[Pass, Pass]] = {}  # what waits, what is waited for
     for passes in orders:
-        for one, following in zip(passes, [*passes[1:], "end"], strict=True):
-            wait(following, one)
-        for before, one, after in zip([None, *passes], passes, [*passes[1:], None], strict=False):
+        following: list[Pass | str] = [*passes[1:], "end"]
+        for one, later in zip(passes, following, strict=True):
+            wait(later, one)
+        for number, one in enumerate(passes):
             if one.kind is not W:
-                begin = before if one.paired and before and one.kind is BW else one
-                done = after if one.paired and after and one.kind is F else one
+                begin = passes[number - 1] if one.paired and one.kind is BW else one
+                done = passes[number + 1] if one.paired and one.kind is F else one
                 found[one.stage, one.chunk, one.microbatch, one.forward] = begin, done
     for i in range(m):
         way = route(schedule, p, m, v, i)
-        there = [(*place, i, True) for place in way]
-        back = [(*place, i, False) for place in reversed(way)]
-        for earlier, later in zip(there + back[:-1], there[1:] + back, strict=True):
-            wait(found[later][0], found[earlier][1])
+        there = [(*where, i, True) for where in way]
+        back = [(*where, i, False) for where in reversed(way)]
+        for source, place in zip(there + back[:-1], there[1:] + back, strict=True):
+            wait(found[place][0], found[source][1])
     return graph
 
 

@@ -51,13 +51,13 @@ class PipelineParallel(AbstractStrategy):
 
     - ``zb-h1``: (p - 1) (F + B - W), ``zb-h2``: (p - 1) (F + B - 2W). Qi et al. 2024, table 2.
     - ``zb-v``: (p - 1) (B - W), which is 0 for F = B = W as in section 6; derived from the graph.
-    - ``dualpipe``: (p/2 - 1) (F&B + F + 2 (B + W) - 3W - F), where a forward and a backward that run
-      side by side take F&B = T, as nothing is gained where no messages hide. The paper's table 2.
+    - ``dualpipe``: (p/2 - 1) (F&B + (B + W) - 3W), DeepSeek-AI 2024, table 2, where a forward and a
+      backward side by side take F&B = T, as nothing is gained where no messages hide.
 
-    The zero-bubble paper counts a stage's idle time between its first and its last pass. The step
+    The zero-bubble paper counts a stage's idle time between its first and its last pass. Here a step
     ends for all stages at once, as clipping by the norm of all gradients makes them wait (its section
-    4 does without); the last stage to start does so after (p - 1) F, on half a stage's chunks in
-    zb-v, and no step's bubble is shorter. The step's time is
+    4 does without). So the bubble is no shorter than the time until the last stage starts, (p - 1) F,
+    and in zb-v half of (p - 1) B, the way back of the last micro-batch. The step's time is
 
         fill * sum of the stages' micro-batch times + repeat * the slowest stage's + once a step
 
@@ -220,7 +220,7 @@ class PipelineParallel(AbstractStrategy):
         """More stages or chunks than there are layers for."""
         if self.degree > blocks:
             yield f"pipeline_parallel={self.degree} is more than the {blocks} layers: use {blocks} or fewer"
-        elif self.copies == 1 and self.degree * self.chunks > blocks + 2:
+        elif self.copies == 1 and self.degree * self.chunks > blocks + -blocks % self.chunks:
             yield (
                 f"pipeline_parallel={self.degree} x chunks={self.chunks} is more than the "
                 f"{blocks} layers: use chunks {max(1, blocks // self.degree)} or fewer"

@@ -10,12 +10,13 @@ that can be read beside the code they were counted in. Options select rows by wo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from strategies.base import POLICIES, Role
 from strategies.layout import Wire
+from strategies.pipeline_parallel import SPLIT
 
 COMPUTE, GRADIENT, FP32, BYTE, INT64 = "compute", "gradient", "fp32", "byte", "int64"
 """Element types of a row; ``compute`` is the precision that the matrix products run in, ``gradient``
@@ -146,6 +147,7 @@ class Stack:
     reduces_as_weights: bool = False  # FSDP's gradients, where the weights are in half precision
     tensor_parallel: bool = True
     policies: tuple[str, ...] = POLICIES  # the recompute policies it knows
+    split_policies: tuple[str, ...] = POLICIES  # those it runs where a schedule splits the backward
     block_policies: tuple[str, ...] = ("full",)  # those that run a whole block again before its backward
     rerun: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Products that a policy milder than ``full`` runs again: name -> policies that do not."""
@@ -166,6 +168,11 @@ class Stack:
         for name, value in options.items():
             changed |= self.variants.get(f"{name}:{value}", {})
         return replace(self, **changed) if changed else self
+
+    def policies_with(self, schedule: str, wanted: Sequence[str] | None = None) -> tuple[str, ...]:
+        """The recompute policies, of those wanted, that it runs with a pipeline schedule."""
+        able = self.split_policies if schedule in SPLIT else self.policies
+        return tuple(policy for policy in wanted or self.policies if policy in able)
 
     def autograd_bytes(self, recipe: Recipe) -> float:
         """Bytes per element of the gradients that autograd makes, before they are stored."""

@@ -74,7 +74,7 @@ def layouts(
     accum = draw(st.integers(1, 9))
     if schedule in SPLIT:
         folded = schedule in FOLDED
-        depth = depth - depth % 2 if schedule == "dualpipe" and layers % 2 == 0 else depth
+        depth = 2 * (depth // 2) or 1 if schedule == "dualpipe" else depth
         impossible = schedule == "dualpipe" and (depth % 2 or layers % 2)
         if impossible or (schedule == "zb-v" and layers + layers % 2 < 2 * depth):
             schedule = "1f1b"

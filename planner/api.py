@@ -280,6 +280,13 @@ def given_plan(job: Job, solution: Solution, asked: bool = False) -> Plan:
     return plan.model_copy(update={"assumptions": (*plan.assumptions, split)})
 
 
+def trace(model: ModelSpec, cluster: ClusterSpec, plan: Plan) -> dict[str, Any]:
+    """A plan's step as a timeline in the Trace Event Format, of the model and cluster it was made for."""
+    from planner.trace import trace as of_plan
+
+    return of_plan(job_for(model, cluster, plan.training, plan.layout.to_layout()), plan)
+
+
 def explain(
     model: ModelSpec,
     cluster: ClusterSpec,

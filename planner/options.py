@@ -92,6 +92,9 @@ TimeLimit = Annotated[float, option("--time-limit", help="Seconds to search at m
 
 # The output.
 Json = Annotated[bool, option("--json", help="JSON on standard output, and nothing else there.")]
+Trace = Annotated[
+    str | None, option("--trace", help="Write the step's timeline here, for Perfetto or chrome://tracing.")
+]
 Verbose = Annotated[bool, option("--verbose", "-v", help="Sources and refusals too.")]
 Quiet = Annotated[bool, option("--quiet", "-q", help="The answer and the ranking only.")]
 Stage = Annotated[int | None, option("--stage", help="Which stage; the fullest by default.")]

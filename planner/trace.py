@@ -70,7 +70,7 @@ def trace(job: Job, plan: Plan) -> dict[str, Any]:
         "critical_path_s": plan.critical_path_s,
         "micro_batches": m,
         "micro_batches_shown": shown,
-        "passes": len(passes) // shown * m,
+        "passes": round(len(passes) / shown * m),
         "passes_shown": len(told),
         "memory": "model states with all gradients, and activations of passes in flight; bytes",
     }

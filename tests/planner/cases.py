@@ -14,6 +14,9 @@ from planner.stacks import STACKS
 from strategies.layout import SHARDINGS, Layout
 from strategies.pipeline_parallel import FOLDED, SCHEDULES, SPLIT, PipelineParallel
 
+ONCE = tuple(name for name in SCHEDULES if name != "dualpipe")
+"""Schedules that hold every layer on one stage."""
+
 
 @st.composite
 def models(draw: st.DrawFn, tied: bool | None = None) -> ModelSpec:

@@ -1,4 +1,4 @@
-"""Qi et al. 2024, arXiv:2401.10241, table 2 and sections 2.3 and 6; 2405.15362, table of V schedules."""
+"""Qi et al. 2024, arXiv:2401.10241: table 2 and sections 2.3 and 6."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_section_2_3_device_i_holds_fewer_for_b_and_more_for_w(schedule: str, pa
 
 @pytest.mark.parametrize("p", [2, 3, 4, 8])
 def test_zb_v_holds_as_much_as_1f1bs_first_stage_on_every_stage(p: int) -> None:
-    """Section 6, and table 1 of 2405.15362: p micro-batches; a pass through a chunk is half a stage's."""
+    """As the page of the authors' fork of Megatron-LM tables it; a pass through a chunk is half a stage's."""
     assert [in_flight("zb-v", i, p, 4 * p, 2) / 2 for i in range(p)] == [p] * p
 
 

@@ -169,8 +169,8 @@ def solve_layout(
     else by the integer program. Raises InputError for what cannot be.
     """
     check_layout(job, layout)
-    policies = job.stack.policies if recompute == "auto" else (recompute,)
     runs = job.stack.policies_with(layout.schedule)
+    policies = runs if recompute == "auto" else (recompute,)
     if recompute != "auto" and recompute in job.stack.policies and recompute not in runs:
         raise InputError(
             f"recompute={recompute}: {job.stack.name} would run a block again for each of its products under "

@@ -55,8 +55,8 @@ class PipelineParallel(AbstractStrategy):
       backward side by side take F&B = T, as nothing is gained where no messages hide.
 
     The zero-bubble paper counts a stage's idle time between its first and its last pass. Here a step
-    ends for all stages at once, as clipping by the norm of all gradients makes them wait (its section
-    4 does without). So the bubble is no shorter than the time until the last stage starts, (p - 1) F,
+    ends for all stages at once, as clipping by the norm of all gradients makes them wait (its authors'
+    post-validation does without). So the bubble is no shorter than the last stage's wait, (p - 1) F,
     and in zb-v half of (p - 1) B, the way back of the last micro-batch. The step's time is
 
         fill * sum of the stages' micro-batch times + repeat * the slowest stage's + once a step

@@ -171,8 +171,9 @@ class Stack:
 
     def policies_with(self, schedule: str, wanted: Sequence[str] | None = None) -> tuple[str, ...]:
         """The recompute policies, of those wanted, that it runs with a pipeline schedule."""
-        able = self.split_policies if schedule in SPLIT else self.policies
-        return tuple(policy for policy in wanted or self.policies if policy in able)
+        policies = tuple(wanted or self.policies)
+        able = self.split_policies if schedule in SPLIT else policies
+        return tuple(policy for policy in policies if policy in able)
 
     def autograd_bytes(self, recipe: Recipe) -> float:
         """Bytes per element of the gradients that autograd makes, before they are stored."""

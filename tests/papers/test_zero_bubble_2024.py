@@ -68,7 +68,7 @@ def test_zb_v_holds_as_much_as_1f1bs_first_stage_on_every_stage(p: int) -> None:
 
 
 def test_a_step_that_ends_for_all_stages_at_once_waits_for_the_last_to_start() -> None:
-    """Without the paper's optimizer post-validation (section 4), ZB-H2's figure 3 takes (p - 1) F more."""
+    """Without the authors' optimizer post-validation ZB-H2's figure 3 takes (p - 1) F more."""
     p, m = 4, 8
     times = timeline("zb-h2", even_chunks("zb-h2", [1.0] * p, [2.0] * p), m)
     assert max(one.end for one in times) == 3 * m + (p - 1)

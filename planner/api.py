@@ -20,7 +20,7 @@ from planner.specs import ClusterSpec, ModelSpec, TrainingSpec
 from planner.stages import price
 from planner.units import gib
 from strategies.layout import RANK_ORDERS, Layout
-from strategies.pipeline_parallel import SCHEDULES
+from strategies.pipeline_parallel import SCHEDULES, PipelineParallel
 
 OBJECTIVES = ("time", "headroom")
 
@@ -170,15 +170,19 @@ def solve_layout(
     else by the integer program. Raises InputError for what cannot be.
     """
     check_layout(job, layout)
-    policies = job.stack.policies if recompute == "auto" else (recompute,)
+    runs = job.stack.policies_with(layout.schedule)
+    policies = runs if recompute == "auto" else (recompute,)
+    if recompute != "auto" and recompute in job.stack.policies and recompute not in runs:
+        raise InputError(
+            f"recompute={recompute}: {job.stack.name} would run a block again for each of its products under "
+            f"{layout.schedule}, which is not modelled: use {', '.join(runs)}, or another schedule"
+        )
     if not set(policies) <= set(job.stack.policies):
         raise InputError(f"recompute={recompute!r}: use auto, {', '.join(job.stack.policies)}")
     candidate = price(job, layout, policies).spread()
-    depth = len(candidate.stages)
     if layers is None and len(policies) == 1:
-        layers = [rows * layout.chunks for rows in near_even(candidate.rows, depth)]
-        layers[-1] -= candidate.short >= 1
-        layers[0] -= candidate.short == 2
+        layers = [rows * layout.chunks for rows in _even_rows(candidate)]
+        layers = _with_missing(candidate, layers, -1)
     if layers is not None:
         return _as_given(candidate, layers)
     solution = solve([candidate])
@@ -190,6 +194,15 @@ def solve_layout(
     return settle(solution)
 
 
+def _even_rows(candidate: Candidate) -> list[int]:
+    """Rows on each stage, as even as they go: the same from both ends, if stages are mirrored."""
+    depth = len(candidate.stages)
+    if not candidate.mirrored:
+        return near_even(candidate.rows, depth)
+    half = near_even(candidate.rows // 2, depth // 2)
+    return [*half, *reversed(half)]
+
+
 def near_even(rows: int, stages: int) -> list[int]:
     """Rows on each stage, one more on inner stages first: embedding and head take room on the others.
 
@@ -199,6 +212,16 @@ def near_even(rows: int, stages: int) -> list[int]:
     least, more = divmod(rows, stages)
     longer = [*range(1, stages - 1), 0][:more]
     return [least + (index in longer) for index in range(stages)]
+
+
+def _with_missing(candidate: Candidate, layers: Sequence[int], sign: int) -> list[int]:
+    """Layers on each stage with (1) or without (-1) those that the chunks at the ends lack."""
+    depth, schedule = len(candidate.stages), candidate.layout.schedule
+    found = list(layers)
+    for stage in range(depth):
+        first, last = PipelineParallel(depth, stage, schedule=schedule).ends
+        found[stage] += sign * ((candidate.short >= 1) * last + (candidate.short == 2) * first)
+    return found
 
 
 def _as_given(candidate: Candidate, layers: Sequence[int]) -> Solution:
@@ -214,9 +237,13 @@ def _as_given(candidate: Candidate, layers: Sequence[int]) -> Solution:
         raise InputError(
             "layers_per_stage with recompute=auto: name the one policy that all layers run under"
         )
-    full = [*layers]
-    full[-1] += candidate.short >= 1
-    full[0] += candidate.short == 2
+    full = _with_missing(candidate, layers, 1)
+    if candidate.mirrored and full != full[::-1]:
+        even = ",".join(str(rows * chunks) for rows in _even_rows(candidate))
+        raise InputError(
+            f"layers_per_stage={','.join(map(str, layers))[:60]}: dualpipe has the same layers on stages as "
+            f"far from one end as from the other: use {even}"
+        )
     if any(count % chunks for count in full):
         raise InputError(f"layers_per_stage={','.join(map(str, layers))[:60]}: not equal in {chunks} chunks")
     rows = tuple((count // chunks,) for count in full)
@@ -252,6 +279,13 @@ def given_plan(job: Job, solution: Solution, asked: bool = False) -> Plan:
     why = "the quickest split that fits" if free else "as even as they go"
     split = f"layers on the stages {', '.join(map(str, counts))}: {why}"
     return plan.model_copy(update={"assumptions": (*plan.assumptions, split)})
+
+
+def trace(model: ModelSpec, cluster: ClusterSpec, plan: Plan) -> dict[str, Any]:
+    """A plan's step as a timeline in the Trace Event Format, of the model and cluster it was made for."""
+    from planner.trace import trace as of_plan
+
+    return of_plan(job_for(model, cluster, plan.training, plan.layout.to_layout()), plan)
 
 
 def explain(

@@ -40,7 +40,7 @@ def quick_bound(prices: Prices) -> tuple[Array, Array]:
     """Seconds of a step (at least), and whether the states can fit at all, per layout."""
     layout, block = prices.layout, prices.blocks[0]
     p, v = layout.pipeline_parallel, layout.chunks
-    row = block.seconds * v
+    row = prices.row_seconds[0]
     total = (
         prices.rows * row
         - prices.short * block.seconds
@@ -112,8 +112,8 @@ def _moments(prices: Prices) -> tuple[list[_Moment], Array, Array]:
     """The moments of all stages, their fixed seconds, and which stages exist."""
     p = prices.layout.pipeline_parallel
     stages = np.arange(int(np.max(p)))[None, :]
-    first, last = stages == 0, stages == p - 1
-    seconds = [price.seconds * prices.layout.chunks for price in prices.blocks]
+    first, last = prices.pipeline_at(stages).ends
+    seconds = prices.row_seconds
     ends = [(False, False), (False, True), (True, False), (True, True)]
     at = {end: prices.moments(stages, *end) for end in ends}
 
@@ -158,7 +158,7 @@ def tight_bound(prices: Prices, objective: str = "time") -> Array:
         return np.asarray(enough & (rows.sum(axis=1) >= wanted), dtype=bool)
 
     # A time in which one stage alone could run every row, under the slowest policy.
-    slow = np.maximum.reduce([price.seconds for price in prices.blocks]) * prices.layout.chunks
+    slow = np.maximum.reduce(prices.row_seconds)
     ample = np.ravel(np.max(fixed_seconds, axis=1, keepdims=True) + slow * prices.rows)
     none = np.zeros(count)
     possible = holds(ample, none)
@@ -174,7 +174,7 @@ def tight_bound(prices: Prices, objective: str = "time") -> Array:
         middle = (low + high) / 2
         works = holds(middle, none)
         low, high = np.where(works, low, middle), np.where(works, middle, high)
-    row = prices.blocks[0].seconds * prices.layout.chunks
+    row = prices.row_seconds[0]
     total = prices.rows * row + np.where(exists, fixed_seconds, 0.0).sum(axis=1, keepdims=True)
     pipeline = prices.pipeline
     cost = pipeline.fill * total + pipeline.repeat * low[:, None] + prices.step_seconds

@@ -35,6 +35,7 @@ class Candidate:
     fill: float
     repeat: float
     step_seconds: float
+    mirrored: bool = False  # stage j holds the same layers as stage p - 1 - j
 
     def cost(self, rows: Sequence[Sequence[int]]) -> float:
         """Seconds of a step that hands ``rows[stage][policy]`` rows to each stage."""

@@ -194,6 +194,7 @@ def search(
     objective: o.Objective = "time",
     top: o.Top = 5,
     time_limit: o.TimeLimit = 60.0,
+    trace: o.Trace = None,
     as_json: o.Json = False,
     verbose: o.Verbose = False,
     quiet: o.Quiet = False,
@@ -230,6 +231,8 @@ def search(
                 time_limit=time_limit,
                 progress=report,
             )
+        if trace:
+            write_trace(spec, cluster, plans[0], trace)
         if as_json:
             return print_json(as_document(spec, cluster, plans))
         from planner.render import console_for, show_search
@@ -243,6 +246,16 @@ def cluster_of(given: dict[str, Any]) -> ClusterSpec:
 
     names = ("gpus", "memory_budget", "headroom", "nodes_per_leaf", "oversubscription")
     return reading.read_cluster(*(given[name] for name in names))
+
+
+def write_trace(model: ModelSpec, cluster: ClusterSpec, plan: Plan, path: str) -> None:
+    """Writes a plan's step as a timeline."""
+    from pathlib import Path
+
+    from planner import api
+    from planner import trace as traces
+
+    traces.write_trace(api.trace(model, cluster, plan), Path(path))
 
 
 def one_layout(given: dict[str, Any]) -> tuple[Any, ...]:
@@ -292,6 +305,7 @@ def estimate(
     gradient_dtype: o.GradientType = None,
     optimizer_dtype: o.OptimizerType = None,
     master_weights: o.Master = None,
+    trace: o.Trace = None,
     as_json: o.Json = False,
     verbose: o.Verbose = False,
 ) -> None:
@@ -303,6 +317,8 @@ def estimate(
 
         layers = reading.numbers("--layers-per-stage", layers_per_stage)
         plan = api.estimate(*job, recompute=recompute, layers=layers)
+        if trace:
+            write_trace(job[0], job[1], plan, trace)
         if as_json:
             print_json(as_document(job[0], job[1], [plan]))
         else:

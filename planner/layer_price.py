@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 
-from strategies.base import Quantity, Role
+from strategies.base import AbstractStrategy, Layer, Quantity, Role, held
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class LayerPrice:
     update_room: Quantity  # the optimizer step's temporaries
     saved: Quantity
     ahead: Quantity  # transients at the end of its forward
-    recomputed: Quantity  # what its backward starts by making again
+    recomputed: Quantity  # what its backward starts by making again, or keeps for its weights' gradients
     walk: tuple[StepPrice, ...]
     working: Quantity  # most bytes above ``saved`` while its own backward runs
     forward: Quantity  # seconds of one micro-batch, with the messages that are not hidden
@@ -52,3 +53,13 @@ def working_set(recomputed: Quantity, walk: Iterable[StepPrice]) -> Quantity:
         most = np.maximum(most, now + step.passing)
         now = now - step.freed
     return most
+
+
+def highest(values: Iterable[Quantity]) -> Quantity:
+    """The highest of numbers and arrays, place by place."""
+    return reduce(np.maximum, values, 0.0)
+
+
+def role_sum(layer: Layer, role: Role, strategies: Iterable[AbstractStrategy]) -> Quantity:
+    """What one GPU holds of all of a layer's terms of a role."""
+    return sum(held(term, strategies) for term in layer.by_role[role])

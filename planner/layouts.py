@@ -22,7 +22,7 @@ from planner.stacks import STACKS
 from planner.stacks.base import Stack
 from strategies.base import Layer
 from strategies.layout import RANK_ORDERS, SHARDINGS, Layout
-from strategies.pipeline_parallel import SCHEDULES, PipelineParallel
+from strategies.pipeline_parallel import FOLDED, SCHEDULES, PipelineParallel
 from strategies.sequence_parallel import SequenceParallel
 from strategies.tensor_parallel import TensorParallel
 
@@ -144,13 +144,28 @@ def _schedules(job: Job, choices: Choices, pipeline: int, layers: int) -> Iterat
         return
     for name in names:
         if name != "interleaved":
-            if _allowed(1, choices.chunks):
-                yield name, 1
+            chunks = 2 if name in FOLDED else 1
+            enough = name != "zb-v" or layers + short_chunks(layers, chunks) >= pipeline * chunks
+            if _allowed(chunks, choices.chunks) and enough:
+                yield name, chunks
             continue
         for chunks in range(2, (layers + 2) // pipeline + 1):
             short = short_chunks(layers, chunks)
             if _allowed(chunks, choices.chunks) and short <= 2 and layers + short >= pipeline * chunks:
                 yield name, chunks
+
+
+def _schedule_refusal(job: Job, choices: Choices, schedule: str, pipeline: int, accum: int) -> str:
+    """Why a schedule cannot run so many micro-batches on so many stages; empty if it can."""
+    if schedule == "interleaved" and accum % pipeline:
+        return "interleaved schedule: grad_accum is no multiple of the stages"
+    if accum < PipelineParallel(pipeline, schedule=schedule).least_microbatches:
+        return f"{schedule} schedule: too few micro-batches to fill the stages"
+    if schedule == "dualpipe" and (pipeline % 2 or accum % 2 or job.model.num_hidden_layers % 2):
+        return "dualpipe schedule: stages, micro-batches or layers are odd"
+    if not job.stack.policies_with(schedule, choices.policies(job)):
+        return f"{schedule} schedule: {job.stack.name} runs it with recompute none only"
+    return ""
 
 
 def enumerate_layouts(job: Job, choices: Choices = Choices()) -> Space:
@@ -183,8 +198,8 @@ def enumerate_layouts(job: Job, choices: Choices = Choices()) -> Space:
             for micro in sizes:
                 accum = batch // data // micro
                 for schedule, chunks in schedules:
-                    if schedule == "interleaved" and accum % pipeline:
-                        space.refused["interleaved schedule: grad_accum is no multiple of the stages"] += 1
+                    if refusal := _schedule_refusal(job, choices, schedule, pipeline, accum):
+                        space.refused[refusal] += 1
                         continue
                     for sharding, shards, reshard in shardings:
                         row = (data, tensor, pipeline, chunks, micro, accum, shards)
@@ -286,7 +301,7 @@ def _layout_problems(job: Job, layout: Layout) -> Iterator[str]:
     yield from PipelineParallel(
         pipeline, microbatches=layout.grad_accum, chunks=layout.chunks, schedule=layout.schedule
     ).objections(layers)
-    if layout.chunks > 1 and layout.schedule != "interleaved":
+    if layout.chunks > 1 and layout.schedule not in ("interleaved", *FOLDED):
         yield f"chunks={layout.chunks} need the interleaved schedule, not {layout.schedule}"
     if short_chunks(depth, layout.chunks) > 2:
         yield f"{depth} layers do not fill {layout.chunks} equal chunks, even two layers short"

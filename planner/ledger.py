@@ -16,9 +16,11 @@ from planner.layer_price import LayerPrice
 from planner.network import group
 from planner.overheads import groups, library_bytes
 from planner.replay import Snapshot
-from planner.stages import SPANS_OF, Prices
+from planner.spans import SPANS_OF
+from planner.stages import Prices
 from strategies.base import STATES, Layer, Role, Term, held, size_seen_by
 from strategies.layout import collectives_of, strategies_of
+from strategies.pipeline_parallel import PipelineParallel
 from strategies.recompute import Recompute
 
 COMPONENTS = (
@@ -36,9 +38,12 @@ COMPONENT_OF = {
     Role.GRADIENT: "gradients",
     Role.OPTIMIZER: "optimizer_states",
     Role.ACTIVATION: "activations",
+    Role.OUTPUT_GRADIENT: "activations",
     Role.TRANSIENT: "workspace",
     Role.BUFFER: "workspace",
 }
+
+OF_LOGITS = (Role.ACTIVATION, Role.OUTPUT_GRADIENT, Role.TRANSIENT)
 
 
 @dataclass(frozen=True)
@@ -60,34 +65,30 @@ class Entry:
 
 @dataclass(frozen=True)
 class StageView:
-    """One stage of a solved candidate: its place, its rows by policy, and its layers by policy."""
+    """One stage of a solved candidate: its place, its rows by policy, and its layers by policy.
+
+    ``first`` says whether it holds the embedding, ``last`` whether it holds the head and the loss.
+    """
 
     index: int
     depth: int
     rows: tuple[int, ...]
     layers: dict[str, int]
-
-    @property
-    def first(self) -> bool:
-        """Does it hold the embedding?"""
-        return self.index == 0
-
-    @property
-    def last(self) -> bool:
-        """Does it hold the head and the loss?"""
-        return self.index == self.depth - 1
+    first: bool
+    last: bool
 
 
 def view(candidate: Candidate, rows: Sequence[Sequence[int]], index: int) -> StageView:
     """A stage with the layers that it really holds: rows times chunks, less a missing one."""
     depth, chunks = len(candidate.stages), candidate.layout.chunks
     layers = {p: n * chunks for p, n in zip(candidate.policies, rows[index], strict=True)}
-    missing = (candidate.short >= 1) * (index == depth - 1) + (candidate.short == 2) * (index == 0)
+    first, last = PipelineParallel(depth, index, schedule=candidate.layout.schedule).ends
+    missing = (candidate.short >= 1) * last + (candidate.short == 2) * first
     for policy in layers:
         taken = min(missing, layers[policy])
         layers[policy] -= taken
         missing -= taken
-    return StageView(index, depth, tuple(rows[index]), layers)
+    return StageView(index, depth, tuple(rows[index]), layers, bool(first), bool(last))
 
 
 def entries(prices: Prices, stage: StageView, snapshot: Snapshot, pools: float = 0.0) -> Iterator[Entry]:
@@ -139,8 +140,11 @@ def tensor_entries(prices: Prices, stage: StageView, now: Snapshot) -> Iterator[
     yield from _terms(prices, prices.once, Role.BUFFER, "none", 1)
     for layer, kept, policy, of in _activations(prices, stage, now):
         at_work = now.at != "block" or policy == prices.policies[now.policy]
-        within = step if layer.kind == now.at and at_work else None
+        within = step if layer.kind == now.at and at_work and not prices.pipeline.split else None
         yield from _terms(prices, layer, Role.ACTIVATION, policy, kept, kept / of, within)
+    for policy, pending in zip(prices.policies, now.pending, strict=True):
+        yield from _delayed(prices, block, policy, pending)
+    yield from _delayed(prices, head, "none", now.pending_heads)
     if now.moment != "optimizer step":
         for name, price, held_by in (
             ("embedding", prices.embedding, stage.first),
@@ -189,6 +193,14 @@ def _activations(
         yield head, now.heads, "none", 1
 
 
+def _delayed(prices: Prices, layer: Layer, policy: str, count: float) -> Iterator[Entry]:
+    """What a split backward leaves for the gradients of the weights, besides what was kept before it."""
+    for term in layer.by_role[Role.ACTIVATION]:
+        if policy not in term.kept_by and "none" in term.kept_by:
+            yield from _one(prices, layer, term, "none", count, f"{term.name}, recomputed")
+    yield from _terms(prices, layer, Role.OUTPUT_GRADIENT, "none", count)
+
+
 def peak_step(prices: Prices, now: Snapshot) -> int | None:
     """The step of the layer at work at which its working set is largest; None at the start of it."""
     if now.at not in ("block", "head", "embedding") or now.place == "logits":
@@ -223,11 +235,14 @@ def _working(
     """What the layer at work holds besides what it saved."""
     *strategies, _ = strategies_of(prices.layout, prices.wire, 0, "none")
     data, size = strategies[0], size_seen_by(strategies[0], strategies)
-    at_start = policy in prices.job.stack.block_policies
+    split = prices.pipeline.split
+    if split:
+        yield from _terms(prices, layer, Role.OUTPUT_GRADIENT, "none", 1)
+    at_start = split or policy in prices.job.stack.block_policies
     for term in layer.by_role[Role.ACTIVATION]:
         if policy not in term.kept_by and "none" in term.kept_by:
             if at_start:
-                part = 1.0 if step is None else 1 - _before(term, layer, step)
+                part = 1.0 if step is None or split else 1 - _before(term, layer, step)
             else:
                 part = 0.0 if step is None else _in(term, layer, step)
             yield from _one(prices, layer, term, "none", part, f"{term.name}, recomputed", "workspace")
@@ -309,7 +324,7 @@ def _one(
         return
     if not component:
         component = COMPONENT_OF[term.role]
-        if layer.kind == "head" and "vocab" in term.dims and term.role in (Role.ACTIVATION, Role.TRANSIENT):
+        if layer.kind == "head" and "vocab" in term.dims and term.role in OF_LOGITS:
             component = "logits"
     dims = {key: int(value) for key, value in term.dims.items()}
     yield Entry(component, name or term.name, layer.kind, dims, term.unit, count, whole, shares, amount)
@@ -351,7 +366,7 @@ def messages(prices: Prices, stage: StageView) -> Iterator[Message]:
                 times = one.per, one.behind, count, float(one.size), seconds
                 yield Message(one.kind, one.axis, layer.kind, gpus, *times)
     if stage.depth > 1:
-        sends = 2 * prices.layout.chunks
+        sends = 2 * float(prices.pipeline.passes)
         yield Message(
             "send", "pipeline", "stage", 2, "micro-batch", "", sends, prices.send_bytes, float(prices.send)
         )

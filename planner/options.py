@@ -63,7 +63,10 @@ Reshard = Annotated[
     bool,
     option("--reshard-after-forward/--keep-gathered", help="FSDP frees gathered units after the forward."),
 ]
-Schedule = Annotated[str | None, option("--schedule", help="1f1b, interleaved, gpipe or pipedream.")]
+Schedule = Annotated[
+    str | None,
+    option("--schedule", help="1f1b, interleaved, gpipe, pipedream, zb-h1, zb-h2, zb-v or dualpipe."),
+]
 SequenceParallel = Annotated[bool | None, option(SP, help="Cut the residual stream too; on with TP.")]
 RankOrder = Annotated[str, option("--rank-order", help="Axes, innermost first, as in tp-dp-pp.")]
 Recompute = Annotated[str, option("--recompute", help="none, selective, full, or auto: as memory forces.")]
@@ -79,7 +82,11 @@ OnlyMicro = Annotated[str | None, option("--micro-batch-size", "-mb", help="Only
 OnlyChunks = Annotated[str | None, option("--chunks", help="Only these numbers of model chunks.")]
 OnlySharding = Annotated[str | None, option("--sharding", help="Only these, if the framework has them.")]
 OnlySchedule = Annotated[
-    str | None, option("--schedule", help="Only these: 1f1b, interleaved, gpipe, pipedream.")
+    str | None,
+    option(
+        "--schedule",
+        help="Only these, as in 1f1b,zb-v: interleaved, gpipe, pipedream, zb-h1, zb-h2, dualpipe.",
+    ),
 ]
 OnlyRankOrder = Annotated[
     str | None, option("--rank-order", help="Only these, innermost axis first, as in tp-dp-pp,tp-pp-dp.")
@@ -93,6 +100,9 @@ TimeLimit = Annotated[float, option("--time-limit", help="Seconds to search at m
 
 # The output.
 Json = Annotated[bool, option("--json", help="JSON on standard output, and nothing else there.")]
+Trace = Annotated[
+    str | None, option("--trace", help="Write the step's timeline here, for Perfetto or chrome://tracing.")
+]
 Verbose = Annotated[bool, option("--verbose", "-v", help="Sources and refusals too.")]
 Quiet = Annotated[bool, option("--quiet", "-q", help="The answer and the ranking only.")]
 Stage = Annotated[int | None, option("--stage", help="Which stage; the fullest by default.")]

@@ -8,15 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
 from planner.defaults import Job, profile_notes
+from planner.layer_price import LayerPrice
 from planner.layouts import beyond_node
 from planner.ledger import components, entries, view
 from planner.overheads import device_bytes, library_bytes, reserved_bytes
 from planner.program import Solution
 from planner.replay import StageReplay
-from planner.schedule import step_seconds
+from planner.schedule import PassSeconds, step_seconds
 from planner.specs import TrainingSpec
 from planner.stages import Prices, price
 from strategies.layout import RANK_ORDERS, Layout
@@ -192,6 +195,28 @@ def _of_layout(job: Job, layout: Layout) -> list[str]:
     return notes
 
 
+def pass_seconds(prices: Prices, rows: Sequence[Sequence[int]]) -> list[list[PassSeconds]]:
+    """Seconds of a micro-batch's passes through every chunk of every stage, for a split of the layers.
+
+    Of a chunk's two sends one belongs to its forward, one to the gradient of its input.
+    """
+
+    def parts(price: LayerPrice) -> npt.NDArray[np.float64]:
+        return np.array([float(price.forward), float(price.inputs), float(price.weights)])
+
+    layers = [parts(price) for price in prices.blocks]
+    sent = float(prices.send / prices.pipeline.passes) / 2 * np.array([1, 1, 0])
+    stages = []
+    for j, own in enumerate(rows):
+        first, last = map(bool, prices.pipeline_at(j).ends)
+        whole = sum(n * each for n, each in zip(own, layers, strict=True)) + sent
+        chunks = [whole.copy() for _ in range(int(prices.layout.chunks))]
+        chunks[0] += parts(prices.embedding) * first - layers[0] * (first and prices.short == 2)
+        chunks[-1] += parts(prices.head) * last - layers[0] * (last and prices.short >= 1)
+        stages.append([PassSeconds(*map(float, chunk)) for chunk in chunks])
+    return stages
+
+
 def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
     """A plan from a solved candidate: stages, time on the schedule graph, proof."""
     candidate = solution.candidate
@@ -200,18 +225,11 @@ def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
     alike: dict[Any, StagePlan] = {}
     stages = []
     for j, rows in enumerate(solution.rows):
-        key = (rows, j == 0, j == len(solution.rows) - 1, float(prices.pipeline_at(j).in_flight))
+        pipeline = prices.pipeline_at(j)
+        key = (rows, *map(bool, pipeline.ends), tuple((float(n), float(k)) for n, k in pipeline.held))
         if key not in alike:
             alike[key] = plan_stage(prices, solution, j)
         stages.append(alike[key])
-    # Without recompute, the forward is a third of a layer's work.
-    plain = float(prices.plain.seconds) * layout.chunks
-    forward = [
-        (sum(rows) * plain + own.fixed_seconds) / 3
-        for rows, own in zip(solution.rows, candidate.stages, strict=True)
-    ]
-    total = [candidate.stage_seconds(j, rows) for j, rows in enumerate(solution.rows)]
-    backward = [whole - part for whole, part in zip(total, forward, strict=True)]
     step = candidate.cost(solution.rows)
     tokens_per_s = job.tokens_per_step / step
     flops = job.model.flops_per_token(job.seq_length) * tokens_per_s
@@ -234,7 +252,7 @@ def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
         most_bytes=max(stage.most_bytes for stage in stages),
         capacity_bytes=job.cluster.capacity_bytes,
         step_time_s=step,
-        critical_path_s=step_seconds(layout, forward, backward) + candidate.step_seconds,
+        critical_path_s=step_seconds(layout, pass_seconds(prices, solution.rows)) + candidate.step_seconds,
         tokens_per_s=tokens_per_s,
         mfu=flops / (job.cluster.num_gpus * peak_flops),
         days=job.training.tokens / tokens_per_s / 86400 if job.training.tokens else None,

@@ -7,6 +7,7 @@ For candidates c with stages j and policies r:
     one_layout       sum_c choose[c] = 1
     every_layer      sum_{j,r} rows[c,j,r] = R[c] choose[c]
     no_empty_stage   sum_r rows[c,j,r] >= choose[c]
+    mirrored         rows[c,j,r] = rows[c,p-1-j,r], where the stages from both ends hold the same layers
     working_set      rows[c,j,r] <= R[c] uses[c,j,r]
     memory           sum_r bytes rows + working uses + fixed choose <= capacity choose
     slowest_stage    sum_r seconds rows + fixed choose <= slowest[c]
@@ -85,12 +86,16 @@ class _Model:
         return choose, rows
 
     def every_layer(self, index: int, candidate: Candidate, choose: Any, rows: list[list[Any]]) -> None:
-        """``sum_{j,r} rows = R choose`` and ``sum_r rows[j] >= choose``."""
+        """``sum_{j,r} rows = R choose``, ``sum_r rows[j] >= choose``, and equal twins if mirrored."""
         everything = [(x, 1.0) for stage in rows for x in stage]
         self.require(f"every_layer_{index}", [*everything, (choose, -candidate.rows)], "==")
         for j, stage in enumerate(rows):
             pairs = [(x, 1.0) for x in stage]
             self.require(f"no_empty_stage_{index}_{j}", [*pairs, (choose, -1.0)], ">=")
+        if candidate.mirrored:
+            for j, (stage, twin) in enumerate(zip(rows[: len(rows) // 2], reversed(rows), strict=False)):
+                for r, (x, y) in enumerate(zip(stage, twin, strict=True)):
+                    self.require(f"mirrored_{index}_{j}_{r}", [(x, 1.0), (y, -1.0)], "==")
 
     def memory(self, index: int, candidate: Candidate, choose: Any, rows: list[list[Any]]) -> None:
         """``sum bytes rows + working uses + fixed choose <= capacity choose``, in capacities."""
@@ -178,6 +183,8 @@ def settle(solution: Solution) -> Solution:
     A slow last stage leaves the others slack, and the solver spends it anyhow; people do not.
     """
     candidate = solution.candidate
+    if candidate.mirrored:  # rows leave a stage in pairs only
+        return solution
     rows = [list(own) for own in solution.rows]
     slowest = max(candidate.stage_seconds(j, own) for j, own in enumerate(rows))
     peaks = [candidate.peak(j, own)[0] for j, own in enumerate(rows)]

@@ -12,6 +12,7 @@ from planner.errors import InputError
 from planner.specs import ClusterSpec, ModelSpec, TrainingSpec, first_problem
 from planner.units import GIB, gib, parse_bytes, parse_fraction
 from strategies.layout import Layout
+from strategies.pipeline_parallel import FOLDED, SCHEDULES
 
 LAYOUT_OPTIONS = (
     "tensor_parallel",
@@ -140,10 +141,11 @@ def words(text: str | None) -> tuple[str, ...] | None:
 def word(text: str) -> str:
     """A name as it is listed.
 
-    >>> word(" ZeRO-1")
-    'zero1'
+    >>> word(" ZeRO-1"), word("ZBV")
+    ('zero1', 'zb-v')
     """
-    return text.strip().lower().replace("-", "")
+    plain = text.strip().lower().replace("-", "")
+    return {name.replace("-", ""): name for name in SCHEDULES}.get(plain, plain)
 
 
 def with_batch(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, unit: int) -> TrainingSpec:
@@ -174,7 +176,9 @@ def read_layout(
     micro = given["micro_batch_size"]
     sequence = given["sequence_parallel"]
     schedule = word(given["schedule"] or "") or ("interleaved" if chunks > 1 else "1f1b")
-    unit = data * micro * (pipeline if schedule == "interleaved" else 1)
+    if schedule in FOLDED and chunks == 1:  # they have two chunks or none
+        chunks = 2
+    unit = data * micro * {"interleaved": pipeline, "dualpipe": 2}.get(schedule, 1)
     training = with_batch(model, cluster, training, unit)
     job = resolve(model, cluster, training)
     layout = Layout(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from planner.layer_price import LayerPrice
-from planner.schedule import Pass, order
+from planner.schedule import Kind, Pass, order
 from planner.stages import Prices
 from strategies.base import Role, Term
 
@@ -25,10 +25,12 @@ MOMENTS = ("forward end", "loss", "backward", "gradients complete", "optimizer s
 class Snapshot:
     """What exists at one place of a step, in layers; the bytes follow from the prices.
 
-    ``kept`` counts layer activations by policy, ``embeddings`` and ``heads`` those of the ends;
-    ``arrived`` counts layers whose gradients exist in full, ``started`` is the fraction that exists of
-    all others. ``place`` names the buffers' spans (planner/stages.py), ``at`` the kind of layer that
-    is at work, ``policy`` the policy it runs under and ``gathered`` the layers kept gathered.
+    ``kept`` counts layer activations by policy, ``pending`` those of them whose backward is done but for
+    the gradients of the weights, ``pending_heads`` the same of the heads; ``embeddings`` and ``heads``
+    count those of the ends; ``arrived`` counts layers whose gradients exist in full, ``started`` is the
+    fraction that exists of all others. ``place`` names the buffers' spans (planner/spans.py), ``at`` the
+    kind of layer that is at work, ``policy`` the policy it runs under and ``gathered`` the layers kept
+    gathered.
     """
 
     moment: str
@@ -43,6 +45,8 @@ class Snapshot:
     gathered: int
     at: str = ""
     policy: int = 0
+    pending: tuple[int, ...] = ()
+    pending_heads: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,11 @@ class StageReplay:
 
     def __init__(self, prices: Prices, stage: int, rows: Sequence[int]) -> None:
         self.prices, self.stage = prices, stage
-        layout = prices.layout
-        depth = int(layout.pipeline_parallel)
-        self.first, self.last = stage == 0, stage == depth - 1
+        pipeline = prices.pipeline_at(stage)
+        self.first, self.last = map(bool, pipeline.ends)
         self.chunks = chunk_policies(prices, rows, stage)
         self.layers = sum(len(chunk) for chunk in self.chunks)
         self.ends = [*([prices.embedding] if self.first else []), *([prices.head] if self.last else [])]
-        pipeline = prices.pipeline_at(stage)
         self.copies = {role: float(pipeline.share(Term("", role, {}, 1.0))) for role in Role}
         ends = self.first, self.last
         self.sizes = {place: float(size) for place, size in prices.buffer_bytes[ends].items()}
@@ -83,6 +85,7 @@ class StageReplay:
         self.gradient = float(self.block.states[Role.GRADIENT])
         self.fixed = sum(self._states(price) for price in self.ends) + float(prices.once_bytes)
         self.saved = [float(price.saved) for price in prices.blocks]
+        self.delayed = [float(price.recomputed) for price in prices.blocks]
         self.working = [float(price.working) for price in prices.blocks]
         # In one root unit, the head's gradient is reduced with the embedding's, last of all.
         self.head_waits = prices.own_pool and not prices.wire.separate_root and self.first
@@ -109,7 +112,9 @@ class StageReplay:
         if self.last:
             gradients += float(prices.head.states[Role.GRADIENT]) * (1 if now.head_arrived else fraction)
             size += float(prices.head.saved) * now.heads + float(prices.head.gathered) * passes
+            size += float(prices.head.recomputed) * now.pending_heads
         size += sum(n * s for n, s in zip(now.kept, self.saved, strict=True))
+        size += sum(n * s for n, s in zip(now.pending, self.delayed, strict=True))
         size += float(self.block.gathered) * now.gathered
         if now.at == "block":
             size += self.working[now.policy]
@@ -149,10 +154,12 @@ class StageReplay:
         gathered = self.layers if prices.pipelined else 0
         now = Snapshot(
             "forward end", "forward end", tuple(kept), waiting * self.first, waiting * self.last, started,
-            self.layers if whole else 0, whole, whole, gathered,
+            self.layers if whole else 0, whole, whole, gathered, pending=(0,) * len(kept),
         )  # fmt: skip
         for one in passes:
-            if one.forward:
+            if one.kind is Kind.WEIGHT:
+                now = self._release(now, one)
+            elif one.forward:
                 now = self._forward(now, one)
                 yield now
                 if now.heads and one.chunk == len(self.chunks) - 1:
@@ -165,14 +172,34 @@ class StageReplay:
                     )
         yield replace(
             now, moment="optimizer step", place="optimizer step", at="optimizer", kept=(0,) * len(kept),
-            embeddings=0, heads=0, gathered=0, arrived=self.layers, embedding_arrived=True, head_arrived=True,
+            pending=(0,) * len(kept), embeddings=0, heads=0, gathered=0, arrived=self.layers,
+            embedding_arrived=True, head_arrived=True,
         )  # fmt: skip
+
+    def _top(self, one: Pass) -> bool:
+        """Does a pass go through the head?"""
+        return self.last and one.chunk == len(self.chunks) - 1
+
+    def _release(self, now: Snapshot, one: Pass) -> Snapshot:
+        """What the gradients of a chunk's weights free: they are counted from its backward on."""
+        kept, pending = list(now.kept), list(now.pending)
+        for policy in self.chunks[one.chunk]:
+            kept[policy] -= 1
+            pending[policy] -= 1
+        return replace(
+            now,
+            kept=tuple(kept),
+            pending=tuple(pending),
+            embeddings=now.embeddings - (self.first and one.chunk == 0),
+            heads=now.heads - self._top(one),
+            pending_heads=now.pending_heads - self._top(one),
+        )
 
     def _forward(self, now: Snapshot, one: Pass) -> Snapshot:
         kept = list(now.kept)
         for policy in self.chunks[one.chunk]:
             kept[policy] += 1
-        top = self.last and one.chunk == len(self.chunks) - 1
+        top = self._top(one)
         gathered = now.gathered
         if not self.prices.pipelined:
             gathered = self.layers
@@ -189,12 +216,17 @@ class StageReplay:
 
     def _backward(self, now: Snapshot, one: Pass) -> Generator[Snapshot, None, Snapshot]:
         """The snapshots of a chunk's backward; returns what is left after it."""
-        layers, kept = self.chunks[one.chunk], list(now.kept)
-        arrived = now.arrived
-        if self.last and one.chunk == len(self.chunks) - 1:
+        layers, kept, pending = self.chunks[one.chunk], list(now.kept), list(now.pending)
+        arrived, whole = now.arrived, one.kind is Kind.BACKWARD
+        if self._top(one):
             now = replace(now, moment="loss", place="loss", at="head")
             yield now
-            now = replace(now, heads=now.heads - 1, head_arrived=now.head_arrived or not self.head_waits)
+            now = replace(
+                now,
+                heads=now.heads - whole,
+                pending_heads=now.pending_heads + (not whole),
+                head_arrived=now.head_arrived or not self.head_waits,
+            )
         if self.prices.resident.engine:
             now = replace(now, started=float(self.prices.resident.backward))
         for number, policy in enumerate(reversed(layers)):
@@ -205,18 +237,21 @@ class StageReplay:
             moment = "gradients complete" if left == 0 and one.chunk == 0 else "backward"
             now = replace(now, moment=moment, place=place, at="block", policy=policy, arrived=arrived)
             yield now
-            kept[policy] -= 1
+            kept[policy] -= whole
+            pending[policy] += not whole
             arrived = min(arrived + 1, self.layers)
             gathered = now.gathered - (not self.prices.pipelined)
-            now = replace(now, kept=tuple(kept), arrived=arrived, gathered=gathered)
+            now = replace(now, kept=tuple(kept), pending=tuple(pending), arrived=arrived, gathered=gathered)
         if one.chunk == 0:
             now = replace(now, moment="gradients complete")
             if self.first:
                 now = replace(now, place="end", at="embedding")
                 yield now
-                now = replace(now, embedding_arrived=True, embeddings=now.embeddings - 1)
+                now = replace(now, embedding_arrived=True, embeddings=now.embeddings - whole)
             now = replace(now, place="reduction", at="")
             yield now
+        elif not whole:
+            yield replace(now, moment="backward", place="forward end", at="")
         return now
 
 
@@ -227,10 +262,10 @@ def chunk_policies(prices: Prices, rows: Sequence[int], stage: int) -> list[list
     """
     row = [policy for policy in reversed(range(len(rows))) for _ in range(rows[policy])]
     chunks = [list(row) for _ in range(int(prices.layout.chunks))]
-    depth = int(prices.layout.pipeline_parallel)
-    if prices.short >= 1 and stage == depth - 1:
+    first, last = prices.pipeline_at(stage).ends
+    if prices.short >= 1 and last:
         chunks[-1].pop()
-    if prices.short == 2 and stage == 0:
+    if prices.short == 2 and first:
         chunks[0].pop()
     return chunks
 
@@ -242,6 +277,8 @@ def worth_replaying(prices: Prices, stage: int) -> tuple[list[Pass], int]:
     if layout.schedule == "gpipe":
         shown = min(m, 2)
         return order("gpipe", stage, p, shown), m - shown
+    if prices.pipeline.split:
+        return order(layout.schedule, stage, p, min(m, 4 * p), v), 0
     shown = min(m, 2 * p + p) if v > 1 else min(m, p - stage + 1)
     schedule = "1f1b" if layout.schedule == "pipedream" else layout.schedule
     return order(schedule, stage, p, max(shown, min(m, 2)), v), 0

@@ -18,9 +18,8 @@ layers it holds; :mod:`planner.replay` goes through all of them, layer by layer,
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
-from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -29,10 +28,11 @@ from planner.candidate import Candidate, Stage
 from planner.collectives import Messages
 from planner.compute import Compute
 from planner.defaults import Job
-from planner.layer_price import LayerPrice, StepPrice, working_set
+from planner.layer_price import LayerPrice, StepPrice, highest, role_sum, working_set
 from planner.layers import Builder
 from planner.overheads import tensor_capacity
 from planner.residence import Residence, residence_of
+from planner.spans import SPANS_OF
 from strategies.base import (
     STATES,
     AbstractStrategy,
@@ -49,31 +49,6 @@ from strategies.layout import Layout, collectives_of, strategies_of
 from strategies.pipeline_parallel import PipelineParallel
 
 MOMENTS = ("loss", "backward", "gradients complete", "optimizer step")
-SPANS_OF = {
-    "start": {"start"},
-    "forward end": {"passes"},
-    "logits": {"passes", "logits"},
-    "loss": {"passes", "loss"},
-    "first": {"passes", "block", "not last"},
-    "inner": {"passes", "block", "not first", "not last"},
-    "last": {"passes", "block", "not first"},
-    "only": {"passes", "block"},
-    "end": {"passes", "end"},
-    "reduction": {"reduction"},
-    "optimizer step": {"optimizer step"},
-}
-"""The buffers' spans that each place of a step lies in: the first, an inner, the last or the only layer
-to run backward, and the end of the backward."""
-
-
-def highest(values: Iterable[Quantity]) -> Quantity:
-    """The highest of numbers and arrays, place by place."""
-    return reduce(np.maximum, values, 0.0)
-
-
-def role_sum(layer: Layer, role: Role, strategies: Iterable[AbstractStrategy]) -> Quantity:
-    """What one GPU holds of all of a layer's terms of a role."""
-    return sum(held(term, strategies) for term in layer.by_role[role])
 
 
 def _pick(value: Any, selector: Any) -> Any:
@@ -99,6 +74,7 @@ class Prices:
         self.compute = Compute(job)
         self.bandwidth = self.compute.bandwidth
         self.overlap = job.training.options.get("overlap", "on") == "on"
+        self.forward_share = self.weight_share = 1 / 3  # until a layer's price says
         self.wire = job.stack.wire(job.recipe, job.training.options)
         builder = Builder(
             job.model,
@@ -110,6 +86,7 @@ class Prices:
             pipeline_parallel=layout.pipeline_parallel,
         )
         self.layers, self.once = builder.layers(), builder.stage()
+        self.pipeline = self.pipeline_at(0)
         self.resident = residence_of(job, layout, self.wire)
         self.pipelined = (layout.pipeline_parallel > 1) * 1
         self.copied = job.stack.gradient_copies and job.recipe.master > 0 and job.recipe.gradient < 4
@@ -125,14 +102,16 @@ class Prices:
         )
         self.embedding, self.head = (self._price(self.layers[i], "none") for i in (0, 2))
         self.plain = self._price(self.layers[1], "none")
+        self.forward_share = self.plain.forward / self.plain.seconds
+        self.weight_share = self.plain.weights / self.plain.seconds
+        self.pipeline = self.pipeline_at(0)
         self.blocks = [
             self.plain if policy == "none" else self._price(self.layers[1], policy)
             for policy in self.policies
         ]
-        self.pipeline = self.pipeline_at(0)
         depth = job.model.num_hidden_layers
         self.short = (-depth) % layout.chunks
-        self.rows = (depth + self.short) // layout.chunks
+        self.rows = (depth + self.short) * self.pipeline.copies // layout.chunks
         self.capacity = tensor_capacity(job, layout)
         self.send = self._send_seconds()
         self.step_seconds = self._step_seconds()
@@ -154,7 +133,13 @@ class Prices:
         """The pipeline strategy seen from a stage."""
         layout = self.layout
         return PipelineParallel(
-            layout.pipeline_parallel, stage, layout.grad_accum, layout.chunks, layout.schedule
+            layout.pipeline_parallel,
+            stage,
+            layout.grad_accum,
+            layout.chunks,
+            layout.schedule,
+            self.forward_share,
+            self.weight_share,
         )
 
     def _walk(self, layer: Layer, policy: str) -> tuple[Quantity, Quantity, tuple[StepPrice, ...]]:
@@ -164,9 +149,11 @@ class Prices:
         data = plain[0]
         size = size_seen_by(data, plain)
         freed, again, whole, final, passing = (dict.fromkeys(layer.steps, 0.0) for _ in range(5))
-        at_start = policy in self.job.stack.block_policies
+        # What a split backward has made or made again stays until the weights' gradients are made.
+        split = self.pipeline.split
+        at_start = split or policy in self.job.stack.block_policies
         ahead: Quantity = 0.0
-        recomputed: Quantity = 0.0
+        recomputed: Quantity = role_sum(layer, Role.OUTPUT_GRADIENT, plain) if split else 0.0
 
         def add(to: dict[str, Any], term: Term, amount: Quantity) -> None:
             for step in term.steps:
@@ -174,12 +161,12 @@ class Prices:
 
         for term in layer.by_role[Role.ACTIVATION]:
             if policy in term.kept_by:
-                add(freed, term, held(term, strategies))
+                add(freed, term, held(term, strategies) * (1 - split))
             elif "none" in term.kept_by:
                 made = held(term, plain)
                 add(again, term, made)
                 if at_start:
-                    add(freed, term, made)
+                    add(freed, term, made * (1 - split))
                     recomputed = recomputed + made
         for term in layer.by_role[Role.TRANSIENT]:
             if term.steps == ("logits",):
@@ -272,12 +259,12 @@ class Prices:
     def _send_seconds(self) -> Quantity:
         # A chunk's output goes on once forward and its gradient back once: exposed.
         once = self._messages.send_seconds(self.send_bytes)
-        return 2 * once * self.layout.chunks * (self.layout.pipeline_parallel > 1)
+        return 2 * once * self.pipeline.passes * (self.layout.pipeline_parallel > 1)
 
     def _step_seconds(self) -> Quantity:
         # Once a step, on an average stage with embedding or head: what messages exceed
         # of the pass they hide behind (backward two thirds, forward one), and the update.
-        depth = self.job.model.num_hidden_layers / self.layout.pipeline_parallel
+        depth = self.job.model.num_hidden_layers * self.pipeline.copies / self.layout.pipeline_parallel
         block = self.plain
         window = block.seconds * depth
         exposed: Quantity = 0.0
@@ -287,17 +274,21 @@ class Prices:
             exposed = exposed + np.maximum(0.0, seconds * depth + around - share * window)
         around = self._around(self.embedding.update_bytes, self.head.update_bytes)
         total = exposed + (block.update_bytes * depth + around) / self.bandwidth
+        if self.pipeline.copies > 1:  # the two stages that hold a layer add up its gradients
+            around = self._around(*(end.states[Role.GRADIENT] for end in (self.embedding, self.head)))
+            total += self.network.send_seconds(block.states[Role.GRADIENT] * depth + around, self.layout)
         # PipeDream updates its weights after every micro-batch.
         return total * (self.layout.grad_accum if self.layout.schedule == "pipedream" else 1)
 
     def _around(self, embedding: Quantity, head: Quantity) -> Quantity:
-        """Of embedding and head, both on a single stage, the larger on several."""
-        return np.where(self.layout.pipeline_parallel == 1, embedding + head, np.maximum(embedding, head))
+        """Of embedding and head: both, where one stage holds both, else the larger."""
+        first, last = self.pipeline.ends
+        return np.where(first & last, embedding + head, np.maximum(embedding, head))
 
     def stage_layers(self, first: bool, last: bool) -> list[Layer]:
         """A layer of each kind that a stage holds, with its count on an average stage."""
         embedding, block, head = self.layers
-        block = replace(block, count=block.count / self.layout.pipeline_parallel)
+        block = replace(block, count=block.count * self.pipeline.copies / self.layout.pipeline_parallel)
         return [*([embedding] if first else []), block, *([head] if last else [])]
 
     def _buffer_bytes(self, first: bool, last: bool, stream: str = "compute") -> dict[str, Quantity]:
@@ -344,7 +335,7 @@ class Prices:
         as it ever is.
         """
         pipeline = self.pipeline_at(stage)
-        chunks, flight = self.layout.chunks, pipeline.in_flight
+        chunks, whole = self.layout.chunks, 1 - pipeline.split
         there, sizes = self.held_room, self.buffer_bytes[first, last]
         gathering = highest(self.gather_bytes[first, last].values())
         around = [*([self.embedding] if first else []), *([self.head] if last else [])]
@@ -363,20 +354,26 @@ class Prices:
             states = self.state_bytes(block, pipeline, gradients)
             return (states + block.gathered * kept + block.update_room * self.apart) * chunks
 
-        # The embedding's activations are in flight like a first chunk's; the head's never wait,
-        # unless the whole batch is sent forward first.
+        def kept(price: LayerPrice) -> Quantity:
+            times = [n * price.saved + k * (price.saved + price.recomputed) for n, k in pipeline.held]
+            return times[0] if whole else highest(times)
+
+        # The embedding's activations are in flight like a first chunk's; the head's never wait, unless
+        # the whole batch is sent forward first or the gradients of its weights are made later.
         start = self.embedding.saved * pipeline.first_chunk_in_flight * first
-        waiting = self.layout.grad_accum if self.layout.schedule == "gpipe" else 1
-        running = [rows(there, 1.0) + flight * price.saved for price in self.blocks]
+        flight = [kept(price) for price in self.blocks]
+        running = [rows(there, 1.0) + own for own in flight]
         head = self.head.states[Role.GRADIENT] * (1.0 - there) * last
-        start = start + self.head.saved * (waiting - 1) * last
+        waiting = self.head.saved + self.head.recomputed * (1 - whole)
+        start = start + waiting * (pipeline.last_chunk_in_flight - whole) * last
         started = fixed(there, 1.0) + start + head
         # The second layer may need more than the first: what is left of the first one's gradients.
         lightest = np.minimum.reduce([price.saved for price in self.blocks])
-        left = sizes["inner"] + block.states[Role.GRADIENT] * (1.0 - there) - lightest
+        left = sizes["inner"] + block.states[Role.GRADIENT] * (1.0 - there) - lightest * whole
         left = left - block.gathered * (1 - self.pipelined)
         # Other micro-batches wait while this one is done.
-        ready = [rows(1.0, self.pipelined) + (flight - 1) * price.saved for price in self.blocks]
+        done_with = [own - price.saved * whole for own, price in zip(flight, self.blocks, strict=True)]
+        ready = [rows(1.0, self.pipelined) + own for own in done_with]
         done = fixed(1.0, self.pipelined) + start
         # Of the last layer to run backward, its own gradients are not there in full, and the embedding's
         # come after it; the layer after it in the forward may be heavier yet, where it is prefetched for.
@@ -405,24 +402,29 @@ class Prices:
             ),
         }
         if last:
-            loss = fixed(self.waiting_room, 1.0) + start + self.head.saved
+            loss = fixed(self.waiting_room, 1.0) + start + self.head.saved * whole
             room = np.maximum(sizes["loss"] + self.head.working, sizes["logits"] + self.head.ahead)
-            waited = [rows(self.waiting_room, 1.0) + flight * price.saved for price in self.blocks]
+            waited = [rows(self.waiting_room, 1.0) + own for own in flight]
             result["loss"] = (waited, loss + room, nothing)
         return result
 
     def fixed_seconds(self, first: bool, last: bool) -> Quantity:
         """Seconds of one micro-batch on a stage besides its rows of layers."""
-        total = self.send + self.embedding.seconds * first + self.head.seconds * last
+        ends = self.embedding.seconds * first + self.head.seconds * last
+        total = self.send + ends / self.pipeline.copies
         missing = (self.short >= 1) * last + (self.short == 2) * first
         return total - missing * self.blocks[0].seconds
+
+    @property
+    def row_seconds(self) -> list[Quantity]:
+        """Seconds of one micro-batch through a row, under each policy."""
+        return [price.seconds * self.pipeline.passes for price in self.blocks]
 
     def spread(self) -> Candidate:
         """The candidate of a single layout."""
         stages = []
-        depth = self.layout.pipeline_parallel
-        for j in range(depth):
-            first, last = j == 0, j == depth - 1
+        for j in range(self.layout.pipeline_parallel):
+            first, last = map(bool, self.pipeline_at(j).ends)
             moments = {
                 name: (tuple(map(float, per_row)), float(fixed), tuple(map(float, working)))
                 for name, (per_row, fixed, working) in self.moments(j, first, last).items()
@@ -430,7 +432,7 @@ class Prices:
             stages.append(
                 Stage(
                     moments=moments,
-                    seconds=tuple(float(price.seconds * self.layout.chunks) for price in self.blocks),
+                    seconds=tuple(map(float, self.row_seconds)),
                     fixed_seconds=float(self.fixed_seconds(first, last)),
                 )
             )
@@ -444,9 +446,10 @@ class Prices:
             fill=float(self.pipeline.fill),
             repeat=float(self.pipeline.repeat),
             step_seconds=float(self.step_seconds),
+            mirrored=self.pipeline.copies > 1,
         )
 
 
 def price(job: Job, layout: Layout, policies: Sequence[str] | None = None) -> Prices:
     """Prices a family of layouts (or a single one) under the recompute policies."""
-    return Prices(job, layout, policies or job.stack.policies)
+    return Prices(job, layout, job.stack.policies_with(layout.schedule, policies))

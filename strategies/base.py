@@ -39,6 +39,7 @@ class Role(StrEnum):
     GRADIENT = "gradient"
     OPTIMIZER = "optimizer"
     ACTIVATION = "activation"  # kept from forward to backward, of one micro-batch
+    OUTPUT_GRADIENT = "output gradient"  # kept until the weights' gradients are made, if that is apart
     TRANSIENT = "transient"  # exists only in one step of its own layer's backward (or in the loss)
     BUFFER = "buffer"  # there for the whole step, besides model states
     MESSAGE = "message"  # crosses a tensor-parallel region or a stage boundary

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from math import prod
 from typing import Any
 
 from strategies.base import AbstractStrategy, Collective, Layer, Quantity, size_seen_by

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from strategies.base import AbstractStrategy, Buffer, Layer, Quantity, Role, Size, Term
 
-CUT = (Role.ACTIVATION, Role.TRANSIENT, Role.TRAFFIC)
+CUT = (Role.ACTIVATION, Role.OUTPUT_GRADIENT, Role.TRANSIENT, Role.TRAFFIC)
 """Roles whose terms on the residual stream are cut; messages cross it whole."""
 
 

@@ -10,12 +10,13 @@ that can be read beside the code they were counted in. Options select rows by wo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from strategies.base import POLICIES, Role
 from strategies.layout import Wire
+from strategies.pipeline_parallel import SPLIT
 
 COMPUTE, GRADIENT, FP32, BYTE, INT64 = "compute", "gradient", "fp32", "byte", "int64"
 """Element types of a row; ``compute`` is the precision that the matrix products run in, ``gradient``
@@ -148,6 +149,7 @@ class Stack:
     reduces_as_weights: bool = False  # FSDP's gradients, where the weights are in half precision
     tensor_parallel: bool = True
     policies: tuple[str, ...] = POLICIES  # the recompute policies it knows
+    split_policies: tuple[str, ...] = POLICIES  # those it runs where a schedule splits the backward
     block_policies: tuple[str, ...] = ("full",)  # those that run a whole block again before its backward
     rerun: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Products that a policy milder than ``full`` runs again: name -> policies that do not."""
@@ -175,6 +177,12 @@ class Stack:
         """The fused kernel that is run, of those that are known of a GPU; empty where none is."""
         wanted = {"eager": (), "flash1": ("flash1",)}.get(str(attention), self.attention_kernels)
         return next((name for name in wanted if name in there), "")
+
+    def policies_with(self, schedule: str, wanted: Sequence[str] | None = None) -> tuple[str, ...]:
+        """The recompute policies, of those wanted, that it runs with a pipeline schedule."""
+        policies = tuple(wanted or self.policies)
+        able = self.split_policies if schedule in SPLIT else policies
+        return tuple(policy for policy in policies if policy in able)
 
     def autograd_bytes(self, recipe: Recipe) -> float:
         """Bytes per element of the gradients that autograd makes, before they are stored."""

@@ -122,6 +122,14 @@ BLOCK = (
     Row("gradient of the attention output", AD, 2, role=TRANSIENT, steps="out core"),
     Row("gradients of query, key and value", AD, 3, role=TRANSIENT, steps="core"),
     Row("gradient of the query", AD, 1, role=TRANSIENT, steps="qkv"),
+    # torch's input-gradient pass keeps these besides the graph (distributed/pipelining/_backward.py):
+    # of each product of weights, and of each norm, for the pass that makes the weights' gradients.
+    Row("gradients of the query product", AD, 1, role=Role.OUTPUT_GRADIENT),
+    Row("gradients of the key and value products", KD, 2, role=Role.OUTPUT_GRADIENT),
+    Row("gradients of gate and up", F, 2, when="gated", role=Role.OUTPUT_GRADIENT),
+    Row("gradient of up", F, 1, when="!gated", role=Role.OUTPUT_GRADIENT),
+    Row("gradients of the attention output and down products", W, 2, role=Role.OUTPUT_GRADIENT),
+    Row("gradients of the norms", H, 2, role=Role.OUTPUT_GRADIENT),
     # The table of rotary angles, a copy in every layer.
     Row("rotary table", "seq head_dim", 1, FP32, when="rotary", role=Role.BUFFER),
 )
@@ -181,6 +189,8 @@ HEAD = (
     Row("logits of a chunk, in fp32", V, 3 / 8, FP32, when="loss:chunked", role=TRANSIENT, steps="loss"),
     Row("gradient of the logits, cast", V, 1, when="!loss:chunked", role=TRANSIENT, steps="head"),
     Row("gradient of the head's input", H, 2, role=TRANSIENT, steps="head norm"),
+    Row("gradient of the logits, kept", V, 1, when="!loss:chunked", role=Role.OUTPUT_GRADIENT),
+    Row("gradient of the final norm", H, 1, role=Role.OUTPUT_GRADIENT),
 )
 
 TORCHTITAN = Stack(
@@ -202,9 +212,13 @@ TORCHTITAN = Stack(
     sharding_notes={
         "fsdp": "data_parallel_shard_degree, HSDP with data_parallel_replicate_degree",
     },
-    schedules=("1f1b", "interleaved", "gpipe"),
+    schedules=("1f1b", "interleaved", "gpipe", "zb-v"),
     # distributed/parallel_dims.py: a mesh of pp, dp_replicate, dp_shard, tp, outermost first.
     rank_orders={"tp-dp-pp": ""},
+    # pipelining refuses to split the backward of a compiled stage (_check_torch_compile_compatibility).
+    variants={"compile:on": {"schedules": ("1f1b", "interleaved", "gpipe")}},
+    # A checkpointed block is run again for each of its products' weight gradients (torch 2.13).
+    split_policies=("none",),
     options={
         "attention": ("flash",),
         "loss": ("eager", "eager-kept", "eager-chunked", "compiled", "chunked"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 
 from hypothesis import strategies as st
@@ -12,6 +12,10 @@ from planner.defaults import Job, resolve
 from planner.specs import ClusterSpec, ModelSpec, TrainingSpec
 from planner.stacks import STACKS
 from strategies.layout import SHARDINGS, Layout
+from strategies.pipeline_parallel import FOLDED, SCHEDULES, SPLIT, PipelineParallel
+
+ONCE = tuple(name for name in SCHEDULES if name != "dualpipe")
+"""Schedules that hold every layer on one stage."""
 
 
 @st.composite
@@ -62,13 +66,26 @@ def chunks_of(layers: int, stages: int) -> list[int]:
 
 
 @st.composite
-def layouts(draw: st.DrawFn, model: ModelSpec, tensor: int | None = None) -> Layout:
+def layouts(
+    draw: st.DrawFn, model: ModelSpec, tensor: int | None = None, schedules: tuple[str, ...] = SCHEDULES
+) -> Layout:
     """A layout whose degrees divide what they cut."""
     cut = gcd(gcd(model.num_attention_heads, model.num_key_value_heads), model.intermediate_size)
     tensor = tensor or draw(st.sampled_from(divisors(cut)))
     depth = draw(st.integers(1, min(4, model.num_hidden_layers)))
-    chunks, schedule = 1, draw(st.sampled_from(["1f1b", "gpipe", "pipedream", "interleaved"]))
+    layers, chunks, schedule = model.num_hidden_layers, 1, draw(st.sampled_from(schedules))
     accum = draw(st.integers(1, 9))
+    if schedule in SPLIT:
+        folded = schedule in FOLDED
+        depth = 2 * (depth // 2) or 1 if schedule == "dualpipe" else depth
+        impossible = schedule == "dualpipe" and (depth % 2 or layers % 2)
+        if impossible or (schedule == "zb-v" and layers + layers % 2 < 2 * depth):
+            schedule = "1f1b"
+        elif depth > 1:
+            chunks = 1 + folded
+            accum = PipelineParallel(depth, schedule=schedule).least_microbatches + 2 * draw(
+                st.integers(0, 4)
+            )
     if schedule == "interleaved":
         possible = chunks_of(model.num_hidden_layers, depth) if depth > 1 else []
         if possible:
@@ -116,9 +133,10 @@ def cases(
     frameworks: tuple[str, ...] = ("megatron", "torchtitan", "fsdp", "deepspeed", "hf"),
     tied: bool | None = None,
     tensor: int | None = None,
+    schedules: tuple[str, ...] = SCHEDULES,
 ) -> Case:
     model = draw(models(tied))
-    layout = draw(layouts(model, tensor))
+    layout = draw(layouts(model, tensor, schedules))
     # torchtitan has no models of GPT's kind.
     framework = draw(
         st.sampled_from([name for name in frameworks if name != "torchtitan" or model.gated_mlp])
@@ -152,6 +170,12 @@ def cases(
 def splits(draw: st.DrawFn, candidate: Candidate) -> tuple[tuple[int, ...], ...]:
     """A random split of a candidate's rows over its stages and policies, no stage empty."""
     stages = len(candidate.stages)
+    if candidate.mirrored:
+        half = replace(
+            candidate, rows=candidate.rows // 2, stages=candidate.stages[: stages // 2], mirrored=False
+        )
+        drawn = draw(splits(half))
+        return (*drawn, *reversed(drawn))
     left = candidate.rows - stages
     rows = []
     for stage in range(stages):

@@ -250,7 +250,7 @@ def test_tensor_parallelism_cuts_a_term_once_though_two_of_its_dimensions_could_
 def test_sequence_parallelism_cuts_activations_transients_and_traffic_on_the_residual_stream() -> None:
     sequence = SequenceParallel(8)
     for term in TERMS:
-        role_is_cut = term.role in (Role.ACTIVATION, Role.TRANSIENT, Role.TRAFFIC)
+        role_is_cut = term.role in (Role.ACTIVATION, Role.OUTPUT_GRADIENT, Role.TRANSIENT, Role.TRAFFIC)
         assert sequence.share(term) == (1 / 8 if role_is_cut and "residual" in term.dims else 1)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -453,39 +453,11 @@ def compare(
             raise typer.Exit(1)
 
 
-@app.command(epilog="Example: planner catalog models")
-def catalog(
-    what: Annotated[str, typer.Argument(help="models or gpus")],
-    name: Annotated[str | None, typer.Argument(help="One entry, with its sources.")] = None,
-    as_json: o.Json = False,
-) -> None:
-    """The models and GPUs that are known by name, and their sources."""
-    with reported(as_json):
-        from planner.catalog import load_gpu, load_model, names
-        from planner.errors import InputError
-
-        if what not in ("models", "gpus"):
-            raise InputError(f"catalog {what[:40]!r}: ask for models or gpus")
-        load: Any = load_model if what == "models" else load_gpu
-        entries = [load(stem) for stem in ([name] if name else names(what))]
-        dumped = [entry.model_dump(mode="json") for entry in entries]
-        if what == "models":
-            for entry, values in zip(entries, dumped, strict=True):
-                values["num_parameters"] = entry.num_parameters
-        if as_json:
-            return print_json({"schema": "planner.catalog/1", what: dumped})
-        from planner.render_catalog import show_entry, show_gpus, show_models
-
-        if name:
-            return show_entry(dumped[0])
-        show: Any = show_models if what == "models" else show_gpus
-        show(entries)
-
-
 def _register() -> None:
-    """The commands that hold predictions against reality, from files of their own."""
-    from planner import cli_calibrate, cli_measure, cli_validate
+    """The commands that have files of their own."""
+    from planner import cli_calibrate, cli_catalog, cli_measure, cli_validate
 
+    app.command(epilog=cli_catalog.EXAMPLE)(cli_catalog.catalog)
     app.command(epilog=cli_measure.EXAMPLE)(cli_measure.measure)
     app.command(epilog=cli_validate.EXAMPLE)(cli_validate.validate)
     app.command(epilog=cli_calibrate.EPILOG)(cli_calibrate.calibrate)

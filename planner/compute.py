@@ -96,14 +96,20 @@ class Compute:
         ahead = self.behind(forward, hidden / 3) + each
         back = self.behind(rerun + inputs + weights, hidden * 2 / 3) + each * (1 + repeated)
         if layer.kind == "block":
-            most = max(again(term, strategies) for term in layer.by_role[Role.FLOPS])
-            launches = [count * self.launch for count in self.job.stack.launches]
-            back_launches = launches[1] + most * launches[0]
-            if self.blocking:
-                ahead, back = ahead + launches[0], back + back_launches
-            else:
-                ahead, back = np.maximum(ahead, launches[0]), np.maximum(back, back_launches)
+            ahead, back = self._launched(layer, strategies, ahead, back)
         return Passes(ahead, rerun, back - rerun - weights, weights)
+
+    def _launched(
+        self, layer: Layer, strategies: Sequence[AbstractStrategy], forward: Quantity, backward: Quantity
+    ) -> tuple[Quantity, Quantity]:
+        """Seconds of the passes with what the host takes to launch them: ahead of the GPU, or in turn."""
+        work = layer.by_role[Role.FLOPS]
+        part = sum(again(term, strategies) for term in work) / len(work)  # of the forward's kernels
+        first, second = (count * self.launch for count in self.job.stack.launches)
+        second += part * first
+        if self.blocking:
+            return forward + first, backward + second
+        return np.maximum(forward, first), np.maximum(backward, second)
 
     def behind(self, work: Quantity, messages: Quantity) -> Quantity:
         """Seconds of work that messages run behind, on their part of the multiprocessors."""
@@ -155,4 +161,4 @@ def again(term: Term, strategies: Sequence[AbstractStrategy]) -> float:
     Its strategy counts a freed term of work, a third of it forward, 4/3, and a message, half of it, 3/2.
     """
     parts = 2 if term.role is Role.MESSAGE else 3
-    return sum(round(parts * (one.share(term) - 1)) for one in strategies if one.axis == "recompute")
+    return sum((round(parts * (one.share(term) - 1)) for one in strategies if one.axis == "recompute"), 0.0)

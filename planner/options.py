@@ -107,3 +107,7 @@ Verbose = Annotated[bool, option("--verbose", "-v", help="Sources and refusals t
 Quiet = Annotated[bool, option("--quiet", "-q", help="The answer and the ranking only.")]
 Stage = Annotated[int | None, option("--stage", help="Which stage; the fullest by default.")]
 Moment = Annotated[str | None, option("--moment", help="As estimate lists them; the peak by default.")]
+
+# The catalog.
+What = Annotated[str, typer.Argument(help="models or gpus")]
+Entry = Annotated[str | None, typer.Argument(help="One entry, with its sources.")]

@@ -72,9 +72,14 @@ def _figures_and_sources(entry: Mapping[str, Any]) -> tuple[dict[str, str], dict
         else:
             for part, figure in value.items():
                 name = f"{field}.{part}"
-                if isinstance(figure, dict):
-                    figure, sources[name] = figure["value"], figure["source"]
-                figures[name] = _text(name, figure)
+                if not isinstance(figure, dict):
+                    figures[name] = _text(name, figure)
+                    continue
+                sources[name] = figure["source"]
+                for key, number in figure.items():
+                    if key != "source":
+                        full = name if key == "value" else f"{name}.{key}"
+                        figures[full] = _text(full, number)
     return figures, sources
 
 

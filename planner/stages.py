@@ -276,7 +276,7 @@ class Prices:
         total = exposed + (block.update_bytes * depth + around) / self.bandwidth
         if self.pipeline.copies > 1:  # the two stages that hold a layer add up its gradients
             around = self._around(*(end.states[Role.GRADIENT] for end in (self.embedding, self.head)))
-            total += self.network.send_seconds(block.states[Role.GRADIENT] * depth + around, self.layout)
+            total = total + self._messages.send_seconds(block.states[Role.GRADIENT] * depth + around)
         # PipeDream updates its weights after every micro-batch.
         return total * (self.layout.grad_accum if self.layout.schedule == "pipedream" else 1)
 

@@ -62,7 +62,7 @@ def _again(prices: Prices, policy: str) -> float:
     total = 0.0
     for term in prices.layers[1].by_role[Role.FLOPS]:
         tokens = float(term.dims["batch"] * term.dims["seq"])
-        forward = 4 * prices.job.seq_length * _width(prices)
+        forward = 4.0 * prices.job.seq_length * _width(prices)
         if "hidden" in term.dims:
             forward = float(term.elements) / tokens * 2
         total += again(term, strategies) * forward

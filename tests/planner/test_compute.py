@@ -73,7 +73,7 @@ def test_attention_is_as_fast_as_published() -> None:
 
 def prices_of(framework: str = "megatron", **rest: Any) -> Prices:
     """A LLaMA-like model of four layers on eight A100."""
-    options = {"framework": framework, "seq_length": 2048, "global_batch_size": 8, **rest}
+    options = {"framework": framework, "seq_length": 16384, "global_batch_size": 8, **rest}
     model = llama(4, 4096, 32, 8, vocab_size=32000)
     layout = Layout(tensor_parallel=8, grad_accum=8) if framework == "megatron" else Layout(data_parallel=8)
     return price(job_of(model, "8xA100", **options), layout)

@@ -118,7 +118,7 @@ def test_the_update_moves_states_twice_gradients_and_weights_once() -> None:
 
 def test_messages_hide_behind_the_pass_that_has_room_for_them() -> None:
     """Two GPUs of one node: what an all-reduce takes beyond two thirds of the blocks' time is exposed."""
-    model = llama(4, 1024, 8, 8, vocab_size=32000)
+    model = llama(4, 4096, 32, 32, vocab_size=32000)
     for batch, exposed in ((2, True), (512, False)):
         job = job_of(model, "2xA100", seq_length=256, global_batch_size=batch)
         layout = Layout(data_parallel=2, micro_batch_size=batch // 2)

@@ -1,12 +1,12 @@
 """How long a collective takes: the quickest of the ways that NCCL has for it.
 
-Every way is a latency and a bandwidth (Hockney's alpha and beta), and NCCL's tuner takes the one whose
+Every way is a latency and a bandwidth (alpha and beta), and NCCL's tuner takes the one whose
 ``latency + bytes / bandwidth`` is least for the message at hand: here too. A way is an algorithm under a
-protocol. LL and LL128 send a flag with every 4 of 8 or 8 of 128 bytes, so that nobody waits for a
-fence: short steps at a part of the bandwidth; Simple has all of it. Constants are those of NCCL's
-tuning model, NVIDIA/nccl, src/graph/tuning.cc (June 2026); what they mean for a ring is in
-Patarasuk and Yuan 2009, doi:10.1016/j.jpdc.2008.09.002, and for two binary trees that share the
-message in Sanders, Speck and Traeff 2009, doi:10.1016/j.parco.2009.09.001.
+protocol. Of LL's bytes a half are flags, of LL128's 8 in 128, so that nobody waits for a fence: short
+steps at a part of the bandwidth; Simple has all of it. Constants are those of NCCL's tuning model,
+NVIDIA/nccl, src/graph/tuning.cc (June 2026). The ring is that of Patarasuk and Yuan 2009,
+doi:10.1016/j.jpdc.2008.09.002, the pair of binary trees that of Sanders, Speck and Träff 2009, Two-tree
+algorithms for full bandwidth broadcast, reduction and scan, Parallel Computing 35.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ STEP_S = {
 }
 """Seconds of one step over a link, by protocol (``hwLatencies``)."""
 POST_S = (1e-6, 1e-6, 3e-6)
-"""Seconds that every step of a ring across nodes costs at least: to post a network request."""
+"""Seconds that every step of a ring across nodes costs at least, to post a request (Intel's hosts)."""
 SHARE = {"ring": (1 / 2, 0.92, 1), "tree": (0.92 / 3.8, 0.92 * 120 / 128, 0.92)}
 """Part of the links' bandwidth that an algorithm gets under each protocol."""
 TREE_IN_DOMAIN = (0.92 / 3.8, 0.92 * 7 / 9, 0.92)
@@ -47,7 +47,7 @@ TREE_IN_DOMAIN = (0.92 / 3.8, 0.92 * 7 / 9, 0.92)
 LL_BYTES_PER_S = {7: 39e9, 8: 87.7e9, 9: 141e9, 10: 282e9}
 """What LL gets at most within a domain, by compute capability (``llMaxBws``)."""
 LL_ACROSS = (39e9, 20.4e9)
-"""The same across two domains, and across more."""
+"""The same across two domains, and across more (Intel's hosts)."""
 NVLS = {9: 0.85, 10: 0.74}
 """Part of a ring's bandwidth that reductions in the NVSwitch get, by compute capability
 (``nvlsEfficiency``): from Hopper on."""

@@ -22,6 +22,7 @@ from planner.errors import SolverError
 from planner.layouts import Choices, Space, enumerate_layouts
 from planner.program import RELATIVE_GAP, Solution, solve
 from planner.stages import Prices, price
+from strategies.layout import RANK_ORDERS, Layout
 
 BATCH = 64
 """Quick bounds refined first; each further batch is twice the last."""
@@ -163,9 +164,7 @@ def find(
         if not solution.optimal:
             found.optimal = False
             unproved = min(unproved, bound)
-        found.answers.append(solution)
-        found.answers.sort(key=lambda answer: answer.cost)
-        del found.answers[top:]
+        found.answers = best_of([*found.answers, solution], top)
         if len(found.answers) == top:
             worst = found.answers[-1].cost
     if not found.optimal and found.answers:
@@ -184,6 +183,14 @@ def _beats(bound: float, worst: float) -> bool:
     return bound < worst - RELATIVE_GAP * abs(worst)
 
 
+def best_of(answers: Sequence[Solution], top: int) -> list[Solution]:
+    """The best layouts, each in its best rank order only."""
+    best: dict[Layout, Solution] = {}
+    for answer in sorted(answers, key=lambda answer: answer.cost):
+        best.setdefault(replace(answer.candidate.layout, rank_order=RANK_ORDERS[0]), answer)
+    return list(best.values())[:top]
+
+
 def exhaustive(job: Job, choices: Choices, objective: str, top: int) -> Sequence[Solution]:
     """Every layout solved, none pruned: what :func:`find` must agree with. For tests."""
     policies = choices.policies(job)
@@ -194,4 +201,4 @@ def exhaustive(job: Job, choices: Choices, objective: str, top: int) -> Sequence
             solution = solve([prices.take(index).spread()], objective)
             if solution:
                 answers.append(solution)
-    return sorted(answers, key=lambda answer: answer.cost)[:top]
+    return best_of(answers, top)

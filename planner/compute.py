@@ -64,7 +64,7 @@ class Compute:
         self.in_step = reach["in_step"]
         self.multiprocessors = gpu.multiprocessors or 0
         self.channels = min(1.0, CHANNELS / self.multiprocessors) if self.multiprocessors else 0.0
-        self.launch = host("launch_s").value
+        self.launch, self.blocked = host("launch_s").value, host("blocked_launch_s").value
         self.blocking = job.training.options.get("launch_blocking") == "on"
         self.attention = gpu.attention.get(job.stack.attention_kernel(job.training.attention, gpu.attention))
         self.memo: dict[tuple[str, str], tuple[Quantity, Quantity, Quantity]] = {}
@@ -76,15 +76,17 @@ class Compute:
         strategies: Sequence[AbstractStrategy],
         hidden: Quantity = 0.0,
         exposed: Quantity = 0.0,
+        copied: Quantity = 0.0,
     ) -> Passes:
         """Seconds of a layer's passes; ``plain`` are the strategies without recompute.
 
         ``hidden`` seconds of messages run behind them, a third behind the forward; ``exposed`` ones run
-        between their kernels, half of them forward, where they wait for the group's slowest GPU.
+        between their kernels, half of them forward; ``copied`` bytes of theirs are moved around them, a
+        third forward.
         """
-        forward: Quantity = 0.0
+        forward: Quantity = copied / self.kernels / 3
         rerun: Quantity = 0.0
-        inputs: Quantity = 0.0
+        inputs: Quantity = forward * 2
         weights: Quantity = 0.0
         for term in (*layer.by_role[Role.FLOPS], *layer.by_role[Role.TRAFFIC]):
             once, of_input, of_weight = self.seconds(layer, term, plain)
@@ -92,7 +94,7 @@ class Compute:
             rerun = rerun + once * again(term, strategies)
             inputs, weights = inputs + of_input, weights + of_weight
         repeated = max((again(term, strategies) for term in layer.by_role[Role.MESSAGE]), default=0)
-        each = exposed / self.in_step / (2 + repeated)
+        each = exposed / (2 + repeated)
         ahead = self.behind(forward, hidden / 3) + each
         back = self.behind(rerun + inputs + weights, hidden * 2 / 3) + each * (1 + repeated)
         if layer.kind == "block":
@@ -105,7 +107,8 @@ class Compute:
         """Seconds of the passes with what the host takes to launch them: ahead of the GPU, or in turn."""
         work = layer.by_role[Role.FLOPS]
         part = sum(again(term, strategies) for term in work) / len(work)  # of the forward's kernels
-        first, second = (count * self.launch for count in self.job.stack.launches)
+        each = self.blocked if self.blocking else self.launch
+        first, second = (count * each for count in self.job.stack.launches)
         second += part * first
         if self.blocking:
             return forward + first, backward + second

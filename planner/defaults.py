@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from math import log2
 from typing import Any
 
+from planner.catalog import step_time
 from planner.errors import InputError
 from planner.specs import ClusterSpec, ModelSpec, Profile, TrainingSpec
 from planner.stacks import STACKS, stack_named
@@ -17,10 +18,6 @@ USUAL_TOKENS = 4 * 2**20
 
 LEAST_BYTES = 256 * 2**20
 """Below this not even a process's own libraries fit."""
-TIMES = (
-    "step times are not calibrated: of 476 published runs four in five took 0.8 to 1.4 times as long "
-    "as this model says (docs/time.md)"
-)
 
 
 @dataclass(frozen=True)
@@ -244,7 +241,11 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     if precision in stack.notes:
         notes.append(stack.notes[precision])
     notes.append("MFU counts attention in full, as if it were not causal")
-    notes.append(TIMES)
+    low, high, tie = (step_time(name).value for name in ("least", "most", "tie"))
+    notes.append(
+        f"step times: four in five published runs took {low:.2f} to {high:.2f} times as long; layouts "
+        f"within {tie:.0%} of each other are ties (docs/time.md)"
+    )
     if stack.hidden_transfers:
         notes.append(f"data-parallel messages overlap with compute, as with {stack.hidden_transfers}")
     overheads = (stack.context, stack.communicator, stack.allocator)

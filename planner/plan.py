@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
+from planner.catalog import step_time
 from planner.defaults import Job, profile_notes
 from planner.layer_price import LayerPrice
 from planner.layouts import beyond_node
@@ -22,6 +23,7 @@ from planner.replay import StageReplay
 from planner.schedule import PassSeconds, step_seconds
 from planner.specs import TrainingSpec
 from planner.stages import Prices, price
+from planner.utilization import utilization
 from strategies.layout import RANK_ORDERS, Layout
 
 SCHEMA = "planner.plan/1"
@@ -100,9 +102,15 @@ class Plan(BaseModel):
     most_bytes: int
     capacity_bytes: int
     step_time_s: float
+    step_time_least_s: float
+    step_time_most_s: float
     critical_path_s: float
     tokens_per_s: float
     mfu: float
+    mfu_causal: float
+    hfu: float
+    model_flops_per_s: float
+    hardware_flops_per_s: float
     days: float | None
     bubble_fraction: float
     stages: tuple[StagePlan, ...]
@@ -114,6 +122,11 @@ class Plan(BaseModel):
     def headroom_bytes(self) -> int:
         """Bytes left on the fullest GPU whatever it needs; negative where it may not fit."""
         return self.capacity_bytes - self.most_bytes
+
+    def ties_with(self, other: Plan) -> bool:
+        """Are two step times so near that their order is right less than nine times in ten?"""
+        slower, quicker = max(self.step_time_s, other.step_time_s), min(self.step_time_s, other.step_time_s)
+        return slower <= quicker * (1 + step_time("tie").value)
 
     @property
     def fullest(self) -> int:
@@ -232,10 +245,6 @@ def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
         stages.append(alike[key])
     step = candidate.cost(solution.rows)
     tokens_per_s = job.tokens_per_step / step
-    flops = job.model.flops_per_token(job.seq_length) * tokens_per_s
-    peak_flops = job.cluster.gpu.peak_flops[
-        job.recipe.unit if job.recipe.unit in job.cluster.gpu.peak_flops else "fp32"
-    ]
     peak = max(stage.peak_bytes for stage in stages)
     verdict = verdict_of(stages)
     return Plan(
@@ -252,9 +261,11 @@ def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
         most_bytes=max(stage.most_bytes for stage in stages),
         capacity_bytes=job.cluster.capacity_bytes,
         step_time_s=step,
+        step_time_least_s=step * step_time("least").value,
+        step_time_most_s=step * step_time("most").value,
         critical_path_s=step_seconds(layout, pass_seconds(prices, solution.rows)) + candidate.step_seconds,
         tokens_per_s=tokens_per_s,
-        mfu=flops / (job.cluster.num_gpus * peak_flops),
+        **utilization(prices, solution.rows, tokens_per_s)._asdict(),
         days=job.training.tokens / tokens_per_s / 86400 if job.training.tokens else None,
         bubble_fraction=float(prices.pipeline.bubble),
         stages=tuple(stages),

@@ -129,7 +129,8 @@ def headline(plan: Plan) -> Text:
     text.append(f"as {plan.layout.to_layout().describe()}: peak {gib(plan.peak_bytes)} GiB ")
     text.append(f"({gib(plan.least_bytes)} to {gib(plan.most_bytes)}) of {gib(plan.capacity_bytes)}; ")
     text.append(
-        f"{human_seconds(plan.step_time_s)} a step, {plan.tokens_per_s:,.0f} tokens/s, MFU {plan.mfu:.0%}"
+        f"{human_seconds(plan.step_time_s)} a step ({human_seconds(plan.step_time_least_s)} to "
+        f"{human_seconds(plan.step_time_most_s)}), {plan.tokens_per_s:,.0f} tokens/s, MFU {plan.mfu:.0%}"
     )
     if plan.days:
         text.append(f"; {human_count(float(plan.training.tokens or 0))} tokens in {plan.days:,.1f} days")
@@ -156,7 +157,8 @@ def ranking(plans: Sequence[Plan], wide: bool) -> Table:
         layout = plan.layout
         label = layout.to_layout().sharding_label
         pipeline = f"{layout.pipeline_parallel}" + ("" if wide or layout.chunks == 1 else f"v{layout.chunks}")
-        cells = [str(number), str(layout.tensor_parallel), pipeline, str(layout.data_parallel)]
+        place = f"{number}=" if number > 1 and plan.ties_with(plans[0]) else str(number)
+        cells = [place, str(layout.tensor_parallel), pipeline, str(layout.data_parallel)]
         cells += [layout.rank_order] * len(order)
         cells += [str(layout.chunks), label, layout.schedule] if wide else [label]
         cells += [str(layout.micro_batch_size), *([str(layout.grad_accum)] if wide else [])]
@@ -279,6 +281,8 @@ def show_search(console: Console, plans: Sequence[Plan], verbose: bool = False, 
     console.print(opening(best))
     console.print()
     console.print(ranking(plans, wide=console.width >= 140))
+    if any(plan.ties_with(best) for plan in plans[1:]):
+        console.print(Text("= ties with the first: too near to it for their order to be sure", style="dim"))
     if quiet:
         return
     console.print()

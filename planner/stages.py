@@ -51,6 +51,12 @@ from strategies.pipeline_parallel import PipelineParallel
 MOMENTS = ("loss", "backward", "gradients complete", "optimizer step")
 
 
+FOREACH = 20
+"""Reads and writes of a parameter's state by torch's foreach Adam, an operation at a time: a product for
+weight decay 2, the moments 3 + 5, root, division and sum 6, the update 4 (torch/optim/adam.py,
+``_multi_tensor_adam``)."""
+
+
 def _pick(value: Any, selector: Any) -> Any:
     """The part of every array inside a value; numbers that hold for the whole family stay."""
     if isinstance(value, np.ndarray):
@@ -73,7 +79,9 @@ class Prices:
         self._messages = Messages.of(job.cluster, layout)
         self.compute = Compute(job)
         self.bandwidth = self.compute.bandwidth
-        self.overlap = job.training.options.get("overlap", "on") == "on"
+        chosen = job.training.options
+        self.overlap = chosen.get("overlap", "on") == "on"
+        self.tensor_overlap = "on" in (chosen.get("tp_comm_overlap"), chosen.get("async_tp"))
         self.forward_share = self.weight_share = 1 / 3  # until a layer's price says
         self.wire = job.stack.wire(job.recipe, job.training.options)
         builder = Builder(
@@ -196,16 +204,20 @@ class Prices:
         hidden: Quantity = 0.0
         exposed: Quantity = 0.0
         per_step: list[tuple[str, Quantity]] = []
+        copied: Quantity = 0.0
         for message in collectives_of(layer, strategies):
             seconds = self._messages.seconds(message)
+            copied = copied + message.times * message.copied
             if message.per == "step":
                 per_step.append((message.behind if self.overlap else "", seconds))
             elif message.behind == "layer" and self.overlap:
                 hidden = hidden + seconds
-            else:
-                exposed = exposed + seconds
+            else:  # between kernels a message waits for the slowest of its group, overlapped or not
+                waiting = seconds / self.compute.in_step
+                sent = seconds * (message.axis == "tensor" and self.tensor_overlap)
+                hidden, exposed = hidden + sent, exposed + waiting - sent
         *plain, _ = strategies_of(self.layout, self.wire, 0, "none")
-        passes = self.compute.passes(layer, plain, strategies, hidden, exposed)
+        passes = self.compute.passes(layer, plain, strategies, hidden, exposed, copied)
         return LayerPrice(
             states={role: role_sum(layer, role, strategies) for role in (*STATES, Role.BUFFER)},
             gathered=sum(data.gathered(term, size) for term in layer.by_role[Role.PARAMETER]),
@@ -228,7 +240,10 @@ class Prices:
         recipe = self.job.recipe
         for term in layer.by_role[Role.OPTIMIZER]:
             one = Term(term.name, term.role, term.dims, 1.0)
-            total = total + held(one, strategies) * (2 * term.unit + recipe.gradient + recipe.weight)
+            accesses = 2 * term.unit + recipe.gradient + recipe.weight
+            if self.job.training.options.get("optimizer_step") == "foreach":
+                accesses = FOREACH * recipe.moment
+            total = total + held(one, strategies) * accesses
         return total
 
     def _update_room(self, layer: Layer, strategies: Sequence[AbstractStrategy]) -> Quantity:

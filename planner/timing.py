@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from math import exp, log
+from statistics import quantiles
 from typing import NamedTuple
 
 from planner.comparison import STEP_TIME, Summary, summarize
@@ -18,6 +20,8 @@ from planner.runs import Run, Runs
 
 LEAST = 3
 """Layouts that a table has at least."""
+SURE = 0.9
+"""Part of the pairs of layouts, at least, that are in the right order beyond a tie."""
 
 
 class Timing(NamedTuple):
@@ -93,18 +97,21 @@ def _sign(value: float) -> int:
     return (value > 0) - (value < 0)
 
 
+def tables(runs: Runs, timings: Iterable[Timing]) -> list[list[Timing]]:
+    """The timed runs of every table, one for each layout: of equal ones the last."""
+    by_id = {run.id: run for run in runs.runs}
+    found: dict[object, dict[object, Timing]] = {}
+    for timing in timings:
+        run = by_id[timing.run]
+        found.setdefault(_shared(run), {})[_varied(run)] = timing
+    return [list(rows.values()) for rows in found.values() if len(rows) >= LEAST]
+
+
 def rankings(runs: Runs, timings: Iterable[Timing]) -> list[Ranking]:
     """Every table of the timed runs, the one with most layouts first."""
     by_id = {run.id: run for run in runs.runs}
-    tables: dict[object, list[Timing]] = {}
-    for timing in timings:
-        tables.setdefault(_shared(by_id[timing.run]), []).append(timing)
     found = []
-    for members in tables.values():
-        layouts = {_varied(by_id[one.run]): one for one in members}  # of equal ones the last
-        if len(layouts) < LEAST:
-            continue
-        rows = list(layouts.values())
+    for rows in tables(runs, timings):
         predicted = [one.predicted / one.tokens for one in rows]
         measured = [one.measured / one.tokens for one in rows]
         picked = predicted.index(min(predicted))
@@ -123,6 +130,32 @@ def rankings(runs: Runs, timings: Iterable[Timing]) -> list[Ranking]:
             )
         )
     return sorted(found, key=lambda one: (-one.layouts, one.name))
+
+
+class Bands(NamedTuple):
+    """How sure a step time is: measured over predicted, of four runs in five; and how near to each other
+    two layouts' times may be before their order is right less than nine times in ten."""
+
+    least: float
+    most: float
+    tie: float
+
+
+def bands(report: TimeReport, runs: Runs) -> Bands:
+    """The bands of runs that no number was fitted to, and of all tables' pairs of layouts."""
+    ratios = [one.measured / one.predicted for one in report.timings if not one.fitted]
+    tenths = quantiles(ratios, n=10)
+    pairs = []
+    for rows in tables(runs, report.timings):
+        for a, b in combinations(rows, 2):
+            gap = log(a.predicted / a.tokens) - log(b.predicted / b.tokens)
+            real = log(a.measured / a.tokens) - log(b.measured / b.tokens)
+            if real:
+                pairs.append((abs(gap), gap * real > 0))
+    pairs.sort()
+    right = [hit for _, hit in pairs]
+    sure = (i for i in range(len(pairs)) if sum(right[i:]) >= SURE * len(right[i:]))
+    return Bands(tenths[0], tenths[-1], exp(pairs[next(sure)][0]) - 1)
 
 
 def _shared(run: Run) -> object:

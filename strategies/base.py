@@ -110,7 +110,8 @@ class Collective:
     starts from). ``per`` is ``micro-batch`` or ``step``. ``behind`` names the computation that
     it overlaps with (``layer``: its own layer's compute; ``forward``/``backward``: one
     micro-batch's pass through the stage); empty means that it is exposed. ``of`` is the term that crosses a
-    region, where there is one: recomputation sends it again.
+    region, where there is one: recomputation sends it again. ``copied`` are bytes that the GPU moves each time,
+    between the message's buffer and the tensors that it is made of.
     """
 
     kind: str
@@ -120,6 +121,7 @@ class Collective:
     per: str = "micro-batch"
     behind: str = ""
     of: Term | None = None
+    copied: Quantity = 0
 
 
 Size = Callable[[Term], Quantity]

@@ -33,11 +33,16 @@ class FullyShardedDataParallel(Zero3):
     Within a pipeline (``pipelined`` 1) PyTorch keeps gathered parameters and whole gradients, in the
     reduce dtype, from the first micro-batch to the last, and gathers and reduces once a step:
     ``torch.distributed.pipelining.stage`` turns resharding and gradient sync off in between.
+
+    FSDP2 gathers into a buffer and copies the parameters out of it, and copies the gradients into the buffer
+    that is reduced (``copies``; torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py); FSDP1's flat
+    parameters are the buffers.
     """
 
     label: ClassVar[str] = "FSDP"
     gradient_stream: ClassVar[str] = "reduce"
     shards: Quantity = 1
+    copies: bool = True
     separate_root: bool = False
     keeps_last: bool = False
     reshard_after_forward: bool = True
@@ -107,13 +112,15 @@ class FullyShardedDataParallel(Zero3):
     def collectives(self, layer: Layer, size: Size) -> Iterable[Collective]:
         unit = elements(layer, size)
         gathered, reduced = unit * self.gather_bytes, unit * self.reduce_bytes
+        # Out of the gather's buffer, and into the reduction's: a read and a write each.
+        out, into = (2 * gathered * self.copies, (gathered + reduced) * self.copies)
         each = 1 - self.pipelined
         gathers = (2 if self.reshard_after_forward else 1) * each
         shard, replicate = "data_shard", "data_replicate"
         once = self.pipelined
         sent = (
-            Collective("all_gather", shard, gathered, times=gathers, behind="layer"),
-            Collective("reduce_scatter", shard, reduced, times=each, behind="layer"),
+            Collective("all_gather", shard, gathered, times=gathers, behind="layer", copied=out),
+            Collective("reduce_scatter", shard, reduced, times=each, behind="layer", copied=into),
             Collective("all_gather", shard, gathered, times=once, per="step", behind="forward"),
             Collective("reduce_scatter", shard, reduced, times=once, per="step", behind="backward"),
             Collective("all_reduce", replicate, reduced / self.shards, per="step", behind="backward"),

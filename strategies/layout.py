@@ -40,6 +40,7 @@ class Wire:
     prefetch_elements: float = 5e7  # parameters that ZeRO-3 gathers ahead
     bucket_fraction: float = 0.0  # of DDP's buckets, in copies of the gradients
     bucket_view: bool = False  # DDP's gradients are views of its buckets
+    copies: bool = True  # FSDP's messages have buffers of their own (FSDP2), rather than being its tensors
     separate_root: bool = False  # embedding and head are FSDP units of their own
     keeps_last: bool = False  # FSDP does not reshard the last block after its forward
 
@@ -149,6 +150,7 @@ def data_strategy(layout: Layout, wire: Wire) -> AbstractStrategy:
                 shards=layout.data_shards,
                 reshard_after_forward=layout.reshard_after_forward,
                 pipelined=pipelined,
+                copies=wire.copies,
                 separate_root=wire.separate_root,
                 keeps_last=wire.keeps_last,
                 **gathered,

@@ -81,12 +81,21 @@ def load_gpu(name: str) -> Gpu:
     return Gpu(**_read("gpus", _find("gpus", name, "GPU kind")))
 
 
-@cache
 def host(name: str) -> Figure:
     """A figure of the machine that feeds the GPUs."""
+    return _figure("host", name)
+
+
+def step_time(name: str) -> Figure:
+    """How sure a step time is: ``least`` and ``most`` of measured over predicted, and what is a ``tie``."""
+    return _figure("step_time", name)
+
+
+@cache
+def _figure(file: str, name: str) -> Figure:
     from planner.specs import Figure
 
-    data: dict[str, Any] = json.loads((HERE / "host.json").read_bytes())
+    data: dict[str, Any] = json.loads((HERE / f"{file}.json").read_bytes())
     return Figure(**data[name])
 
 

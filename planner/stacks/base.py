@@ -202,6 +202,7 @@ class Stack:
             bucket_fraction=self.bucket_fraction if options.get("gradient_view") != "on" else 0.0,
             bucket_view=options.get("gradient_view") == "on",
             lasting=4 / recipe.gradient if self.both_gradients and recipe.gradient > 4 else 0.0,
+            copies=options.get("version") != "1",
             separate_root=self.separate_root and options.get("root") != "one",
             keeps_last=self.keeps_last and options.get("root") == "one",
         )

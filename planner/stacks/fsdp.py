@@ -30,6 +30,7 @@ FSDP = Stack(
         "root": ("one", "split"),  # split: embedding, and norm and head, units of their own (accelerate)
         "compile": ("off", "on"),
         "mixed_precision": ("fsdp", "autocast"),
+        "version": ("2", "1"),  # fully_shard, or FullyShardedDataParallel
         "reduce_dtype": ("fp32", "bf16"),
         "optimizer_step": ("fused", "foreach"),
     },

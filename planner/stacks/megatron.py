@@ -155,7 +155,8 @@ MEGATRON = Stack(
         "swiglu": ("fused", "unfused", "recomputed"),
         "norm": ("kept", "recomputed"),
         "loss": ("parallel", "fused"),
-        "overlap": ("on", "off"),  # of gradients and parameters with compute
+        "overlap": ("on", "off"),  # --overlap-grad-reduce, --overlap-param-gather
+        "tp_comm_overlap": ("off", "on"),
     },
     rerun={"attention core": NONE},
     vocabulary_multiple=128,

@@ -229,6 +229,7 @@ TORCHTITAN = Stack(
         "mixed_precision": ("fsdp", "autocast"),
         "reduce_dtype": ("fp32", "bf16"),
         "optimizer_step": ("fused", "foreach"),
+        "async_tp": ("off", "on"),
     },
     alone={"mixed_precision": "autocast"},
     block_policies=("selective", "full"),

@@ -12,7 +12,7 @@ and never less than the host takes to launch them. Messages behind a pass take m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +32,10 @@ CHANNELS = 24
 issue 100, "Channel 23/24")."""
 SCORES_MOVED = 6
 """How often unfused attention's products write or read the scores: twice forward, four times backward."""
+
+
+NONE: Mapping[str, Quantity] = {"forward": 0.0, "backward": 0.0}
+"""No messages."""
 
 
 class Passes(NamedTuple):
@@ -74,29 +78,28 @@ class Compute:
         layer: Layer,
         plain: Sequence[AbstractStrategy],
         strategies: Sequence[AbstractStrategy],
-        hidden: Quantity = 0.0,
-        exposed: Quantity = 0.0,
-        copied: Quantity = 0.0,
+        hidden: Mapping[str, Quantity] = NONE,
+        exposed: Mapping[str, Quantity] = NONE,
+        copied: Mapping[str, Quantity] = NONE,
     ) -> Passes:
         """Seconds of a layer's passes; ``plain`` are the strategies without recompute.
 
-        ``hidden`` seconds of messages run behind them, a third behind the forward; ``exposed`` ones run
-        between their kernels, half of them forward; ``copied`` bytes of theirs are moved around them, a
-        third forward.
+        Of the messages of the forward and of the backward, ``hidden`` seconds run behind the kernels,
+        ``exposed`` ones between them, and ``copied`` bytes are moved around them.
         """
-        forward: Quantity = copied / self.kernels / 3
+        forward: Quantity = 0.0
         rerun: Quantity = 0.0
-        inputs: Quantity = forward * 2
+        inputs: Quantity = 0.0
         weights: Quantity = 0.0
         for term in (*layer.by_role[Role.FLOPS], *layer.by_role[Role.TRAFFIC]):
             once, of_input, of_weight = self.seconds(layer, term, plain)
             forward = forward + once
             rerun = rerun + once * again(term, strategies)
             inputs, weights = inputs + of_input, weights + of_weight
-        repeated = max((again(term, strategies) for term in layer.by_role[Role.MESSAGE]), default=0)
-        each = exposed / (2 + repeated)
-        ahead = self.behind(forward, hidden / 3) + each
-        back = self.behind(rerun + inputs + weights, hidden * 2 / 3) + each * (1 + repeated)
+        ways = zip(("forward", "backward"), (forward, rerun + inputs + weights), strict=True)
+        ahead, back = (
+            self.behind(work + copied[way] / self.kernels, hidden[way]) + exposed[way] for way, work in ways
+        )
         if layer.kind == "block":
             ahead, back = self._launched(layer, strategies, ahead, back)
         return Passes(ahead, rerun, back - rerun - weights, weights)

@@ -201,21 +201,19 @@ class Prices:
         saved = role_sum(layer, Role.ACTIVATION, strategies)
         ahead, recomputed, walk = self._walk(layer, policy)
         data, size = strategies[0], size_seen_by(strategies[0], strategies)
-        hidden: Quantity = 0.0
-        exposed: Quantity = 0.0
+        hidden, exposed, copied = ({"forward": 0.0, "backward": 0.0} for _ in range(3))
         per_step: list[tuple[str, Quantity]] = []
-        copied: Quantity = 0.0
         for message in collectives_of(layer, strategies):
-            seconds = self._messages.seconds(message)
-            copied = copied + message.times * message.copied
+            seconds, way = self._messages.seconds(message), message.way
+            copied[way] = copied[way] + message.times * message.copied
             if message.per == "step":
                 per_step.append((message.behind if self.overlap else "", seconds))
             elif message.behind == "layer" and self.overlap:
-                hidden = hidden + seconds
+                hidden[way] = hidden[way] + seconds
             else:  # between kernels a message waits for the slowest of its group, overlapped or not
                 waiting = seconds / self.compute.in_step
                 sent = seconds * (message.axis == "tensor" and self.tensor_overlap)
-                hidden, exposed = hidden + sent, exposed + waiting - sent
+                hidden[way], exposed[way] = hidden[way] + sent, exposed[way] + waiting - sent
         *plain, _ = strategies_of(self.layout, self.wire, 0, "none")
         passes = self.compute.passes(layer, plain, strategies, hidden, exposed, copied)
         return LayerPrice(

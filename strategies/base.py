@@ -109,9 +109,10 @@ class Collective:
     ``size`` is the whole buffer in bytes (what an all-gather ends with, what a reduce-scatter
     starts from). ``per`` is ``micro-batch`` or ``step``. ``behind`` names the computation that
     it overlaps with (``layer``: its own layer's compute; ``forward``/``backward``: one
-    micro-batch's pass through the stage); empty means that it is exposed. ``of`` is the term that crosses a
-    region, where there is one: recomputation sends it again. ``copied`` are bytes that the GPU moves each time,
-    between the message's buffer and the tensors that it is made of.
+    micro-batch's pass through the stage); empty means that it is exposed. ``way`` is the pass of
+    a micro-batch that it belongs to, ``forward`` or ``backward``. ``of`` is the term that crosses a region,
+    where there is one: what is recomputed of the forward is sent again. ``copied`` are bytes that the GPU
+    moves each time, between the message's buffer and the tensors that it is made of.
     """
 
     kind: str
@@ -120,6 +121,7 @@ class Collective:
     times: Quantity = 1
     per: str = "micro-batch"
     behind: str = ""
+    way: str = "backward"
     of: Term | None = None
     copied: Quantity = 0
 

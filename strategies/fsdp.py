@@ -115,11 +115,12 @@ class FullyShardedDataParallel(Zero3):
         # Out of the gather's buffer, and into the reduction's: a read and a write each.
         out, into = (2 * gathered * self.copies, (gathered + reduced) * self.copies)
         each = 1 - self.pipelined
-        gathers = (2 if self.reshard_after_forward else 1) * each
+        again = each * self.reshard_after_forward
         shard, replicate = "data_shard", "data_replicate"
         once = self.pipelined
         sent = (
-            Collective("all_gather", shard, gathered, times=gathers, behind="layer", copied=out),
+            Collective("all_gather", shard, gathered, each, behind="layer", way="forward", copied=out),
+            Collective("all_gather", shard, gathered, again, behind="layer", copied=out),
             Collective("reduce_scatter", shard, reduced, times=each, behind="layer", copied=into),
             Collective("all_gather", shard, gathered, times=once, per="step", behind="forward"),
             Collective("reduce_scatter", shard, reduced, times=once, per="step", behind="backward"),

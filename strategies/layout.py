@@ -38,6 +38,7 @@ class Wire:
     sub_group: float = 0.0  # parameters that ZeRO-3 updates at a time; 0 for all
     live_elements: float = 1e9  # parameters that ZeRO-3 keeps gathered at most
     prefetch_elements: float = 5e7  # parameters that ZeRO-3 gathers ahead
+    overlaps_regions: bool = False  # an input's gradient is reduced behind the product of the weight's
     bucket_fraction: float = 0.0  # of DDP's buckets, in copies of the gradients
     bucket_view: bool = False  # DDP's gradients are views of its buckets
     copies: bool = True  # FSDP's messages have buffers of their own (FSDP2), rather than being its tensors
@@ -162,7 +163,9 @@ def strategies_of(
     layout: Layout, wire: Wire, stage: Quantity = 0, policy: str = "none"
 ) -> tuple[AbstractStrategy, ...]:
     """The one list of strategies that a layout stands for, seen from one stage and one policy."""
-    tensor: tuple[AbstractStrategy, ...] = (TensorParallel(layout.tensor_parallel, layout.sequence_parallel),)
+    tensor: tuple[AbstractStrategy, ...] = (
+        TensorParallel(layout.tensor_parallel, layout.sequence_parallel, wire.overlaps_regions),
+    )
     if layout.sequence_parallel:
         tensor += (SequenceParallel(layout.tensor_parallel),)
     return (
@@ -180,12 +183,12 @@ def strategies_of(
 
 
 def collectives_of(layer: Layer, strategies: Sequence[AbstractStrategy]) -> Iterator[Collective]:
-    """What the GPUs send each other for a layer; what is recomputed is sent once more."""
+    """What the GPUs send each other for a layer; what is recomputed is sent once more, in the backward."""
     plain = [one for one in strategies if one.axis != "recompute"]
     for strategy in plain:
         for sent in strategy.collectives(layer, size_seen_by(strategy, plain)):
-            if sent.of is None:
-                yield sent
-                continue
-            factor = prod(one.share(sent.of) for one in strategies if one.axis == "recompute")
-            yield replace(sent, times=sent.times * factor)
+            yield sent
+            if sent.of is not None and sent.way == "forward":
+                factor = prod(one.share(sent.of) for one in strategies if one.axis == "recompute")
+                if factor > 1:  # a message counts forward and backward as one each
+                    yield replace(sent, way="backward", times=sent.times * 2 * (factor - 1))

@@ -28,26 +28,33 @@ class TensorParallel(AbstractStrategy):
     region and direction, so four per block. Korthikanti et al. 2022, arXiv:2205.05198, section
     4.2.2: with sequence parallelism each becomes a reduce-scatter and an all-gather of the same
     buffer, and the backward gathers the region's input once more, behind the matrix products.
+    Where ``overlaps``, the gradient of a region's input is reduced behind the product that makes its
+    weight's: Megatron-LM without ``--no-async-tensor-model-parallel-allreduce``.
     """
 
     axis: ClassVar[str] = "tensor"
     label: ClassVar[str] = "TP"
     sequence_parallel: bool = False
+    overlaps: bool = False
 
     def share(self, term: Term) -> Quantity:
         return 1 if CUT.isdisjoint(term.dims) else 1 / self.degree
 
     def collectives(self, layer: Layer, size: Size) -> Iterable[Collective]:
+        behind = "layer" if self.overlaps else ""
         for term in layer.by_role[Role.MESSAGE]:
             crossings = term.dims["crossings"]
-            region = size(term) / crossings
+            region, half = size(term) / crossings, crossings / 2
             if not self.sequence_parallel:
-                yield Collective("all_reduce", self.axis, region, times=crossings, of=term)
+                yield Collective("all_reduce", self.axis, region, times=half, way="forward", of=term)
+                yield Collective("all_reduce", self.axis, region, times=half, behind=behind, of=term)
                 continue
-            yield Collective("all_gather", self.axis, region, times=crossings, of=term)
-            yield Collective("reduce_scatter", self.axis, region, times=crossings, of=term)
+            for kind in ("all_gather", "reduce_scatter"):
+                yield Collective(kind, self.axis, region, times=half, way="forward", of=term)
+            yield Collective("all_gather", self.axis, region, times=half, of=term)
+            yield Collective("reduce_scatter", self.axis, region, times=half, behind=behind, of=term)
             if layer.kind == "block":
-                yield Collective("all_gather", self.axis, region, times=crossings / 2, behind="layer")
+                yield Collective("all_gather", self.axis, region, times=half, behind="layer")
 
     def objections(self, layers: Sequence[Layer]) -> Iterable[str]:
         lengths = {

@@ -57,7 +57,8 @@ class Zero3(AbstractStrategy):
     def collectives(self, layer: Layer, size: Size) -> Iterable[Collective]:
         unit = elements(layer, size)
         gathered, reduced = unit * self.gather_bytes, unit * self.reduce_bytes
-        yield Collective("all_gather", self.axis, gathered, times=2, behind="layer")
+        for way in ("forward", "backward"):
+            yield Collective("all_gather", self.axis, gathered, behind="layer", way=way)
         yield Collective("reduce_scatter", self.axis, reduced, behind="layer")
 
     def workspace(self, layers: Sequence[Layer], size: Size) -> Iterable[Buffer]:

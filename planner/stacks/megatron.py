@@ -173,6 +173,7 @@ MEGATRON = Stack(
         "1.01-1.09 in SimuMax's per-rank readings of Megatron-LM on B200, 1.03 in most",
         fraction=True,
     ),
+    overlaps_regions=True,
     attention_kernels=("cudnn", "flash"),  # as Transformer Engine prefers them
     hidden_transfers="--overlap-grad-reduce --overlap-param-gather",
 )

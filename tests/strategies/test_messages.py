@@ -17,7 +17,7 @@ from planner.specs import ClusterSpec, ModelSpec, TrainingSpec
 from strategies.base import AbstractStrategy, Collective, Layer, Role, Term, held, size_seen_by
 from strategies.ddp import DataParallel
 from strategies.fsdp import FullyShardedDataParallel
-from strategies.layout import SHARDINGS, Layout, Wire, strategies_of
+from strategies.layout import SHARDINGS, Layout, Wire, collectives_of, strategies_of
 from strategies.pipeline_parallel import PipelineParallel
 from strategies.recompute import Recompute
 from strategies.sequence_parallel import SequenceParallel
@@ -148,10 +148,29 @@ def test_gradients_are_reduced_on_a_width_of_their_own(reduce_bytes: float) -> N
 
 def test_tensor_parallelism_all_reduces_bsh_four_times_per_block_and_micro_batch() -> None:
     # Shoeybi et al. 2019, figure 4: two all-reduces in the forward and two in the backward.
-    (message,) = sent(TensorParallel(8))
-    assert (message.kind, message.times, message.per, message.behind) == ("all_reduce", 4, "micro-batch", "")
-    assert message.size == BSH * WIRE
-    assert volume([message]) == 2 * 4 * BSH
+    messages = sent(TensorParallel(8))
+    assert [(one.kind, one.times, one.way) for one in messages] == [
+        ("all_reduce", 2, "forward"),
+        ("all_reduce", 2, "backward"),
+    ]
+    assert {(one.per, one.behind, one.size) for one in messages} == {("micro-batch", "", BSH * WIRE)}
+    assert volume(messages) == 2 * 4 * BSH
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_an_inputs_gradient_is_reduced_behind_the_product_of_its_weights(sequence_parallel: bool) -> None:
+    # Megatron-LM's asynchronous all-reduce, or reduce-scatter: the two of the backward.
+    plain, hidden = (
+        {
+            (one.kind, one.way): one.behind
+            for one in sent(TensorParallel(8, sequence_parallel, overlaps))
+            if one.of
+        }
+        for overlaps in (False, True)
+    )
+    kind = "reduce_scatter" if sequence_parallel else "all_reduce"
+    assert set(plain.values()) == {""}
+    assert {key for key, behind in hidden.items() if behind} == {(kind, "backward")}
 
 
 def test_sequence_parallelism_makes_gathers_and_scatters_of_the_same_volume() -> None:
@@ -159,7 +178,9 @@ def test_sequence_parallelism_makes_gathers_and_scatters_of_the_same_volume() ->
     # reduce-scatter followed by an all-gather", so the bandwidth is the same.
     together = [TensorParallel(8, sequence_parallel=True), SequenceParallel(8)]
     exposed = [one for one in sent(together[0], together) if not one.behind]
-    assert {one.kind: one.times for one in exposed} == {"all_gather": 4, "reduce_scatter": 4}
+    for way in ("forward", "backward"):
+        own = {one.kind: one.times for one in exposed if one.way == way}
+        assert own == {"all_gather": 2, "reduce_scatter": 2}
     assert volume(exposed) == volume(sent(TensorParallel(8)))
 
 
@@ -176,9 +197,11 @@ def test_sequence_parallelism_sends_nothing_of_its_own() -> None:
 
 
 def test_full_recompute_adds_two_all_reduces_for_the_second_forward() -> None:
-    tensor = TensorParallel(8)
-    (message,) = sent(tensor, [tensor, Recompute(policy="full")])
-    assert message.size * message.times == 6 * BSH * WIRE
+    for policy, times in (("none", (2, 2)), ("selective", (2, 2)), ("full", (2, 4))):
+        messages = list(collectives_of(LAYER, [TensorParallel(8), Recompute(policy=policy)]))
+        assert {one.size for one in messages} == {BSH * WIRE}
+        ways = [sum(one.times for one in messages if one.way == way) for way in ("forward", "backward")]
+        assert tuple(ways) == times
 
 
 @pytest.mark.parametrize("name", ["llama-2-7b", "gpt2-xl", "llama-3-70b"])
@@ -265,8 +288,8 @@ def test_gradient_messages_shrink_by_t_and_not_by_the_pipeline(
 def test_gathered_parameters_shrink_by_t_and_not_by_their_own_sharding(sharding: str, tensor: int) -> None:
     layout = Layout(64, tensor, data_shards=64, sharding=sharding)
     together = strategies_of(layout, Wire())
-    (gathered,) = (one for one in sent(together[0], together) if one.kind == "all_gather")
-    assert gathered.size == pytest.approx(PSI * WIRE / tensor)
+    gathered = [one.size for one in sent(together[0], together) if one.kind == "all_gather"]
+    assert gathered == pytest.approx([PSI * WIRE / tensor] * len(gathered))
 
 
 def test_replicated_weights_are_reduced_whole_on_every_tensor_parallel_rank() -> None:

@@ -84,15 +84,15 @@ def figures(summary: Summary) -> list[str]:
 ERRORS = ("runs", "median", "p90", "worst", "bias")
 
 
-def document(report: Report, causes: Mapping[str, str]) -> str:
-    """The page."""
+def document(report: Report, causes: Mapping[str, str], times: str = "") -> str:
+    """The page; ``times`` is its section on step times."""
     counts = {"runs": report.runs, "predicted": len(report.predictions), "left": len(report.reasons)}
     parts = [OPENING.format(**counts)]
     if report.fitted:
         parts.append(FITTED.format(what="\n".join(f"- {what}" for what in report.fitted)))
     sections = (_totals, _sources, _verdicts, _differences, _ranks)
     lines = [line for section in sections for line in section(report)]
-    lines += [*_worst(report, causes), *_wrong(report, causes), *_left_out(report)]
+    lines += [*_worst(report, causes), *_wrong(report, causes), times, *_left_out(report)]
     return "\n".join(["\n".join(parts), *lines]).rstrip() + "\n"
 
 

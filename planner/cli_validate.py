@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +14,7 @@ from planner.options import option
 if TYPE_CHECKING:
     from planner.comparison import Report
     from planner.runs import Runs
-    from planner.timing import TimeReport
+    from planner.timing import Bands, TimeReport
 
 EXAMPLE = "Example: planner validate --source torchtitan --kind reserved --worst 20"
 HOME = Path(__file__).parents[1] / "tests" / "measured"
@@ -62,7 +62,7 @@ def validate(
             report = run_all(picked, report_progress)
         causes = read_causes(path.parent / "causes.json")
         if write is not None:
-            write_page(write, document(report, causes))
+            write_page(write, document(report, causes, times_section(picked, causes)))
         if as_json:
             return print_json(as_document(report))
         if write is None:
@@ -72,24 +72,38 @@ def validate(
             show_report(console_for(), report, causes, worst)
 
 
+def times_section(picked: Runs, causes: Mapping[str, str]) -> str:
+    """The page's section on step times; empty where too few were measured."""
+    from planner.accuracy_times import section
+    from planner.timing import bands
+    from planner.validate import validate_times
+
+    if not any(run.step_s is not None for run in picked.runs):
+        return ""
+    report = validate_times(picked)
+    sure = bands(report, picked)
+    return "" if sure is None else section(report, sure, causes)
+
+
 def show_times(picked: Runs, worst: int, as_json: bool, write: str | None) -> None:
     """Step times: printed, or as JSON."""
     from planner.cli import print_json
     from planner.errors import InputError
+    from planner.timing import bands
     from planner.validate import validate_times
 
     if write is not None:
         raise InputError(
-            f"--write {write[:200]}: the page has memory alone; leave out --time, or take --json"
+            f"--write {write[:200]}: the page has step times too; leave out --time, or take --json"
         )
     with progress(as_json) as report_progress:
         report = validate_times(picked, report_progress)
     if as_json:
-        return print_json(times_document(report))
+        return print_json(times_document(report, bands(report, picked)))
     from planner.render import console_for
     from planner.render_validate import show_times as show
 
-    show(console_for(), report, worst)
+    show(console_for(), report, worst, bands(report, picked))
 
 
 def runs_path(given: str | None) -> Path:
@@ -158,11 +172,12 @@ def as_document(report: Report) -> dict[str, Any]:
     }
 
 
-def times_document(report: TimeReport) -> dict[str, Any]:
+def times_document(report: TimeReport, sure: Bands | None) -> dict[str, Any]:
     """The JSON of a report of step times."""
     return {
         "schema": "planner.validate_time/1",
         "timed": len(report.timings),
+        "bands": sure and sure._asdict(),
         "totals": [one._asdict() for one in report.totals],
         "sources": [one._asdict() for one in report.sources],
         "rankings": [one._asdict() for one in report.rankings],

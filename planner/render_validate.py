@@ -12,7 +12,7 @@ from rich.text import Text
 from planner.accuracy import ERRORS, cause_of, figures, percent, worst_comparisons, wrong
 from planner.comparison import OUTCOMES, VERDICTS, Report, Summary
 from planner.render import grid
-from planner.timing import Ranking, TimeReport
+from planner.timing import Bands, Ranking, TimeReport
 
 SHOWN = 12
 
@@ -120,7 +120,7 @@ def _more(console: Console, count: int) -> None:
         console.print(Text(f"and {count} more: --json lists all", style="dim"))
 
 
-def show_times(console: Console, report: TimeReport, worst: int) -> None:
+def show_times(console: Console, report: TimeReport, worst: int, sure: Bands | None = None) -> None:
     """Errors of step times per source, the order within tables, and the worst."""
     left = f"; {len(report.left_out):,} cannot be" if report.left_out else ""
     console.print(Text(f"{len(report.timings):,} step times predicted", style="bold"), Text(left), sep="")
@@ -131,6 +131,9 @@ def show_times(console: Console, report: TimeReport, worst: int) -> None:
     if report.rankings:
         _section(console, "Order of layouts within tables: Kendall's tau, and what the first choice costs")
         console.print(_orders(report.rankings))
+    if sure is not None:
+        took = f"{sure.least:.2f} to {sure.most:.2f} times as long as predicted"
+        console.print(Text(f"Four in five not fitted to took {took}; layouts within {sure.tie:.1%} tie"))
     _section(console, f"The {worst} that are furthest off, seconds")
     names = ("run", "predicted", "measured", "error")
     table = grid(*names, left=("run",), wrap=("run",))

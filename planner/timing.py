@@ -20,6 +20,8 @@ from planner.runs import Run, Runs
 
 LEAST = 3
 """Layouts that a table has at least."""
+FEW = 20
+"""Runs, and pairs of layouts, without which nothing is said of how sure a time is."""
 SURE = 0.9
 """Part of the pairs of layouts, at least, that are in the right order beyond a tie."""
 
@@ -141,10 +143,9 @@ class Bands(NamedTuple):
     tie: float
 
 
-def bands(report: TimeReport, runs: Runs) -> Bands:
-    """The bands of runs that no number was fitted to, and of all tables' pairs of layouts."""
+def bands(report: TimeReport, runs: Runs) -> Bands | None:
+    """The bands of runs that no number was fitted to, and of all tables' pairs; None where they are few."""
     ratios = [one.measured / one.predicted for one in report.timings if not one.fitted]
-    tenths = quantiles(ratios, n=10)
     pairs = []
     for rows in tables(runs, report.timings):
         for a, b in combinations(rows, 2):
@@ -152,6 +153,9 @@ def bands(report: TimeReport, runs: Runs) -> Bands:
             real = log(a.measured / a.tokens) - log(b.measured / b.tokens)
             if real:
                 pairs.append((abs(gap), gap * real > 0))
+    if len(ratios) < FEW or len(pairs) < FEW:
+        return None
+    tenths = quantiles(ratios, n=10)
     pairs.sort()
     right = [hit for _, hit in pairs]
     sure = (i for i in range(len(pairs)) if sum(right[i:]) >= SURE * len(right[i:]))

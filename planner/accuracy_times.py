@@ -63,7 +63,7 @@ def _worst(report: TimeReport, causes: Mapping[str, str]) -> Iterator[str]:
             f"{one.predicted:,.3g}",
             f"{one.measured:,.3g}",
             percent(one.error, sign=True),
-            cause_of(one.run, causes) or "not known",
+            cause_of(f"step time of {one.run}", causes) or "not known",
         )
         for one in worst
     )

@@ -358,13 +358,16 @@ def messages(prices: Prices, stage: StageView) -> Iterator[Message]:
     sent = Messages.of(prices.job.cluster, prices.layout)
     for layer, policy, copies in layers:
         *strategies, _ = strategies_of(prices.layout, prices.wire, 0, policy)
+        alike: dict[tuple[Any, ...], Message] = {}
         for one in collectives_of(layer, strategies):
             gpus = int(group(one.axis, prices.layout)[0])
             if gpus > 1 and one.times:
-                count = float(one.times) * copies
-                seconds = float(sent.seconds(one)) * copies
-                times = one.per, one.behind, count, float(one.size), seconds
-                yield Message(one.kind, one.axis, layer.kind, gpus, *times)
+                kind = one.kind, one.axis, layer.kind, gpus, one.per, one.behind
+                more = alike.get((*kind, float(one.size)), Message(*kind, 0.0, float(one.size), 0.0))
+                count = more.count + float(one.times) * copies
+                seconds = more.seconds + float(sent.seconds(one)) * copies
+                alike[*kind, float(one.size)] = replace(more, count=count, seconds=seconds)
+        yield from alike.values()
     if stage.depth > 1:
         sends = 2 * float(prices.pipeline.passes)
         yield Message(

@@ -113,7 +113,8 @@ class FullyShardedDataParallel(Zero3):
         unit = elements(layer, size)
         gathered, reduced = unit * self.gather_bytes, unit * self.reduce_bytes
         # Out of the gather's buffer, and into the reduction's: a read and a write each.
-        out, into = (2 * gathered * self.copies, (gathered + reduced) * self.copies)
+        copies = self.copies * (self.shards > 1)
+        out, into = 2 * gathered * copies, (gathered + reduced) * copies
         each = 1 - self.pipelined
         again = each * self.reshard_after_forward
         shard, replicate = "data_shard", "data_replicate"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from planner.accuracy import cause_of, document, read_causes
+from planner.cli_validate import times_section
 from planner.comparison import Comparison, Prediction, Report, Sizes, percentile, report_of, summarize
 from planner.errors import InputError
 from planner.runs import Run, Runs, load_runs
@@ -287,5 +288,6 @@ def test_notes_lead_to_runs() -> None:
 
 
 def test_the_page_is_what_the_code_says() -> None:
-    expected = document(report(), read_causes(HERE / "causes.json"))
+    causes = read_causes(HERE / "causes.json")
+    expected = document(report(), causes, times_section(runs(), causes))
     assert PAGE.read_text() == expected, "write it anew: planner validate --write docs/accuracy.md"

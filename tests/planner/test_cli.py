@@ -85,13 +85,19 @@ def test_explain_lists_terms_whose_sum_is_the_peak() -> None:
     assert "1/2" in text  # ZeRO-1 on two GPUs
 
 
+HIDING = [("all_gather", "layer"), ("reduce_scatter", ""), ("reduce_scatter", "layer")]
+
+
 def test_explain_lists_messages_with_what_hides_them() -> None:
-    """TP8 PP2 of LLaMA-65B: four gathers of bsh per block and micro-batch, 40 blocks, exposed."""
+    """TP8 PP2 of LLaMA-65B: per block and micro-batch four gathers of bsh, exposed, and two behind the layer;
+    of the four reductions the two of the backward are behind the weights' products."""
     arguments = ["--model", "llama-65b", "--gpus", "64x80G", "-tp", "8", "-pp", "2", "-b", "512"]
     messages = json.loads(run("explain", *arguments, "--json").stdout)["messages"]
     found = {(m["kind"], m["layer"], m["axis"], m["behind"]): m for m in messages}
     gathers = found["all_gather", "block", "tensor", ""]
     assert (gathers["count"], gathers["size"], gathers["gpus"]) == (160, 2 * 2048 * 8192, 8)
+    counts = [found[kind, "block", "tensor", behind]["count"] for kind, behind in HIDING]
+    assert counts == [80, 80, 80]
     gradients = found["reduce_scatter", "block", "data", "backward"]
     per_layer = 4 * (4 * 8192**2 + 3 * 8192 * 22016) / 8 + 4 * 2 * 8192
     assert (gradients["count"], gradients["size"], gradients["per"]) == (40, per_layer, "step")

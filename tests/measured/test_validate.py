@@ -284,7 +284,7 @@ def test_notes_lead_to_runs() -> None:
     for pair in runs().differences:
         assert {pair.less, pair.more} <= ids
     for start in [*read_causes(HERE / "causes.json"), *(one.prefix for one in runs().fitted)]:
-        assert any(name.startswith(start) for name in ids), start
+        assert any(name.startswith(start.removeprefix("step time of ")) for name in ids), start
 
 
 def test_the_page_is_what_the_code_says() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 
@@ -37,6 +37,7 @@ class LayerPrice:
     forward: Quantity  # seconds of one micro-batch, with the messages that are not hidden
     inputs: Quantity  # seconds of the gradient of its input, and of what is run again before it
     weights: Quantity  # seconds of the gradients of its weights
+    exposed: Mapping[str, Quantity]  # of these the seconds of messages between kernels, by the pass
     per_step: tuple[tuple[str, Quantity], ...]  # (hidden behind, seconds) of once-a-step messages
 
     @property

@@ -229,6 +229,7 @@ class Prices:
             forward=passes.forward,
             inputs=passes.inputs + passes.again,
             weights=passes.weights,
+            exposed=exposed,
             per_step=tuple(per_step),
         )
 

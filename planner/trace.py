@@ -26,7 +26,7 @@ from strategies.base import STATES
 
 Event = dict[str, Any]
 MICROSECONDS = 1e6
-MOST_TRACED = 20_000
+MOST_TRACED = 15_000
 """Passes in a trace: some 10 MB of JSON. Later ones are left out."""
 NAMES = {
     Kind.FORWARD: "forward",
@@ -58,10 +58,12 @@ def trace(job: Job, plan: Plan) -> dict[str, Any]:
     for stage, own in enumerate(rows):
         events += _names(stage)
         works = [one for one in told if one.work.stage == stage]
+        replay = StageReplay(prices, stage, own)
         events += _lane(stage, works, end if len(told) == len(passes) else cut)
+        events += _messages(replay, works)
         if len(told) == len(passes):
             events.append(_event(stage, "optimizer step and messages", "update", end, prices.step_seconds))
-        events += _memory(StageReplay(prices, stage, own), works)
+        events += _memory(replay, works)
     notes = {
         "model": plan.model,
         "layout": layout.describe(),
@@ -84,7 +86,8 @@ def trace(job: Job, plan: Plan) -> dict[str, Any]:
 def _names(stage: int) -> Iterator[Event]:
     yield {"ph": "M", "name": "process_name", "pid": stage, "tid": 0, "args": {"name": f"stage {stage}"}}
     yield {"ph": "M", "name": "process_sort_index", "pid": stage, "tid": 0, "args": {"sort_index": stage}}
-    yield {"ph": "M", "name": "thread_name", "pid": stage, "tid": 0, "args": {"name": "passes"}}
+    for thread, name in enumerate(("passes", "of these, exposed messages")):
+        yield {"ph": "M", "name": "thread_name", "pid": stage, "tid": thread, "args": {"name": name}}
 
 
 def _event(stage: int, name: str, category: str, start: float, took: float, **args: Any) -> Event:
@@ -107,6 +110,26 @@ def _lane(stage: int, works: list[Timed], end: float) -> Iterator[Event]:
         clock = one.end
     if end > clock:
         yield _event(stage, "bubble", "bubble", clock, end - clock)
+
+
+def _messages(replay: StageReplay, works: list[Timed]) -> Iterator[Event]:
+    """What each pass spends on messages that nothing hides, at its end: its layers', and its send."""
+    prices = replay.prices
+    send = float(prices.send / prices.pipeline.passes) / 2
+    took = []
+    for number, chunk in enumerate(replay.chunks):
+        layers = [prices.blocks[policy] for policy in chunk]
+        layers += [prices.embedding] * (replay.first and number == 0)
+        layers += [prices.head] * (replay.last and number == len(replay.chunks) - 1)
+        ways = ("forward", "backward")
+        took.append([sum(float(layer.exposed[way]) for layer in layers) + send for way in ways])
+    for one in works:
+        kind = one.work.kind
+        seconds = 0.0 if kind is Kind.WEIGHT else took[one.work.chunk][kind is not Kind.FORWARD]
+        if seconds > 0:
+            start = max(one.start, one.end - seconds)
+            event = _event(replay.stage, "messages", "communication", start, one.end - start)
+            yield event | {"tid": 1}
 
 
 def _memory(replay: StageReplay, works: list[Timed]) -> Iterator[Event]:

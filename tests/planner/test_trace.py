@@ -39,24 +39,39 @@ def traced(schedule: str, chunks: int, m: int = 8, p: int = 4) -> tuple[dict[str
     return json.loads(json.dumps(api.trace(MODEL, cluster, plan))), plan
 
 
+def work_of(lanes: dict[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [e for lane in lanes.values() for e in lane if e["cat"] not in ("bubble", "update")]
+
+
 @pytest.mark.parametrize(("schedule", "chunks"), SCHEDULES)
 def test_the_trace_is_the_steps_timeline(schedule: str, chunks: int) -> None:
     document, plan = traced(schedule, chunks)
-    lanes = defaultdict(list)
+    lanes, messages = defaultdict(list), []
     for event in document["traceEvents"]:
         assert event["ph"] in "XCM"
         assert isinstance(event["name"], str)
         assert isinstance(event["pid"], int)
         if event["ph"] == "X":
             assert event["dur"] > 0
-            lanes[event["pid"]].append(event)
+            lanes[event["pid"]].append(event) if event["tid"] == 0 else messages.append(event)
     assert set(lanes) == {0, 1, 2, 3}
     for lane in lanes.values():  # nothing overlaps, and bubbles leave no gap
         assert all(a["ts"] + a["dur"] == pytest.approx(b["ts"]) for a, b in pairwise(lane))
         assert lane[0]["ts"] == 0
         assert lane[-1]["ts"] + lane[-1]["dur"] == pytest.approx(plan.critical_path_s * 1e6)
         assert lane[-1]["cat"] == "update"
-    work = [e for lane in lanes.values() for e in lane if e["cat"] not in ("bubble", "update")]
+    # Messages are the end of their pass; those of weights' gradients alone have none.
+    for message in messages:
+        assert message["cat"] == "communication"
+        end = message["ts"] + message["dur"]
+        assert any(
+            e["ts"] + e["dur"] == pytest.approx(end) and e["ts"] <= message["ts"] * (1 + 1e-9)
+            for e in work_of({0: lanes[message["pid"]]})
+            if e["cat"] != "weight gradient"
+        )
+    sends = [e for e in work_of(lanes) if e["cat"] != "weight gradient"]
+    assert len(messages) == len(sends)
+    work = work_of(lanes)
     assert len(work) == document["otherData"]["passes"] == document["otherData"]["passes_shown"]
     split = {"zb-h1", "zb-h2", "zb-v", "dualpipe"}
     assert any(e["cat"] == "weight gradient" for e in work) == (schedule in split)
@@ -94,7 +109,9 @@ def test_a_step_of_thousands_of_micro_batches_is_cut_and_says_so(monkeypatch: py
     assert len(json.dumps(document)) < 10_000_000
     monkeypatch.setattr(traces, "MOST_TRACED", 100)
     document, _ = traced("zb-h1", 1, m=64)
-    shown = [e for e in document["traceEvents"] if e["ph"] == "X" and e["cat"] != "bubble"]
+    shown = [
+        e for e in document["traceEvents"] if e["ph"] == "X" and e["cat"] not in ("bubble", "communication")
+    ]
     assert document["otherData"]["passes_shown"] == len(shown) < 110
     assert "the first" in document["otherData"]["note"]
 

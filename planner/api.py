@@ -20,7 +20,7 @@ from planner.specs import ClusterSpec, ModelSpec, TrainingSpec
 from planner.stages import price
 from planner.units import gib
 from strategies.layout import RANK_ORDERS, Layout
-from strategies.pipeline_parallel import SCHEDULES, PipelineParallel
+from strategies.pipeline_parallel import FOLDED, SCHEDULES, PipelineParallel
 
 OBJECTIVES = ("time", "headroom")
 
@@ -101,6 +101,7 @@ def _check_choices(job: Job, choices: Choices, objective: str, top: int, time_li
                 raise InputError(
                     f"{name}={value} is not offered by {job.stack.name}: use {', '.join(allowed)}"
                 )
+    _check_chunks(choices)
     for name in ("tensor_parallel", "pipeline_parallel", "data_parallel", "micro_batch_size", "chunks"):
         values = getattr(choices, name)
         if values is not None and not isinstance(values, tuple):
@@ -110,6 +111,19 @@ def _check_choices(job: Job, choices: Choices, objective: str, top: int, time_li
                 raise InputError(f"{name}={value!r}: use whole numbers, 1 or more")
             if name.endswith("_parallel") and job.cluster.num_gpus % value:
                 raise InputError(f"{name}={value} does not divide the {job.cluster.num_gpus} GPUs")
+
+
+def _check_chunks(choices: Choices) -> None:
+    """Raises InputError where no schedule that was asked for takes a number of chunks that was."""
+
+    def takes(schedule: str, chunks: int) -> bool:
+        return chunks > 1 if schedule == "interleaved" else chunks == (2 if schedule in FOLDED else 1)
+
+    pairs = [(schedule, n) for schedule in choices.schedule or () for n in choices.chunks or ()]
+    if pairs and not any(takes(*pair) for pair in pairs):
+        names, numbers = (dict.fromkeys(str(pair[part]) for pair in pairs) for part in (0, 1))
+        asked = f"schedule {', '.join(names)} with chunks {', '.join(numbers)}"
+        raise InputError(f"{asked}: interleaved takes 2 or more, {' and '.join(FOLDED)} take 2, the others 1")
 
 
 def _nothing_found(job: Job, choices: Choices, found: Found, progress: Callable[[int, int], Any]) -> None:

@@ -334,8 +334,9 @@ def _one(
 class Message:
     """What a GPU of a stage sends: ``count`` times ``size`` bytes within a group of ``gpus``.
 
-    ``seconds`` is for all of them, per micro-batch or per step as ``per`` says; ``behind`` names
-    the computation they overlap with, and is empty where they are exposed.
+    ``seconds`` is for all of them, per micro-batch or per step as ``per`` says, with what exposed ones wait
+    for the slowest of their group; ``behind`` names the computation they overlap with, and is empty where
+    they are exposed.
     """
 
     kind: str
@@ -362,10 +363,13 @@ def messages(prices: Prices, stage: StageView) -> Iterator[Message]:
         for one in collectives_of(layer, strategies):
             gpus = int(group(one.axis, prices.layout)[0])
             if gpus > 1 and one.times:
+                one = one if prices.overlap else replace(one, behind="")
                 kind = one.kind, one.axis, layer.kind, gpus, one.per, one.behind
                 more = alike.get((*kind, float(one.size)), Message(*kind, 0.0, float(one.size), 0.0))
                 count = more.count + float(one.times) * copies
-                seconds = more.seconds + float(sent.seconds(one)) * copies
+                alone = one.per == "micro-batch" and not one.behind  # waits for the slowest of its group
+                each = float(sent.seconds(one)) / (prices.compute.in_step if alone else 1.0)
+                seconds = more.seconds + each * copies
                 alike[*kind, float(one.size)] = replace(more, count=count, seconds=seconds)
         yield from alike.values()
     if stage.depth > 1:

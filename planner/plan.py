@@ -199,6 +199,10 @@ def _of_layout(job: Job, layout: Layout) -> list[str]:
     how = job.stack.sharding_notes.get(layout.sharding)
     if how and layout.data_parallel > 1:
         notes.append(f"{layout.sharding} is {job.stack.name}'s {how}")
+    if layout.sequence_parallel:
+        notes.append(
+            "sequence parallelism with tensor parallelism, for its memory (--no-sequence-parallel: without)"
+        )
     if flag := job.stack.rank_orders.get(layout.rank_order):
         notes.append(f"rank order {layout.rank_order} is {job.stack.name}'s {flag}")
     multiple, vocabulary = job.stack.vocabulary_multiple * layout.tensor_parallel, job.model.vocab_size

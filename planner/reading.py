@@ -68,9 +68,8 @@ def read_cluster(
     except ValidationError as error:
         problem = first_problem(error)
         for name in ("nodes_per_leaf", "oversubscription"):
-            problem = problem.replace(f"{name}=", f"--{name.replace('_', '-')} ").replace(
-                name, f"--{name.replace('_', '-')}"
-            )
+            flag = f"--{name.replace('_', '-')}"
+            problem = problem.replace(f"{name}=", "\0 ").replace(name, "\0").replace("\0", flag)
         raise InputError(problem) from None
 
 
@@ -145,7 +144,8 @@ def word(text: str) -> str:
     ('zero1', 'zb-v')
     """
     plain = text.strip().lower().replace("-", "")
-    return {name.replace("-", ""): name for name in SCHEDULES}.get(plain, plain)
+    known = {name.replace("-", ""): name for name in SCHEDULES}
+    return known.get(plain, plain if plain.isalnum() else text.strip().lower())
 
 
 def with_batch(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, unit: int) -> TrainingSpec:

@@ -119,6 +119,10 @@ def layers_of(plan: Plan) -> str:
     return " ".join(f"{count}x{times}" if times > 1 else f"{count}" for count, times in runs)
 
 
+LONG = 0.03
+"""Of the peak: where counting attention in full makes so much of the MFU, both are shown."""
+
+
 def headline(plan: Plan) -> Text:
     """The answer in words."""
     words = {"fits": "fits on", "at risk": "is at risk (usually fits) on", "does not fit": "does not fit on"}
@@ -132,6 +136,8 @@ def headline(plan: Plan) -> Text:
         f"{human_seconds(plan.step_time_s)} a step ({human_seconds(plan.step_time_least_s)} to "
         f"{human_seconds(plan.step_time_most_s)}), {plan.tokens_per_s:,.0f} tokens/s, MFU {plan.mfu:.0%}"
     )
+    if plan.mfu - plan.mfu_causal > LONG:
+        text.append(f" ({plan.mfu_causal:.0%} with attention counted causal)")
     if plan.days:
         text.append(f"; {human_count(float(plan.training.tokens or 0))} tokens in {plan.days:,.1f} days")
     return text
@@ -153,11 +159,12 @@ def ranking(plans: Sequence[Plan], wide: bool) -> Table:
     left = ("order", "sharding", "schedule", "layers per stage", "recompute")
     spare = ("tokens/s", "bubble", "MFU", "grad accum", "most", "recompute", "layers per stage")
     table = grid(*names, left=left, wrap=("recompute",), spare=spare)
+    tied = sum(plan.ties_with(plans[0]) for plan in plans)
     for number, plan in enumerate(plans, 1):
         layout = plan.layout
         label = layout.to_layout().sharding_label
         pipeline = f"{layout.pipeline_parallel}" + ("" if wide or layout.chunks == 1 else f"v{layout.chunks}")
-        place = f"{number}=" if number > 1 and plan.ties_with(plans[0]) else str(number)
+        place = f"{number}=" if tied > 1 and plan.ties_with(plans[0]) else str(number)
         cells = [place, str(layout.tensor_parallel), pipeline, str(layout.data_parallel)]
         cells += [layout.rank_order] * len(order)
         cells += [str(layout.chunks), label, layout.schedule] if wide else [label]

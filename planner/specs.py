@@ -186,7 +186,7 @@ class ClusterSpec(BaseModel):
     budget_bytes: int | None = Field(None, gt=0)
     headroom: float = Field(0.0, ge=0, lt=1)
     nodes_per_leaf: int | None = Field(None, ge=1, le=10_000_000)
-    oversubscription: float = Field(1.0, ge=1, le=1000)
+    oversubscription: float = Field(1.0, ge=1, le=1000, allow_inf_nan=False)
     assumptions: tuple[str, ...] = ()
 
     @model_validator(mode="after")

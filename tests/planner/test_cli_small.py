@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from planner import ModelSpec
+from planner.catalog import host, load_gpu, names, step_time
 from planner.cli import app
 from planner.render import console_for, grid
 from tests.helpers import LLAMA
@@ -248,3 +249,25 @@ def test_an_entry_of_the_catalog_is_a_table_with_sources_unless_json_is_asked_fo
     assert "arXiv:2505.09388" in run("catalog", "models", "qwen3-8b").stdout
     document = json.loads(run("catalog", "gpus", "h100", "--json").stdout)
     assert document["gpus"][0]["peak_flops"]["bf16"] == 989.4e12
+
+
+def test_chunks_that_no_schedule_takes_are_bad_input() -> None:
+    for schedule, chunks in (("interleaved", "1"), ("zb-v", "3"), ("1f1b", "2")):
+        search = ["search", "-m", "llama-2-13b", "-g", "16xA100", "--schedule", schedule, "--chunks", chunks]
+        found = CliRunner().invoke(app, search)
+        assert found.exit_code == 2
+        assert f"schedule {schedule} with chunks {chunks}: interleaved takes 2 or more" in found.stderr
+
+
+def test_every_source_of_the_catalog_says_what_it_is() -> None:
+    for name in names("gpus"):
+        gpu = load_gpu(name)
+        for figure in (*gpu.achievable.values(), *gpu.latency_s.values(), *gpu.attention.values()):
+            assert figure.source.split(":")[0].split(" ")[0] in (
+                "measured",
+                "assumed",
+                "fitted",
+                "published",
+            ), name
+    for read, parts in ((host, ("launch_s", "blocked_launch_s")), (step_time, ("least", "most", "tie"))):
+        assert all(read(part).source.startswith("fitted") for part in parts)

@@ -150,12 +150,15 @@ def find(
         candidate = frontier.pop()
         if candidate is None:  # dearer than it seemed
             continue
+        if _settled(found.answers, candidate.layout, bound):
+            found.pruned += 1
+            continue
         try:
             solution = solve([candidate], objective, left)
         except SolverError:  # out of time: this layout is left as it was
             found.optimal = False
             unproved = min(unproved, bound)
-            found.pruned = 1
+            found.pruned += 1
             break
         if solution is None:
             frontier.unfitting += 1
@@ -183,11 +186,21 @@ def _beats(bound: float, worst: float) -> bool:
     return bound < worst - RELATIVE_GAP * abs(worst)
 
 
+def _whatever_order(layout: Layout) -> Layout:
+    return replace(layout, rank_order=RANK_ORDERS[0])
+
+
+def _settled(answers: Sequence[Solution], layout: Layout, bound: float) -> bool:
+    """Is the layout answered in another rank order that costs no more than this one must?"""
+    twins = (one for one in answers if _whatever_order(one.candidate.layout) == _whatever_order(layout))
+    return any(one.cost <= bound for one in twins)
+
+
 def best_of(answers: Sequence[Solution], top: int) -> list[Solution]:
     """The best layouts, each in its best rank order only."""
     best: dict[Layout, Solution] = {}
     for answer in sorted(answers, key=lambda answer: answer.cost):
-        best.setdefault(replace(answer.candidate.layout, rank_order=RANK_ORDERS[0]), answer)
+        best.setdefault(_whatever_order(answer.candidate.layout), answer)
     return list(best.values())[:top]
 
 

@@ -5,6 +5,7 @@ Exit status: 0 fits, 1 does not fit, 2 bad input, 3 no answer within the time li
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ class Commands(TyperGroup):
     """The commands. What is wrong with their options is said as JSON too, if JSON is asked for."""
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **more: Any) -> Any:
+        gc.set_threshold(100_000)  # a process of seconds leaves little garbage: looking for it takes a tenth
         if "--json" not in (sys.argv[1:] if args is None else args):
             return super().main(args, *rest, **more)
         try:

@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from planner.bounds import fullest_stage, slowest_at_least
+from planner.bounds import fullest_stage, sharp_bound, slowest_at_least
 from planner.candidate import Candidate
 from planner.errors import SolverError
 
@@ -158,6 +158,8 @@ def solve(
     slowest = [least for _, least in bounds if least < float("inf")]
     if not candidates:
         return None
+    if objective == "time" and len(candidates) == 1 and (even := _even(candidates[0], slowest[0])):
+        return even
     model = _Model(candidates, objective)
     pulp = model.pulp
     added = [model.add(index, candidate, slowest[index]) for index, candidate in enumerate(candidates)]
@@ -175,6 +177,19 @@ def solve(
     if objective == "time":
         rows = tuple(_spared(candidate, j, own) for j, own in enumerate(rows))
     return Solution(candidate, rows, cost_of(candidate, rows, objective), outcome == "optimal")
+
+
+def _even(candidate: Candidate, least: float) -> Solution | None:
+    """The even split without recompute, if it fits and nothing can be quicker: no program is needed."""
+    each, rest = divmod(candidate.rows, len(candidate.stages))
+    if rest:
+        return None
+    rows = ((each, *(0 for _ in candidate.policies[1:])),) * len(candidate.stages)
+    cost = candidate.cost(rows)
+    if cost > sharp_bound(candidate, least) * (1 + RELATIVE_GAP):
+        return None
+    fits = all(candidate.peak(j, own)[0] <= candidate.capacity for j, own in enumerate(rows))
+    return Solution(candidate, rows, cost, True) if fits else None
 
 
 def settle(solution: Solution) -> Solution:

@@ -10,8 +10,8 @@ form (:meth:`planner.stages.Prices.moments`) is never below the highest of them.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from planner.layer_price import LayerPrice
 from planner.schedule import Kind, Pass, order
@@ -21,8 +21,7 @@ from strategies.base import Role, Term
 MOMENTS = ("forward end", "loss", "backward", "gradients complete", "optimizer step")
 
 
-@dataclass(frozen=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """What exists at one place of a step, in layers; the bytes follow from the prices.
 
     ``kept`` counts layer activations by policy, ``pending`` those of them whose backward is done but for
@@ -163,15 +162,15 @@ class StageReplay:
                 now = self._forward(now, one)
                 yield now
                 if now.heads and one.chunk == len(self.chunks) - 1:
-                    yield replace(now, moment="loss", place="logits", at="head")
+                    yield now._replace(moment="loss", place="logits", at="head")
             else:
                 now = yield from self._backward(now, one)
                 if prices.resident.engine:  # what this micro-batch left is added to what was kept
-                    now = replace(
-                        now, started=started, arrived=0, embedding_arrived=False, head_arrived=False
+                    now = now._replace(
+                        started=started, arrived=0, embedding_arrived=False, head_arrived=False
                     )
-        yield replace(
-            now, moment="optimizer step", place="optimizer step", at="optimizer", kept=(0,) * len(kept),
+        yield now._replace(
+            moment="optimizer step", place="optimizer step", at="optimizer", kept=(0,) * len(kept),
             pending=(0,) * len(kept), embeddings=0, heads=0, gathered=0, arrived=self.layers,
             embedding_arrived=True, head_arrived=True,
         )  # fmt: skip
@@ -186,8 +185,7 @@ class StageReplay:
         for policy in self.chunks[one.chunk]:
             kept[policy] -= 1
             pending[policy] -= 1
-        return replace(
-            now,
+        return now._replace(
             kept=tuple(kept),
             pending=tuple(pending),
             embeddings=now.embeddings - (self.first and one.chunk == 0),
@@ -203,8 +201,7 @@ class StageReplay:
         gathered = now.gathered
         if not self.prices.pipelined:
             gathered = self.layers
-        return replace(
-            now,
+        return now._replace(
             moment="forward end",
             place="forward end",
             kept=tuple(kept),
@@ -219,39 +216,38 @@ class StageReplay:
         layers, kept, pending = self.chunks[one.chunk], list(now.kept), list(now.pending)
         arrived, whole = now.arrived, one.kind is Kind.BACKWARD
         if self._top(one):
-            now = replace(now, moment="loss", place="loss", at="head")
+            now = now._replace(moment="loss", place="loss", at="head")
             yield now
-            now = replace(
-                now,
+            now = now._replace(
                 heads=now.heads - whole,
                 pending_heads=now.pending_heads + (not whole),
                 head_arrived=now.head_arrived or not self.head_waits,
             )
         if self.prices.resident.engine:
-            now = replace(now, started=float(self.prices.resident.backward))
+            now = now._replace(started=float(self.prices.resident.backward))
         for number, policy in enumerate(reversed(layers)):
             left = len(layers) - number - 1
             place = (
                 ("only" if number == 0 else "last") if left == 0 else ("first" if number == 0 else "inner")
             )
             moment = "gradients complete" if left == 0 and one.chunk == 0 else "backward"
-            now = replace(now, moment=moment, place=place, at="block", policy=policy, arrived=arrived)
+            now = now._replace(moment=moment, place=place, at="block", policy=policy, arrived=arrived)
             yield now
             kept[policy] -= whole
             pending[policy] += not whole
             arrived = min(arrived + 1, self.layers)
             gathered = now.gathered - (not self.prices.pipelined)
-            now = replace(now, kept=tuple(kept), pending=tuple(pending), arrived=arrived, gathered=gathered)
+            now = now._replace(kept=tuple(kept), pending=tuple(pending), arrived=arrived, gathered=gathered)
         if one.chunk == 0:
-            now = replace(now, moment="gradients complete")
+            now = now._replace(moment="gradients complete")
             if self.first:
-                now = replace(now, place="end", at="embedding")
+                now = now._replace(place="end", at="embedding")
                 yield now
-                now = replace(now, embedding_arrived=True, embeddings=now.embeddings - whole)
-            now = replace(now, place="reduction", at="")
+                now = now._replace(embedding_arrived=True, embeddings=now.embeddings - whole)
+            now = now._replace(place="reduction", at="")
             yield now
         elif not whole:
-            yield replace(now, moment="backward", place="forward end", at="")
+            yield now._replace(moment="backward", place="forward end", at="")
         return now
 
 

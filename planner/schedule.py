@@ -347,13 +347,13 @@ def critical_path(
     return path_seconds(schedule, even_chunks(schedule, forward, backward, v, weight), m)
 
 
-MOST_PASSES = 6000
+MOST_PASSES = 1000
 """Passes in one graph; a longer step is told from its beginning."""
 
 
 def shown_microbatches(schedule: str, p: int, m: int, v: int) -> int:
     """Micro-batches of a step that are looked at on the graph: all, or a beginning and an end of them."""
-    return min(m, max(4, MOST_PASSES // (2 * p * p * v)) * p + m % p)
+    return min(m, max(3, MOST_PASSES // (2 * p * p * v)) * p + m % p)
 
 
 def step_seconds(layout: Layout, seconds: Seconds) -> float:

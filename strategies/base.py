@@ -225,7 +225,9 @@ def held(term: Term, strategies: Iterable[AbstractStrategy]) -> Quantity:
     """Bytes (or FLOPs) of ``term`` on one GPU: its amount times every strategy's share."""
     amount = term.amount
     for strategy in strategies:
-        amount = amount * strategy.share(term)
+        share = strategy.share(term)
+        if not (isinstance(share, int) and share == 1):  # most are, and arrays take their time
+            amount = amount * share
     return amount
 
 

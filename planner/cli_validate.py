@@ -144,13 +144,10 @@ def tiers_of(text: str | None) -> tuple[str, ...] | None:
 
 
 def write_page(path: str, text: str) -> None:
-    """Writes the page and says so on standard error."""
-    from planner.errors import InputError
+    """Writes the page, whole or not at all, and says so on standard error."""
+    from planner.files import write_whole
 
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--write {path}: {error.strerror}") from None
+    write_whole(Path(path), text, f"--write {path}", "accuracy.md")
     sys.stderr.write(f"written to {path}\n")
 
 

@@ -1,7 +1,9 @@
-"""Files from users: regular, of a bounded size, and what of them may be shown."""
+"""Files from users: regular, of a bounded size, and what of them may be shown; and files for them, whole."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 from planner.errors import InputError
@@ -46,3 +48,37 @@ def content(path: Path, most: int, what: str) -> bytes:
     if len(data) > most:
         raise InputError(f"{path}: grew beyond {most:,} bytes while it was read")
     return data
+
+
+def write_whole(
+    path: Path, text: str, shown: str, example: str, check: Callable[[], None] = lambda: None
+) -> None:
+    """Writes a file whole or not at all: to a new one beside it, which takes its name after ``check``.
+
+    To a device or pipe, such as /dev/stdout, as it comes. ``shown`` is what errors call the path, ``example``
+    a name in a folder. Raises InputError if it cannot be written.
+    """
+    temporary = path.parent / f".{path.name[:100]}.{os.getpid()}.tmp"
+    made = False
+    try:
+        if path.is_dir():
+            raise InputError(f"{shown} is a folder: name a file in it, as in {path / example}")
+        if not path.parent.is_dir():
+            raise InputError(f"{shown} cannot be written: the folder {path.parent} does not exist")
+        if path.parts[:2] in (("/", "dev"), ("/", "proc")) or (path.exists() and not path.is_file()):
+            with path.open("w", encoding="utf-8") as file:
+                file.write(text)
+            return
+        number = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        made = True
+        with os.fdopen(number, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        check()
+        os.replace(temporary, path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{shown} cannot be written: {reason_of(error)}") from None
+    finally:
+        if made:
+            temporary.unlink(missing_ok=True)

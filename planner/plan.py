@@ -222,7 +222,7 @@ def pass_seconds(prices: Prices, rows: Sequence[Sequence[int]]) -> list[list[Pas
         return np.array([float(price.forward), float(price.inputs), float(price.weights)])
 
     layers = [parts(price) for price in prices.blocks]
-    sent = float(prices.send / prices.pipeline.passes) / 2 * np.array([1, 1, 0])
+    sent = prices.one_send * np.array([1, 1, 0])
     stages = []
     for j, own in enumerate(rows):
         first, last = map(bool, prices.pipeline_at(j).ends)

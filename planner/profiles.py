@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from planner.errors import InputError
-from planner.files import content, reason_of
+from planner.files import content, reason_of, write_whole
 
 if TYPE_CHECKING:
     from planner.specs import Profile
@@ -84,19 +84,5 @@ def write_profile(profile: Profile, path: Path, force: bool = False) -> None:
     Raises InputError if it cannot be written, or exists and ``force`` is not given.
     """
     refuse_output(path, (), force)
-    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")
-    made = False
-    try:
-        number = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        made = True
-        with os.fdopen(number, "w", encoding="utf-8") as file:
-            file.write(profile.model_dump_json(indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        refuse_output(path, (), force)
-        os.replace(temporary, path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--output {str(path)[:200]!r} cannot be written: {reason_of(error)}") from None
-    finally:
-        if made:
-            temporary.unlink(missing_ok=True)
+    text, shown = profile.model_dump_json(indent=1) + "\n", f"--output {str(path)[:200]!r}"
+    write_whole(path, text, shown, "profile.json", lambda: refuse_output(path, (), force))

@@ -100,9 +100,11 @@ class ModelSpec(BaseModel):
         """
         from planner.layers import count_matrix_parameters
 
-        width = self.num_attention_heads * self.head_dim
-        attention = 12 * self.num_hidden_layers * seq_length * width
-        return float(6 * count_matrix_parameters(self) + attention)
+        return float(6 * count_matrix_parameters(self) + self.attention_flops_per_token(seq_length))
+
+    def attention_flops_per_token(self, seq_length: int) -> float:
+        """The part of :meth:`flops_per_token` that attention has: ``12 L s a d``."""
+        return 12.0 * self.num_hidden_layers * seq_length * self.num_attention_heads * self.head_dim
 
 
 class Link(BaseModel):

@@ -275,6 +275,11 @@ class Prices:
         once = self._messages.send_seconds(self.send_bytes)
         return 2 * once * self.pipeline.passes * (self.layout.pipeline_parallel > 1)
 
+    @property
+    def one_send(self) -> float:
+        """Seconds of one of a chunk's two sends, of its output or of the gradient of its input."""
+        return float(self.send / self.pipeline.passes) / 2
+
     def _step_seconds(self) -> Quantity:
         # Once a step, on an average stage with embedding or head: what messages exceed
         # of the pass they hide behind (backward two thirds, forward one), and the update.

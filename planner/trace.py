@@ -10,14 +10,12 @@ plan's peak only.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from planner.defaults import Job
-from planner.errors import InputError
-from planner.files import reason_of
+from planner.files import write_whole
 from planner.plan import Plan, pass_seconds
 from planner.replay import StageReplay
 from planner.schedule import Kind, Timed, shown_microbatches, timeline
@@ -115,14 +113,13 @@ def _lane(stage: int, works: list[Timed], end: float) -> Iterator[Event]:
 def _messages(replay: StageReplay, works: list[Timed]) -> Iterator[Event]:
     """What each pass spends on messages that nothing hides, at its end: its layers', and its send."""
     prices = replay.prices
-    send = float(prices.send / prices.pipeline.passes) / 2
     took = []
     for number, chunk in enumerate(replay.chunks):
         layers = [prices.blocks[policy] for policy in chunk]
         layers += [prices.embedding] * (replay.first and number == 0)
         layers += [prices.head] * (replay.last and number == len(replay.chunks) - 1)
         ways = ("forward", "backward")
-        took.append([sum(float(layer.exposed[way]) for layer in layers) + send for way in ways])
+        took.append([sum(float(layer.exposed[way]) for layer in layers) + prices.one_send for way in ways])
     for one in works:
         kind = one.work.kind
         seconds = 0.0 if kind is Kind.WEIGHT else took[one.work.chunk][kind is not Kind.FORWARD]
@@ -165,25 +162,4 @@ def write_trace(document: dict[str, Any], path: Path) -> None:
     Raises InputError if it cannot be written.
     """
     text = json.dumps(document, separators=(",", ":")) + "\n"
-    shown = f"--trace {str(path)[:200]!r}"
-    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")
-    made = False
-    try:
-        if path.is_dir():
-            raise InputError(f"{shown} is a folder: name a file in it, as in {path / 'trace.json'}")
-        if path.parts[:2] in (("/", "dev"), ("/", "proc")) or (path.exists() and not path.is_file()):
-            with path.open("w", encoding="utf-8") as file:
-                file.write(text)
-            return
-        number = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        made = True
-        with os.fdopen(number, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{shown} cannot be written: {reason_of(error)}") from None
-    finally:
-        if made:
-            temporary.unlink(missing_ok=True)
+    write_whole(path, text, f"--trace {str(path)[:200]!r}", "trace.json")

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from planner.compute import again
-from planner.layers import count_matrix_parameters
 from planner.stages import Prices
 from strategies.base import Role
 from strategies.layout import strategies_of
@@ -35,8 +34,8 @@ class Utilization(NamedTuple):
 def utilization(prices: Prices, rows: Sequence[Sequence[int]], tokens_per_s: float) -> Utilization:
     """Of a layout that has ``rows[stage][policy]`` rows of layers, at that many tokens a second."""
     job, chunks = prices.job, int(prices.layout.chunks)
-    attention = 12 * job.model.num_hidden_layers * job.seq_length * _width(prices)
-    model = 6 * count_matrix_parameters(job.model) + attention
+    model = job.model.flops_per_token(job.seq_length)
+    attention = job.model.attention_flops_per_token(job.seq_length)
     layers = [chunks * sum(stage[r] for stage in rows) for r in range(len(prices.policies))]
     repeated = sum(
         count * _again(prices, policy) for count, policy in zip(layers, prices.policies, strict=True)
@@ -52,17 +51,13 @@ def utilization(prices: Prices, rows: Sequence[Sequence[int]], tokens_per_s: flo
     )
 
 
-def _width(prices: Prices) -> int:
-    return prices.job.model.num_attention_heads * prices.job.model.head_dim
-
-
 def _again(prices: Prices, policy: str) -> float:
     """FLOPs of a token that a block's recompute runs again: 2 per parameter, 4 s a d of attention."""
     *strategies, _ = strategies_of(prices.layout, prices.wire, 0, policy)
-    total = 0.0
+    model, total = prices.job.model, 0.0
     for term in prices.layers[1].by_role[Role.FLOPS]:
         tokens = float(term.dims["batch"] * term.dims["seq"])
-        forward = 4.0 * prices.job.seq_length * _width(prices)
+        forward = model.attention_flops_per_token(prices.job.seq_length) / (3 * model.num_hidden_layers)
         if "hidden" in term.dims:
             forward = float(term.elements) / tokens * 2
         total += again(term, strategies) * forward

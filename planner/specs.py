@@ -11,100 +11,14 @@ import re
 from math import gcd
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from planner.errors import InputError
+from planner.model import FROZEN
+from planner.model import ModelSpec as ModelSpec
 
 if TYPE_CHECKING:
-    from os import PathLike
-
     from planner.stacks.base import Overhead
-
-Length = Field(ge=1, le=10_000_000)
-FROZEN = ConfigDict(frozen=True, extra="forbid")
-
-
-class ModelSpec(BaseModel):
-    """A decoder's shape, in Hugging Face's names. Every number is a length in elements."""
-
-    model_config = FROZEN
-
-    name: str = Field(min_length=1, max_length=200)
-    model_type: str = Field(max_length=50)
-    hidden_size: int = Length
-    num_hidden_layers: int = Field(ge=1, le=10_000)
-    num_attention_heads: int = Length
-    num_key_value_heads: int = Length
-    head_dim: int = Length
-    intermediate_size: int = Length
-    vocab_size: int = Length
-    max_position_embeddings: int = Field(ge=1, le=1_000_000_000)
-    tie_word_embeddings: bool = False
-    hidden_act: str = Field("silu", max_length=50)
-    gated_mlp: bool = True
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    position_embedding: Literal["rotary", "learned", "alibi"] = "rotary"
-    position_offset: int = Field(0, ge=0, le=1000)  # rows of the learned table before position 0
-    sliding_window: int | None = Field(None, ge=1, le=1_000_000_000)
-    qkv_bias: bool = False
-    qk_norm: bool = False  # queries and keys are normalised, head by head
-    attention_output_bias: bool = False
-    mlp_bias: bool = False
-    embedding_norm: bool = False
-    parallel_residual: bool = False
-    dropout: float = Field(0.0, ge=0, lt=1)
-    attention_dropout: float = Field(0.0, ge=0, lt=1)
-    source: str = Field("", max_length=2000)
-
-    @model_validator(mode="after")
-    def _heads(self) -> ModelSpec:
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads={self.num_key_value_heads} does not divide "
-                f"num_attention_heads={self.num_attention_heads}"
-            )
-        return self
-
-    @staticmethod
-    def from_catalog(name: str) -> ModelSpec:
-        """The catalog's model of that name or alias. Raises InputError with the nearest names."""
-        from planner.catalog import load_model
-
-        return load_model(name)
-
-    @staticmethod
-    def from_hugging_face(path: str | PathLike[str]) -> ModelSpec:
-        """A model from a ``config.json`` or its folder. Raises InputError; executes nothing."""
-        from planner.families import read_config
-
-        return read_config(path)
-
-    @property
-    def num_parameters(self) -> int:
-        """Parameters of the real implementation, to the last one; vocabulary unpadded."""
-        from planner.layers import count_parameters
-
-        return count_parameters(self)
-
-    @property
-    def num_active_parameters(self) -> int:
-        """Parameters that one token passes through: all of them, in a dense model."""
-        return self.num_parameters
-
-    def flops_per_token(self, seq_length: int) -> float:
-        """Model FLOPs of one token, forward and backward: ``6 N + 12 L s a d``.
-
-        ``N`` counts the matrices that a token is multiplied with (blocks and head, not the
-        embedding look-up); attention is counted in full, as if not causal. Chowdhery et al.
-        2022, arXiv:2204.02311, appendix B, which is what most published MFU use.
-        """
-        from planner.layers import count_matrix_parameters
-
-        return float(6 * count_matrix_parameters(self) + self.attention_flops_per_token(seq_length))
-
-    def attention_flops_per_token(self, seq_length: int) -> float:
-        """The part of :meth:`flops_per_token` that attention has: ``12 L s a d``."""
-        return 12.0 * self.num_hidden_layers * seq_length * self.num_attention_heads * self.head_dim
 
 
 class Link(BaseModel):

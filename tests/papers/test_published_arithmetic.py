@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from planner import ModelSpec
-from planner.layers import count_matrix_parameters
+from planner.weights import count_matrix_parameters
 from planner.stacks.base import Recipe
 from strategies.base import Role
 from tests.helpers import block_of, gpt, job_of, saved

@@ -1,0 +1,226 @@
+"""The first input: what is trained. A model's shape in Hugging Face's names, block by block.
+
+A model is a row of blocks in a fixed order. A :class:`Block` is what one of them consists of: its mixer
+(the part that looks at other tokens: an attention, a state space) and its MLP. Most models have one block,
+repeated; mixtures, hybrids and models with local attention have several.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+Length = Field(ge=1, le=10_000_000)
+FROZEN = ConfigDict(frozen=True, extra="forbid")
+
+Mixer = Literal["full", "window", "bidirectional", "cross", "mamba", "delta", "none"]
+"""What mixes tokens: causal attention over all, or over a window; attention without a mask (encoders);
+causal attention and then attention to an encoder's output; a Mamba-2 state space; a gated delta net;
+nothing."""
+Mlp = Literal["dense", "experts", "none"]
+
+
+class Block(NamedTuple):
+    """One kind of transformer block."""
+
+    mixer: Mixer = "full"
+    mlp: Mlp = "dense"
+
+
+class Experts(BaseModel):
+    """The mixture of experts in place of an MLP. Widths are in elements.
+
+    ``shared_intermediate_size`` is the width of all shared experts together, which every token passes;
+    ``shared_gate`` scales their output by a learned gate.
+    """
+
+    model_config = FROZEN
+
+    num_experts: int = Field(ge=1, le=100_000)
+    num_experts_per_tok: int = Field(ge=1, le=10_000)
+    intermediate_size: int = Length  # of one routed expert
+    shared_intermediate_size: int = Field(0, ge=0, le=10_000_000)
+    shared_gate: bool = False
+    router_bias: bool = False
+    biases: bool = False  # of the experts' products
+
+    @model_validator(mode="after")
+    def _enough(self) -> Experts:
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} is more than the {self.num_experts} experts"
+            )
+        return self
+
+
+class LatentAttention(BaseModel):
+    """Multi-head latent attention (DeepSeek-AI 2024, arXiv:2405.04434, section 2.1), in elements.
+
+    Keys and values are expanded from ``kv_lora_rank`` elements a token, besides ``qk_rope_head_dim`` that all
+    heads share; queries from ``q_lora_rank``, or made at once where that is None.
+    """
+
+    model_config = FROZEN
+
+    q_lora_rank: int | None = Field(None, ge=1, le=10_000_000)
+    kv_lora_rank: int = Length
+    qk_nope_head_dim: int = Length
+    qk_rope_head_dim: int = Length
+    v_head_dim: int = Length
+
+
+class StateSpace(BaseModel):
+    """A Mamba-2 mixer (Dao and Gu 2024, arXiv:2405.21060, section 7), in elements."""
+
+    model_config = FROZEN
+
+    num_heads: int = Length
+    head_dim: int = Length
+    n_groups: int = Length
+    state_size: int = Length
+    conv_kernel: int = Field(4, ge=1, le=1000)
+    chunk_size: int = Field(256, ge=1, le=1_000_000)
+    conv_bias: bool = True
+    bias: bool = False  # of the products in and out
+
+
+class DeltaNet(BaseModel):
+    """A gated delta net (Yang et al. 2024, arXiv:2412.06464), as in Qwen3-Next, in elements."""
+
+    model_config = FROZEN
+
+    num_key_heads: int = Length
+    num_value_heads: int = Length
+    key_head_dim: int = Length
+    value_head_dim: int = Length
+    conv_kernel: int = Field(4, ge=1, le=1000)
+
+
+class ModelSpec(BaseModel):
+    """A model's shape, in Hugging Face's names. Every number is a length in elements."""
+
+    model_config = FROZEN
+
+    name: str = Field(min_length=1, max_length=200)
+    model_type: str = Field(max_length=50)
+    hidden_size: int = Length
+    num_hidden_layers: int = Field(ge=1, le=10_000)
+    num_attention_heads: int = Length
+    num_key_value_heads: int = Length
+    head_dim: int = Length
+    intermediate_size: int = Length
+    vocab_size: int = Length
+    max_position_embeddings: int = Field(ge=1, le=1_000_000_000)
+    tie_word_embeddings: bool = False
+    hidden_act: str = Field("silu", max_length=50)
+    gated_mlp: bool = True
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    position_embedding: Literal["rotary", "learned", "alibi"] = "rotary"
+    position_offset: int = Field(0, ge=0, le=1000)  # rows of the learned table before position 0
+    sliding_window: int | None = Field(None, ge=1, le=1_000_000_000)
+    qkv_bias: bool = False
+    qk_norm: bool = False  # queries and keys are normalised, head by head
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    embedding_norm: bool = False
+    parallel_residual: bool = False
+    dropout: float = Field(0.0, ge=0, lt=1)
+    attention_dropout: float = Field(0.0, ge=0, lt=1)
+    # What unlike blocks are made of, and where they are: a word for each, or none where all are alike.
+    kind: Literal["decoder", "encoder", "encoder-decoder", "vision"] = "decoder"
+    mixers: tuple[Mixer, ...] = Field((), max_length=10_000)
+    mlps: tuple[Mlp, ...] = Field((), max_length=10_000)
+    experts: Experts | None = None
+    latent: LatentAttention | None = None
+    state_space: StateSpace | None = None
+    delta: DeltaNet | None = None
+    mtp_layers: int = Field(0, ge=0, le=100)  # blocks that predict further tokens, after the last one
+    source: str = Field("", max_length=2000)
+
+    @model_validator(mode="after")
+    def _heads(self) -> ModelSpec:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads={self.num_key_value_heads} does not divide "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _blocks(self) -> ModelSpec:
+        for name in ("mixers", "mlps"):
+            given = getattr(self, name)
+            if given and len(given) != self.num_hidden_layers:
+                raise ValueError(
+                    f"{name} names {len(given)} blocks, num_hidden_layers={self.num_hidden_layers}: "
+                    "name each of them, or none"
+                )
+        needs = {"experts": self.experts, "mamba": self.state_space, "delta": self.delta}
+        for word, given in needs.items():
+            if word in (*self.mixers, *self.mlps) and given is None:
+                raise ValueError(f"a block has {word}, whose sizes are not given")
+        return self
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """Every block of the model, in order."""
+        depth = self.num_hidden_layers
+        mixers = self.mixers or ("bidirectional" if self.kind in ("encoder", "vision") else "full",) * depth
+        mlps = self.mlps or ("experts" if self.experts else "dense",) * depth
+        return tuple(Block(mixer, mlp) for mixer, mlp in zip(mixers, mlps, strict=True))
+
+    @property
+    def block_kinds(self) -> tuple[Block, ...]:
+        """The different blocks, in the order in which they come first."""
+        return tuple(dict.fromkeys(self.blocks))
+
+    @property
+    def runs(self) -> tuple[tuple[Block, int], ...]:
+        """Stretches of equal blocks with their lengths."""
+        return tuple((block, len(list(same))) for block, same in groupby(self.blocks))
+
+    @staticmethod
+    def from_catalog(name: str) -> ModelSpec:
+        """The catalog's model of that name or alias. Raises InputError with the nearest names."""
+        from planner.catalog import load_model
+
+        return load_model(name)
+
+    @staticmethod
+    def from_hugging_face(path: str | PathLike[str]) -> ModelSpec:
+        """A model from a ``config.json`` or its folder. Raises InputError; executes nothing."""
+        from planner.families import read_config
+
+        return read_config(path)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the real implementation, to the last one; vocabulary unpadded."""
+        from planner.weights import count_parameters
+
+        return count_parameters(self)
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Parameters that one token passes through: all of them, in a dense model."""
+        return self.num_parameters
+
+    def flops_per_token(self, seq_length: int) -> float:
+        """Model FLOPs of one token, forward and backward: ``6 N + 12 L s a d``.
+
+        ``N`` counts the matrices that a token is multiplied with (blocks and head, not the
+        embedding look-up); attention is counted in full, as if not causal. Chowdhery et al.
+        2022, arXiv:2204.02311, appendix B, which is what most published MFU use.
+        """
+        from planner.weights import count_matrix_parameters
+
+        return float(6 * count_matrix_parameters(self) + self.attention_flops_per_token(seq_length))
+
+    def attention_flops_per_token(self, seq_length: int) -> float:
+        """The part of :meth:`flops_per_token` that attention has: ``12 L s a d``."""
+        return 12.0 * self.num_hidden_layers * seq_length * self.num_attention_heads * self.head_dim

@@ -201,8 +201,8 @@ def solve_layout(
         return _as_given(candidate, layers)
     solution = solve([candidate])
     if solution is None:  # show by how much: the split that needs least, without a limit
-        everything = [[candidate.rows, *(0 for _ in policies[1:])]] * len(candidate.stages)
-        ample = 2 * max(candidate.peak(j, rows)[0] for j, rows in enumerate(everything))
+        everything = [n for kind in candidate.order.counts for n in (kind, *(0 for _ in policies[1:]))]
+        ample = 2 * max(candidate.peak(j, everything)[0] for j in range(len(candidate.stages)))
         solution = solve([replace(candidate, capacity=ample)], "headroom")
     assert solution is not None
     return settle(solution)
@@ -260,7 +260,7 @@ def _as_given(candidate: Candidate, layers: Sequence[int]) -> Solution:
         )
     if any(count % chunks for count in full):
         raise InputError(f"layers_per_stage={','.join(map(str, layers))[:60]}: not equal in {chunks} chunks")
-    rows = tuple((count // chunks,) for count in full)
+    rows = tuple(candidate.under_one([count // chunks for count in full]))
     return Solution(candidate, rows, candidate.cost(rows), True)
 
 
@@ -326,11 +326,11 @@ def explain(
     when = moment or plan.stages[index].moment
     candidate = solution.candidate
     prices = price(job, candidate.layout, candidate.policies)
-    timeline = StageReplay(prices, index, solution.rows[index]).run()
+    timeline = StageReplay(prices, index, solution.rows).run()
     peaks = timeline.peaks()
     if when not in peaks:
         raise InputError(f"moment={when!r}: stage {index} has {', '.join(peaks)}")
-    stage_view = view(candidate, solution.rows, index)
+    stage_view = view(prices, solution.rows, index)
     pools = timeline.pools if when == plan.stages[index].moment else 0.0
     held = list(entries(prices, stage_view, peaks[when][0], pools))
     return Explanation(plan, index, when, held, list(messages(prices, stage_view)))

@@ -24,6 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.candidate import Candidate
+from planner.layer_price import highest
+from planner.moments import stage_moments
 from planner.stages import Prices
 
 Array = npt.NDArray[np.float64]
@@ -38,27 +40,26 @@ NOTHING = -1e18
 
 def quick_bound(prices: Prices) -> tuple[Array, Array]:
     """Seconds of a step (at least), and whether the states can fit at all, per layout."""
-    layout, block = prices.layout, prices.blocks[0]
-    p, v = layout.pipeline_parallel, layout.chunks
-    row = prices.row_seconds[0]
-    total = (
-        prices.rows * row
-        - prices.short * block.seconds
-        + prices.embedding.seconds
-        + prices.head.seconds
-        + p * prices.send
-    )
+    p, v, several = prices.layout.pipeline_parallel, prices.layout.chunks, len(prices.policies)
+    rows = prices.row_seconds[::several]
+    lacking = [n * block.seconds for n, block in prices.missing(True, True)]
+    work = sum(n * row for n, row in zip(prices.counts, rows, strict=True))
+    total = work - sum(lacking) + prices.embedding.seconds + prices.head.seconds + p * prices.send
     # Some stage holds at least the average number of rows, rounded up.
-    fullest = -(-prices.rows // p) * row + prices.send - (prices.short > 0) * block.seconds
+    fullest = -(-prices.rows // p) * reduce(np.minimum, rows) + prices.send - highest(lacking)
     slowest = np.maximum(total / p, fullest)
     pipeline = prices.pipeline
     seconds = pipeline.fill * total + pipeline.repeat * slowest + prices.step_seconds
     last = prices.pipeline_at(p - 1)
     there = prices.resident.backward
     states = [prices.state_bytes(price, last, there) for price in (prices.embedding, prices.head)]
-    lightest = np.minimum.reduce([price.saved for price in prices.blocks])
-    layers = prices.rows * v - prices.short
-    least = sum(states) + layers * (prices.state_bytes(block, last, there) + lightest)
+    least = sum(states)
+    for k, count in enumerate(prices.counts):
+        own = prices.columns[k * several : (k + 1) * several]
+        lightest = reduce(np.minimum, (price.saved for price in own))
+        least = least + count * v * (prices.state_bytes(own[0], last, there) + lightest)
+    for n, block in prices.missing(True, True):
+        least = least - n * (prices.state_bytes(block, last, there) + block.saved)
     return np.asarray(seconds, float), np.asarray(least <= p * prices.capacity)
 
 
@@ -66,8 +67,8 @@ def quick_bound(prices: Prices) -> tuple[Array, Array]:
 class _Moment:
     """One moment of every stage: a layout's stages in columns, its arrays (layouts, stages).
 
-    ``prices_of_row`` are dual vertices: (per second, per byte) such that no policy's row costs less
-    than one, so that ``time x per second + memory x per byte`` bounds the rows from above.
+    ``prices_of_row`` are dual vertices: (per second, per byte) such that no column's row costs less than
+    its weight, so that ``time x per second + memory x per byte`` bounds the rows' weight from above.
     """
 
     fixed: Array
@@ -76,7 +77,10 @@ class _Moment:
 
 
 def _duals(seconds: list[Any], per_row: list[Array]) -> list[tuple[Array, Array]]:
-    """Feasible duals of ``max sum n_r: sum t_r n_r <= time, sum b_r n_r <= memory``, its vertices."""
+    """Feasible duals of ``max sum n_r: sum t_r n_r <= time, sum b_r n_r <= memory``, its vertices.
+
+    Seconds and bytes are of a row of weight one.
+    """
     duals = [(1 / np.minimum.reduce(seconds), np.zeros(1))]
     for i, j in combinations(range(len(seconds)), 2):
         determinant = seconds[i] * per_row[j] - seconds[j] * per_row[i]
@@ -98,24 +102,48 @@ def _duals(seconds: list[Any], per_row: list[Array]) -> list[tuple[Array, Array]
 
 
 def _moment(
-    name: str, at: dict[End, Any], spread: Callable[[dict[End, Any]], Array], seconds: list[Any]
+    name: str,
+    at: dict[End, Any],
+    spread: Callable[[dict[End, Any]], Array],
+    seconds: list[Any],
+    weights: list[Any],
 ) -> _Moment:
     """One moment, from what it is on each sort of stage; on those without it, it asks for nothing."""
     found = {end: own.get(name, (own["backward"][0], NOTHING, own["backward"][2])) for end, own in at.items()}
-    per_row = [spread({end: own[0][r] for end, own in found.items()}) for r in range(len(seconds))]
+    per_row = [
+        spread({end: own[0][r] for end, own in found.items()}) / weight for r, weight in enumerate(weights)
+    ]
+    seconds = [own / weight for own, weight in zip(seconds, weights, strict=True)]
     fixed = spread({end: own[1] + reduce(np.minimum, own[2]) for end, own in found.items()})
     lightest = np.maximum(np.minimum.reduce(per_row), 1e-30)
     return _Moment(fixed, lightest, _duals(seconds, per_row))
 
 
-def _moments(prices: Prices) -> tuple[list[_Moment], Array, Array]:
+def _weightings(prices: Prices) -> list[list[Any]]:
+    """Weights of the kinds of row, under which stages must together hold the model: any are valid.
+
+    Rows count alike where they are alike; else by what they take at least, in seconds and in bytes.
+    """
+    if len(prices.counts) == 1:
+        return [[1]]
+    several = len(prices.policies)
+    last = prices.pipeline_at(prices.layout.pipeline_parallel - 1)
+    held = [p.saved + prices.state_bytes(p, last, prices.resident.backward) for p in prices.columns]
+    found = []
+    for sizes in (prices.row_seconds, held):
+        least = [reduce(np.minimum, sizes[k : k + several]) for k in range(0, len(sizes), several)]
+        found.append([size / least[0] for size in least])
+    return found
+
+
+def _moments(prices: Prices, weights: list[Any]) -> tuple[list[_Moment], Array, Array]:
     """The moments of all stages, their fixed seconds, and which stages exist."""
     p = prices.layout.pipeline_parallel
     stages = np.arange(int(np.max(p)))[None, :]
     first, last = prices.pipeline_at(stages).ends
     seconds = prices.row_seconds
     ends = [(False, False), (False, True), (True, False), (True, True)]
-    at = {end: prices.moments(stages, *end) for end in ends}
+    at = {end: stage_moments(prices, stages, *end) for end in ends}
 
     def spread(of: dict[End, Any]) -> Array:
         inner = np.where(last, of[False, True], of[False, False])
@@ -127,9 +155,8 @@ def _moments(prices: Prices) -> tuple[list[_Moment], Array, Array]:
         names.append("gradients complete")
     if any(np.any(sizes["optimizer step"] > 0) for sizes in prices.buffer_bytes.values()):
         names.append("optimizer step")
-    moments = []
-    for name in names:
-        moments.append(_moment(name, at, spread, seconds))
+    each = [weight for weight in weights for _ in prices.policies]
+    moments = [_moment(name, at, spread, seconds, each) for name in names]
     return moments, spread({end: prices.fixed_seconds(*end) for end in ends}), stages < p
 
 
@@ -139,23 +166,37 @@ def tight_bound(prices: Prices, objective: str = "time") -> Array:
     ``prices`` holds arrays of shape (layouts, 1). The cost is seconds of a step, or minus the
     headroom in bytes.
     """
-    moments, fixed_seconds, exists = _moments(prices)
+    weightings = _weightings(prices)
+    weighed = [_moments(prices, weights) for weights in weightings]
+    _, fixed_seconds, exists = weighed[0]
     capacity = np.asarray(prices.capacity)
     count = exists.shape[0]
-    wanted = np.broadcast_to(np.ravel(prices.rows), (count,))
+    alike = len(prices.counts) == 1
 
     def holds(time: Array, spare: Array) -> npt.NDArray[np.bool_]:
         """Do the stages together hold all rows, with that time and that much memory to spare?"""
+        fit = [
+            weighs(time, spare, moments, weights)
+            for (moments, _, _), weights in zip(weighed, weightings, strict=True)
+        ]
+        return np.asarray(reduce(np.logical_and, fit), dtype=bool)
+
+    def weighs(time: Array, spare: Array, moments: list[_Moment], weights: list[Any]) -> Any:
+        """The same of the rows' weight."""
+        wanted = sum(n * weight for n, weight in zip(prices.counts, weights, strict=True))
+        wanted = np.broadcast_to(np.ravel(wanted), (count,))
+        least = reduce(np.minimum, weights)
         rows = np.where(exists, np.inf, 0.0)
         for moment in moments:
             memory = capacity - spare[:, None] - moment.fixed
             most = memory / moment.lightest
             for per_second, per_byte in moment.prices_of_row:
                 most = np.minimum(most, (time[:, None] - fixed_seconds) * per_second + memory * per_byte)
-            rows = np.minimum(rows, np.where(memory < 0, -np.inf, np.floor(most + 1e-9)))
+            most = np.floor(most + 1e-9) if alike else most * (1 + 1e-9)
+            rows = np.minimum(rows, np.where(memory < 0, -np.inf, most))
         rows = np.where(exists, rows, 0.0)
-        enough = np.all((rows >= 1) | (exists == 0), axis=1)
-        return np.asarray(enough & (rows.sum(axis=1) >= wanted), dtype=bool)
+        enough = np.all((rows >= least) | (exists == 0), axis=1)
+        return enough & (rows.sum(axis=1) >= wanted)
 
     # A time in which one stage alone could run every row, under the slowest policy.
     slow = np.maximum.reduce(prices.row_seconds)
@@ -174,8 +215,9 @@ def tight_bound(prices: Prices, objective: str = "time") -> Array:
         middle = (low + high) / 2
         works = holds(middle, none)
         low, high = np.where(works, low, middle), np.where(works, middle, high)
-    row = prices.row_seconds[0]
-    total = prices.rows * row + np.where(exists, fixed_seconds, 0.0).sum(axis=1, keepdims=True)
+    rows = prices.row_seconds[:: len(prices.policies)]
+    work = sum(n * row for n, row in zip(prices.counts, rows, strict=True))
+    total = work + np.where(exists, fixed_seconds, 0.0).sum(axis=1, keepdims=True)
     pipeline = prices.pipeline
     cost = pipeline.fill * total + pipeline.repeat * low[:, None] + prices.step_seconds
     quick, _ = quick_bound(prices)
@@ -185,7 +227,17 @@ def tight_bound(prices: Prices, objective: str = "time") -> Array:
 def fullest_stage(candidate: Candidate) -> float:
     """Seconds of the slowest stage at least: one holds the average of the rows, rounded up."""
     even = -(-candidate.rows // len(candidate.stages))
-    return min(even * min(own.seconds) + own.fixed_seconds for own in candidate.stages)
+    fullest = min(even * min(own.seconds) + own.fixed_seconds for own in candidate.stages)
+    if len(candidate.order.rows) == 1:
+        return fullest
+    return max(fullest, _work(candidate) / len(candidate.stages))
+
+
+def _work(candidate: Candidate) -> float:
+    """Seconds of a micro-batch on all stages, nothing recomputed."""
+    quickest = candidate.stages[0].seconds[:: len(candidate.policies)]
+    rows = sum(n * seconds for n, seconds in zip(candidate.order.counts, quickest, strict=True))
+    return rows + sum(own.fixed_seconds for own in candidate.stages)
 
 
 def slowest_at_least(candidate: Candidate) -> float:
@@ -195,8 +247,7 @@ def slowest_at_least(candidate: Candidate) -> float:
     of each stage for each n is exact; as many of those times as there are rows must be within the
     slowest stage's.
     """
-    most = _rows_worth_trying(candidate)
-    if most > SHORT_STAGE:
+    if len(candidate.order.rows) > 1 or (most := _rows_worth_trying(candidate)) > SHORT_STAGE:
         return fullest_stage(candidate)
     splits = np.array(
         [one for one in product(range(most + 1), repeat=len(candidate.policies)) if 1 <= sum(one) <= most]
@@ -233,6 +284,4 @@ def sharp_bound(candidate: Candidate, slowest: float) -> float:
     """Seconds of a step of one layout, at least: nothing recomputed but on the slowest stage."""
     if slowest == float("inf"):  # which a single micro-batch does not wait for, but cannot do without
         return slowest
-    rows = candidate.rows * min(candidate.stages[0].seconds)
-    total = rows + sum(own.fixed_seconds for own in candidate.stages)
-    return candidate.fill * total + candidate.repeat * slowest + candidate.step_seconds
+    return candidate.fill * _work(candidate) + candidate.repeat * slowest + candidate.step_seconds

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from planner.order import Order
 from strategies.layout import Layout
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One pipeline stage of a candidate: plain numbers, one per policy where it says so.
+    """One pipeline stage of a candidate: plain numbers, one per kind of row and policy where it says so.
 
-    ``moments`` maps a moment to (bytes per row of layers and policy, bytes besides, bytes that one
-    layer at work adds under each policy: the largest in use counts). A *row* is one layer in each of
-    the stage's chunks.
+    ``moments`` maps a moment to (bytes per row, bytes besides, bytes that one layer at work adds: the largest
+    in use counts), the first and the last one number for each kind of row under each policy. A *row* is one
+    layer in each of the stage's chunks.
     """
 
     moments: dict[str, tuple[tuple[float, ...], float, tuple[float, ...]]]
@@ -24,11 +25,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A priced layout: all that the integer program sees of it."""
+    """A priced layout: all that the integer program sees of it.
+
+    Columns are the kinds of row, each under every policy: kind 0 under all of them first.
+    """
 
     layout: Layout
     policies: tuple[str, ...]
-    rows: int  # rows of layers to hand out over the stages
+    order: Order  # of the rows of layers to hand out over the stages
     short: int  # chunks at the ends that lack their layer
     capacity: float
     stages: tuple[Stage, ...]
@@ -37,8 +41,26 @@ class Candidate:
     step_seconds: float
     mirrored: bool = False  # stage j holds the same layers as stage p - 1 - j
 
+    @property
+    def rows(self) -> int:
+        """Rows of layers in all."""
+        return len(self.order.sequence)
+
+    @property
+    def columns(self) -> int:
+        """Kinds of row times policies."""
+        return len(self.order.rows) * len(self.policies)
+
+    def under_one(self, counts: Sequence[int], policy: int = 0) -> list[tuple[int, ...]]:
+        """Rows of every column on each stage, where the stages hold ``counts`` rows, all under one policy."""
+        several = len(self.policies)
+        return [
+            tuple(n * (r == policy) for n in kinds for r in range(several))
+            for kinds in self.order.split(list(counts))
+        ]
+
     def cost(self, rows: Sequence[Sequence[int]]) -> float:
-        """Seconds of a step that hands ``rows[stage][policy]`` rows to each stage."""
+        """Seconds of a step that hands ``rows[stage][column]`` rows to each stage."""
         times = [self.stage_seconds(j, own) for j, own in enumerate(rows)]
         return self.fill * sum(times) + self.repeat * max(times) + self.step_seconds
 

@@ -100,7 +100,7 @@ class Compute:
         ahead, back = (
             self.behind(work + copied[way] / self.kernels, hidden[way]) + exposed[way] for way, work in ways
         )
-        if layer.kind == "block":
+        if layer.is_block:
             ahead, back = self._launched(layer, strategies, ahead, back)
         return Passes(ahead, rerun, back - rerun - weights, weights)
 

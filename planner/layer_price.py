@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
+from typing import Any
 
 import numpy as np
 
@@ -38,12 +39,43 @@ class LayerPrice:
     inputs: Quantity  # seconds of the gradient of its input, and of what is run again before it
     weights: Quantity  # seconds of the gradients of its weights
     exposed: Mapping[str, Quantity]  # of these the seconds of messages between kernels, by the pass
-    per_step: tuple[tuple[str, Quantity], ...]  # (hidden behind, seconds) of once-a-step messages
+    per_step: Mapping[str, Quantity]  # seconds of once-a-step messages, by what hides them
 
     @property
     def seconds(self) -> Quantity:
         """Seconds of one micro-batch, forward and backward."""
         return self.forward + self.inputs + self.weights
+
+
+SUMS = ("gathered", "update_bytes", "update_room", "saved", "ahead", "recomputed")
+SECONDS = ("forward", "inputs", "weights")
+
+
+def average(prices: Sequence[LayerPrice], counts: Sequence[Quantity] = ()) -> LayerPrice:
+    """The average of layers, of which there are ``counts`` (else one of each), in all that adds up.
+
+    Of what does not it has the most: the working set, with the walk of the layer that comes first.
+    """
+    if len(prices) == 1:
+        return prices[0]
+    counts = counts or [1] * len(prices)
+    total = sum(counts)
+
+    def mean(values: Iterable[Quantity]) -> Quantity:
+        return sum(n * value for n, value in zip(counts, values, strict=True)) / total
+
+    def means(name: str, keys: Iterable[Any]) -> dict[Any, Quantity]:
+        return {key: mean(getattr(price, name).get(key, 0.0) for price in prices) for key in keys}
+
+    behind = dict.fromkeys(key for price in prices for key in price.per_step)
+    return replace(
+        prices[0],
+        states=means("states", prices[0].states),
+        exposed=means("exposed", prices[0].exposed),
+        per_step=means("per_step", behind),
+        working=highest(price.working for price in prices),
+        **{name: mean(getattr(price, name) for price in prices) for name in (*SUMS, *SECONDS)},
+    )
 
 
 def working_set(recomputed: Quantity, walk: Iterable[StepPrice]) -> Quantity:

@@ -1,7 +1,8 @@
 """The layer graph: a decoder, built for a stack, as bills of terms.
 
-Three kinds of layer in a row, each a node of a :class:`networkx.DiGraph`: the embedding, the
-transformer block (with its count) and the head with the final norm and the loss. Their weights are
+Kinds of layer in a row, each a node of a :class:`networkx.DiGraph`: the embedding, the transformer
+block (or blocks, where a model has unlike ones; each with its count) and the head with the final norm and
+the loss. Their weights are
 listed in :mod:`planner.weights`.
 """
 
@@ -10,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from planner.specs import ModelSpec, TrainingSpec
+from planner.model import Block, ModelSpec
+from planner.specs import TrainingSpec
 from planner.stacks.base import (
     ALWAYS,
     BYTE,
@@ -41,8 +43,10 @@ MOMENTS = {"adamw": 2, "adam": 2, "momentum": 1, "sgd": 0}
 """Optimizer states per parameter, besides a master copy."""
 
 
-def features(model: ModelSpec, training: TrainingSpec, stack: Stack) -> frozenset[str]:
-    """The words that rows of a stack are selected by."""
+def features(
+    model: ModelSpec, training: TrainingSpec, stack: Stack, block: Block | None = None
+) -> frozenset[str]:
+    """The words that rows of a stack are selected by, for one kind of block or what lies around them."""
     words = set(stack.words) | {
         model.norm,
         model.model_type,
@@ -52,6 +56,8 @@ def features(model: ModelSpec, training: TrainingSpec, stack: Stack) -> frozense
     words |= {str(training.attention)} | {f"{name}:{value}" for name, value in training.options.items()}
     dropout = model.dropout if training.dropout is None else training.dropout
     attention_dropout = model.attention_dropout if training.dropout is None else training.dropout
+    local = block is None or not model.mixers or block.mixer == "window"
+    windowed = model.sliding_window if local else None
     chosen = {
         "autocast": training.precision in stack.autocast,
         "fp32": training.precision == "fp32",
@@ -61,7 +67,7 @@ def features(model: ModelSpec, training: TrainingSpec, stack: Stack) -> frozense
         "parallel": model.parallel_residual,
         "embedding_norm": model.embedding_norm,
         # A mask of its own leaves the flash kernel, in transformers from a full window on.
-        "masked": bool(model.sliding_window and (training.seq_length or 0) >= model.sliding_window),
+        "masked": bool(windowed and (training.seq_length or 0) >= windowed),
         "gathers": stack.casts_weights,
         "qkv_together": model.model_type in ("gpt2", "gpt_neox", "bloom"),
         "fused_qkv": model.model_type in ("gpt2", "gpt_neox"),
@@ -69,6 +75,8 @@ def features(model: ModelSpec, training: TrainingSpec, stack: Stack) -> frozense
         "dropout": dropout > 0,
         "attention_dropout": attention_dropout > 0,
     }
+    if block:
+        words |= {f"mixer:{block.mixer}", f"mlp:{block.mlp}"}
     return frozenset(words | {word for word, holds in chosen.items() if holds})
 
 
@@ -116,6 +124,7 @@ class Builder:
         }
         self.width = {COMPUTE: recipe.compute, GRADIENT: stack.autograd_bytes(recipe), FP32: 4.0, BYTE: 1.0}
         self.width[INT64] = 8.0
+        self.kinds = model.block_kinds
         self.features = features(model, training, stack)
 
     def states(self, weight: Weight) -> Iterator[Term]:
@@ -131,10 +140,10 @@ class Builder:
         tokens = {"batch": self.dims["batch"], "seq": self.dims["seq"]}
         return Term(name, Role.FLOPS, tokens | dims, 6.0, kept_by)
 
-    def rows(self, rows: tuple[Row, ...]) -> Iterator[Term]:
+    def rows(self, rows: tuple[Row, ...], words: frozenset[str] | None = None) -> Iterator[Term]:
         """The rows that apply, with lengths in place of names."""
         for row in rows:
-            if row.applies(self.features):
+            if row.applies(self.features if words is None else words):
                 dims: dict[str, Quantity] = {}
                 for word in row.dims.split():
                     name, _, length = word.partition(":")
@@ -148,10 +157,11 @@ class Builder:
         name = "residual stream across regions"
         return Term(name, Role.MESSAGE, dims | {"crossings": crossings}, self.recipe.compute, kept_by)
 
-    def block(self) -> Layer:
-        """One transformer block."""
+    def block(self, kind: Block | None = None) -> Layer:
+        """One transformer block of a kind, the first if not said."""
+        kind = kind or self.kinds[0]
         terms: list[Term] = []
-        for weight in block_weights(self.model, self.model.blocks[0]):
+        for weight in block_weights(self.model, kind):
             terms += self.states(weight)
             if weight.matrix:
                 kept = self.stack.rerun.get(weight.name, UNTIL_FULL)
@@ -161,9 +171,10 @@ class Builder:
         per_pair = ATTENTION_FLOPS[str(self.training.attention)]
         kept = self.stack.rerun.get("attention core", UNTIL_FULL)
         terms.append(Term("attention core", Role.FLOPS, core, per_pair, kept))
-        terms += self.rows(self.stack.rows["block"])
+        terms += self.rows(self.stack.rows["block"], features(self.model, self.training, self.stack, kind))
         terms.append(self.regions(4, UNTIL_FULL))
-        return Layer("block", tuple(terms), self.model.num_hidden_layers, STEPS["block"])
+        name = "block" if len(self.kinds) == 1 else f"{kind.mixer} {kind.mlp} block"
+        return Layer(name, tuple(terms), self.model.blocks.count(kind), STEPS["block"])
 
     def embedding(self) -> Layer:
         """Word and position embedding."""
@@ -185,13 +196,14 @@ class Builder:
         return Layer("stage", tuple(self.rows(self.stack.rows.get("stage", ()))))
 
     def graph(self) -> nx.DiGraph[str]:
-        """The layers in the order in which a token meets them."""
+        """The kinds of layer in the order in which a token first meets them."""
         import networkx as nx
 
         graph: nx.DiGraph[str] = nx.DiGraph()
-        for layer in (self.embedding(), self.block(), self.head()):
+        layers = (self.embedding(), *map(self.block, self.kinds), self.head())
+        for layer in layers:
             graph.add_node(layer.kind, layer=layer)
-        nx.add_path(graph, ("embedding", "block", "head"))
+        nx.add_path(graph, [layer.kind for layer in layers])
         return graph
 
     def layers(self) -> list[Layer]:

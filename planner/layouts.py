@@ -174,7 +174,8 @@ def enumerate_layouts(job: Job, choices: Choices = Choices()) -> Space:
     layers = Builder(job.model, job.training, job.stack, job.recipe).layers()
     depth, batch = job.model.num_hidden_layers, job.global_batch_size
     gpus = job.cluster.num_gpus
-    rows: dict[tuple[str, bool, bool, str], list[tuple[int, ...]]] = defaultdict(list)
+    rows: dict[tuple[str, bool, bool, str, int], list[tuple[int, ...]]] = defaultdict(list)
+    unlike = len(job.model.block_kinds) > 1  # then each number of chunks makes rows of its own
     for tensor in _tensor_degrees(job, choices, layers, space):
         sequence_parallel = tensor > 1 and choices.sequence_parallel
         for pipeline in divisors(gpus // tensor):
@@ -203,8 +204,8 @@ def enumerate_layouts(job: Job, choices: Choices = Choices()) -> Space:
                         continue
                     for sharding, shards, reshard in shardings:
                         row = (data, tensor, pipeline, chunks, micro, accum, shards)
-                        rows[sharding, reshard, sequence_parallel, schedule].append(row)
-    for (sharding, reshard, sequence_parallel, schedule), numbers in rows.items():
+                        rows[sharding, reshard, sequence_parallel, schedule, unlike * chunks].append(row)
+    for (sharding, reshard, sequence_parallel, schedule, _), numbers in rows.items():
         columns = np.array(numbers, dtype=np.int64).T
         family = Layout(
             **dict(zip(NUMBERS, columns, strict=True)),

@@ -10,17 +10,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from planner.candidate import Candidate
 from planner.collectives import Messages
 from planner.layer_price import LayerPrice
 from planner.network import group
 from planner.overheads import groups, library_bytes
-from planner.replay import Snapshot
+from planner.replay import Snapshot, chunk_blocks
 from planner.spans import SPANS_OF
 from planner.stages import Prices
 from strategies.base import STATES, Layer, Role, Term, held, size_seen_by
 from strategies.layout import collectives_of, strategies_of
-from strategies.pipeline_parallel import PipelineParallel
 from strategies.recompute import Recompute
 
 COMPONENTS = (
@@ -65,30 +63,24 @@ class Entry:
 
 @dataclass(frozen=True)
 class StageView:
-    """One stage of a solved candidate: its place, its rows by policy, and its layers by policy.
+    """One stage of a solved candidate: its place, and its layers by kind of block and policy.
 
     ``first`` says whether it holds the embedding, ``last`` whether it holds the head and the loss.
     """
 
     index: int
     depth: int
-    rows: tuple[int, ...]
-    layers: dict[str, int]
+    layers: tuple[int, ...]
     first: bool
     last: bool
 
 
-def view(candidate: Candidate, rows: Sequence[Sequence[int]], index: int) -> StageView:
-    """A stage with the layers that it really holds: rows times chunks, less a missing one."""
-    depth, chunks = len(candidate.stages), candidate.layout.chunks
-    layers = {p: n * chunks for p, n in zip(candidate.policies, rows[index], strict=True)}
-    first, last = PipelineParallel(depth, index, schedule=candidate.layout.schedule).ends
-    missing = (candidate.short >= 1) * last + (candidate.short == 2) * first
-    for policy in layers:
-        taken = min(missing, layers[policy])
-        layers[policy] -= taken
-        missing -= taken
-    return StageView(index, depth, tuple(rows[index]), layers, bool(first), bool(last))
+def view(prices: Prices, rows: Sequence[Sequence[int]], index: int) -> StageView:
+    """A stage of ``rows[stage][column]`` with the layers that it really holds."""
+    first, last = map(bool, prices.pipeline_at(index).ends)
+    held = [block for chunk in chunk_blocks(prices, rows, index) for block in chunk]
+    layers = tuple(held.count(block) for block in range(len(prices.blocks)))
+    return StageView(index, len(rows), layers, first, last)
 
 
 def entries(prices: Prices, stage: StageView, snapshot: Snapshot, pools: float = 0.0) -> Iterator[Entry]:
@@ -124,13 +116,14 @@ def _plain(component: str, name: str, size: float, count: float = 1.0) -> Entry:
 
 def tensor_entries(prices: Prices, stage: StageView, now: Snapshot) -> Iterator[Entry]:
     """The tensors of a snapshot: states, activations, buffers, the working set of what is at work."""
-    embedding, block, head = prices.layers
-    depth = sum(stage.layers.values())
+    embedding, *blocks, head = prices.layers
+    several = len(prices.policies)
+    of_kind = [sum(stage.layers[k * several : (k + 1) * several]) for k in range(len(blocks))]
     step = peak_step(prices, now)
-    own = {"embedding": prices.embedding, "head": prices.head}.get(now.at, prices.blocks[now.policy])
+    own = {"embedding": prices.embedding, "head": prices.head}.get(now.at, prices.blocks[now.block])
     for layer, count, arrived in (
         (embedding, int(stage.first), int(now.embedding_arrived)),
-        (block, depth, now.arrived),
+        *zip(blocks, of_kind, now.arrived, strict=True),
         (head, int(stage.last), int(now.head_arrived)),
     ):
         if count:
@@ -138,27 +131,29 @@ def tensor_entries(prices: Prices, stage: StageView, now: Snapshot) -> Iterator[
             kept = float(prices.resident.update) if now.at == "optimizer" else 1.0
             yield from _states(prices, stage, layer, count, there * kept)
     yield from _terms(prices, prices.once, Role.BUFFER, "none", 1)
+    at_work_on = {"block": prices.block_layer(now.block), "head": head, "embedding": embedding}.get(now.at)
     for layer, kept, policy, of in _activations(prices, stage, now):
-        at_work = now.at != "block" or policy == prices.policies[now.policy]
-        within = step if layer.kind == now.at and at_work and not prices.pipeline.split else None
+        at_work = layer is at_work_on and (not layer.is_block or policy == prices.policy_of(now.block))
+        within = step if at_work and not prices.pipeline.split else None
         yield from _terms(prices, layer, Role.ACTIVATION, policy, kept, kept / of, within)
-    for policy, pending in zip(prices.policies, now.pending, strict=True):
-        yield from _delayed(prices, block, policy, pending)
+    for index, pending in enumerate(now.pending):
+        yield from _delayed(prices, prices.block_layer(index), prices.policy_of(index), pending)
     yield from _delayed(prices, head, "none", now.pending_heads)
     if now.moment != "optimizer step":
+        gathered = zip(prices.blocks[::several], now.gathered, strict=True)
         for name, price, held_by in (
             ("embedding", prices.embedding, stage.first),
             ("head", prices.head, stage.last),
-            ("layers", prices.blocks[0], now.gathered),
+            *(("layers", price, count) for price, count in gathered),
         ):
             if held_by and float(price.gathered):
                 yield _plain("communication_buffers", f"gathered {name}", float(price.gathered), held_by)
-    if now.at in ("block", "head", "embedding"):
-        layer = {"block": block, "head": head, "embedding": embedding}[now.at]
-        policy = prices.policies[now.policy] if now.at == "block" else "none"
-        yield from _working(prices, layer, policy, own, step, now)
+    if at_work_on:
+        policy = prices.policy_of(now.block) if now.at == "block" else "none"
+        yield from _working(prices, at_work_on, policy, own, step, now)
     elif now.at == "optimizer":
-        room = float(prices.blocks[0].update_room) * depth
+        prices_of = zip(prices.blocks, stage.layers, strict=True)
+        room = sum(float(price.update_room) * count for price, count in prices_of)
         room += (
             float(prices.embedding.update_room) * stage.first + float(prices.head.update_room) * stage.last
         )
@@ -183,14 +178,13 @@ def _activations(
     prices: Prices, stage: StageView, now: Snapshot
 ) -> Iterator[tuple[Layer, float, str, float]]:
     """Layer, layer-activations kept, policy, layers that they belong to."""
-    embedding, block, head = prices.layers
     if stage.first and now.embeddings:
-        yield embedding, now.embeddings, "none", 1
-    for policy, kept in zip(prices.policies, now.kept, strict=True):
+        yield prices.layers[0], now.embeddings, "none", 1
+    for index, (kept, layers) in enumerate(zip(now.kept, stage.layers, strict=True)):
         if kept:
-            yield block, kept, policy, max(stage.layers[policy], 1)
+            yield prices.block_layer(index), kept, prices.policy_of(index), max(layers, 1)
     if stage.last and now.heads:
-        yield head, now.heads, "none", 1
+        yield prices.layers[-1], now.heads, "none", 1
 
 
 def _delayed(prices: Prices, layer: Layer, policy: str, count: float) -> Iterator[Entry]:
@@ -205,7 +199,7 @@ def peak_step(prices: Prices, now: Snapshot) -> int | None:
     """The step of the layer at work at which its working set is largest; None at the start of it."""
     if now.at not in ("block", "head", "embedding") or now.place == "logits":
         return None
-    own = {"embedding": prices.embedding, "head": prices.head}.get(now.at, prices.blocks[now.policy])
+    own = {"embedding": prices.embedding, "head": prices.head}.get(now.at, prices.blocks[now.block])
     level = best = float(own.recomputed)
     number = None
     for index, step in enumerate(own.walk):
@@ -352,10 +346,11 @@ class Message:
 
 def messages(prices: Prices, stage: StageView) -> Iterator[Message]:
     """The messages of a stage, as the prices count them, layer kind by layer kind."""
-    embedding, block, head = prices.layers
-    layers = [(embedding, "none", 1)] * stage.first
-    layers += [(block, policy, count) for policy, count in stage.layers.items() if count]
-    layers += [(head, "none", 1)] * stage.last
+    layers: list[tuple[Layer, str, float]] = [(prices.layers[0], "none", 1)] * stage.first
+    for index, held_here in enumerate(stage.layers):
+        if held_here:
+            layers.append((prices.block_layer(index), prices.policy_of(index), held_here))
+    layers += [(prices.layers[-1], "none", 1)] * stage.last
     sent = Messages.of(prices.job.cluster, prices.layout)
     for layer, policy, copies in layers:
         *strategies, _ = strategies_of(prices.layout, prices.wire, 0, policy)

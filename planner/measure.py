@@ -191,10 +191,9 @@ def predicted_ledgers(prices: Prices) -> dict[str, list[Entry]]:
 
     Tensor parallelism is priced also where the framework is planned without it: a note says so.
     """
-    candidate = prices.spread()
-    rows = ((candidate.rows,),)
-    stage = view(candidate, rows, 0)
-    peaks = StageReplay(prices, 0, rows[0]).run().peaks()
+    rows = ((int(prices.rows),),)
+    stage = view(prices, rows, 0)
+    peaks = StageReplay(prices, 0, rows).run().peaks()
     return {moment: list(tensor_entries(prices, stage, snapshot)) for moment, (snapshot, _) in peaks.items()}
 
 

@@ -180,6 +180,12 @@ class ModelSpec(BaseModel):
         return tuple(dict.fromkeys(self.blocks))
 
     @property
+    def kinds(self) -> tuple[int, ...]:
+        """The number of every block's kind, in order."""
+        number = {block: index for index, block in enumerate(self.block_kinds)}
+        return tuple(number[block] for block in self.blocks)
+
+    @property
     def runs(self) -> tuple[tuple[Block, int], ...]:
         """Stretches of equal blocks with their lengths."""
         return tuple((block, len(list(same))) for block, same in groupby(self.blocks))

@@ -19,7 +19,7 @@ from planner.layouts import beyond_node
 from planner.ledger import components, entries, view
 from planner.overheads import device_bytes, library_bytes, reserved_bytes
 from planner.program import Solution
-from planner.replay import StageReplay
+from planner.replay import StageReplay, chunk_blocks
 from planner.schedule import PassSeconds, step_seconds
 from planner.specs import TrainingSpec
 from planner.stages import Prices, price
@@ -36,6 +36,7 @@ MODEL = ConfigDict(frozen=True, extra="forbid")
 class StagePlan(BaseModel):
     """One pipeline stage: what it holds, and its peak with the moment and the components of it.
 
+    ``rows`` are its rows of layers by policy, each a number for every kind of row (planner/order.py).
     ``tensor_bytes`` is what PyTorch calls allocated, at its peak, ``moments`` that of every moment;
     ``reserved_bytes`` is what its allocator is expected to hold, ``peak_bytes`` what is taken of the
     GPU; the job needs at least ``least_bytes`` of it and no more than ``most_bytes``.
@@ -45,6 +46,7 @@ class StagePlan(BaseModel):
 
     layers: int
     recompute: dict[str, int]
+    rows: dict[str, tuple[int, ...]]
     in_flight: float
     tensor_bytes: int
     reserved_bytes: int
@@ -137,9 +139,9 @@ class Plan(BaseModel):
 def plan_stage(prices: Prices, solution: Solution, index: int) -> StagePlan:
     """One stage of a plan, replayed; its figures are sums of the ledger's entries."""
     candidate = solution.candidate
-    stage = view(candidate, solution.rows, index)
+    stage = view(prices, solution.rows, index)
     job, layout = prices.job, prices.layout
-    timeline = StageReplay(prices, index, solution.rows[index]).run()
+    timeline = StageReplay(prices, index, solution.rows).run()
     peaks = timeline.peaks()
     moment = max(peaks, key=lambda name: peaks[name][1])
     snapshot, tensors = peaks[moment]
@@ -150,8 +152,17 @@ def plan_stage(prices: Prices, solution: Solution, index: int) -> StagePlan:
         return round(float(device_bytes(job, layout, size, bound)))
 
     return StagePlan(
-        layers=sum(stage.layers.values()),
-        recompute={policy: count for policy, count in stage.layers.items() if count},
+        layers=sum(stage.layers),
+        recompute={
+            policy: count
+            for r, policy in enumerate(prices.policies)
+            if (count := sum(stage.layers[r :: len(prices.policies)]))
+        },
+        rows={
+            policy: own
+            for r, policy in enumerate(prices.policies)
+            if any(own := solution.rows[index][r :: len(prices.policies)])
+        },
         in_flight=float(prices.pipeline_at(index).in_flight),
         tensor_bytes=round(tensors + library),
         reserved_bytes=round(float(reserved_bytes(job, layout, timeline.pools, tensors))),
@@ -224,12 +235,11 @@ def pass_seconds(prices: Prices, rows: Sequence[Sequence[int]]) -> list[list[Pas
     layers = [parts(price) for price in prices.blocks]
     sent = prices.one_send * np.array([1, 1, 0])
     stages = []
-    for j, own in enumerate(rows):
+    for j in range(len(rows)):
         first, last = map(bool, prices.pipeline_at(j).ends)
-        whole = sum(n * each for n, each in zip(own, layers, strict=True)) + sent
-        chunks = [whole.copy() for _ in range(int(prices.layout.chunks))]
-        chunks[0] += parts(prices.embedding) * first - layers[0] * (first and prices.short == 2)
-        chunks[-1] += parts(prices.head) * last - layers[0] * (last and prices.short >= 1)
+        chunks = [sum(layers[b] for b in chunk) + sent for chunk in chunk_blocks(prices, rows, j)]
+        chunks[0] = chunks[0] + parts(prices.embedding) * first
+        chunks[-1] = chunks[-1] + parts(prices.head) * last
         stages.append([PassSeconds(*map(float, chunk)) for chunk in chunks])
     return stages
 
@@ -243,7 +253,8 @@ def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
     stages = []
     for j, rows in enumerate(solution.rows):
         pipeline = prices.pipeline_at(j)
-        key = (rows, *map(bool, pipeline.ends), tuple((float(n), float(k)) for n, k in pipeline.held))
+        blocks = tuple(map(tuple, chunk_blocks(prices, solution.rows, j)))
+        key = (rows, blocks, *map(bool, pipeline.ends), tuple((float(n), float(k)) for n, k in pipeline.held))
         if key not in alike:
             alike[key] = plan_stage(prices, solution, j)
         stages.append(alike[key])

@@ -5,7 +5,8 @@ For candidates c with stages j and policies r:
     choose[c] in {0, 1}      rows[c,j,r] integer >= 0      uses[c,j,r] in {0, 1}      slowest[c] >= 0
 
     one_layout       sum_c choose[c] = 1
-    every_layer      sum_{j,r} rows[c,j,r] = R[c] choose[c]
+    every_layer      sum_{j,r} rows[c,j,k,r] = R[c,k] choose[c], for each kind k of row
+    in_order         stages take rows as they come, where these are unlike
     no_empty_stage   sum_r rows[c,j,r] >= choose[c]
     mirrored         rows[c,j,r] = rows[c,p-1-j,r], where the stages from both ends hold the same layers
     working_set      rows[c,j,r] <= R[c] uses[c,j,r]
@@ -15,7 +16,8 @@ For candidates c with stages j and policies r:
 
     min  sum_c fill sum_j seconds[c,j] + repeat slowest[c] + step choose[c]
 
-A row is one layer in each chunk of a stage (one layer, without interleaving). ``working uses``
+A row is one layer in each chunk of a stage (one layer, without interleaving); where blocks are unlike, so
+are rows, and r stands for a kind of row under a policy (planner/order.py). ``working uses``
 adds a policy's working set to a stage only where a layer runs under it. ``least_slowest`` follows
 from the others for integers; it closes most of the relaxation's gap. No big M is needed: every
 constant is multiplied by ``choose``.
@@ -28,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from planner.bounds import fullest_stage, sharp_bound, slowest_at_least
@@ -39,7 +42,7 @@ RELATIVE_GAP = 1e-6
 
 @dataclass(frozen=True)
 class Solution:
-    """The chosen candidate and its rows[stage][policy]; ``optimal`` if the solver proved it."""
+    """The chosen candidate and its rows[stage][column]; ``optimal`` if the solver proved it."""
 
     candidate: Candidate
     rows: tuple[tuple[int, ...], ...]
@@ -77,7 +80,7 @@ class _Model:
         """The variables and constraints of one candidate; its ``choose`` and ``rows``."""
         choose = self.integer(f"choose_{index}", 1)
         rows = [
-            [self.integer(f"rows_{index}_{j}_{r}", candidate.rows) for r in range(len(candidate.policies))]
+            [self.integer(f"rows_{index}_{j}_{r}", candidate.rows) for r in range(candidate.columns)]
             for j in range(len(candidate.stages))
         ]
         self.every_layer(index, candidate, choose, rows)
@@ -86,9 +89,13 @@ class _Model:
         return choose, rows
 
     def every_layer(self, index: int, candidate: Candidate, choose: Any, rows: list[list[Any]]) -> None:
-        """``sum_{j,r} rows = R choose``, ``sum_r rows[j] >= choose``, and equal twins if mirrored."""
-        everything = [(x, 1.0) for stage in rows for x in stage]
-        self.require(f"every_layer_{index}", [*everything, (choose, -candidate.rows)], "==")
+        """``sum_{j,r} rows[k] = R[k] choose``, ``sum_{k,r} rows[j] >= choose``, equal twins if mirrored."""
+        several = len(candidate.policies)
+        for k, count in enumerate(candidate.order.counts):
+            everything = [(x, 1.0) for stage in rows for x in stage[k * several : (k + 1) * several]]
+            self.require(f"every_layer_{index}_{k}", [*everything, (choose, -count)], "==")
+        if len(candidate.order.rows) > 1:
+            self.in_order(index, candidate, rows)
         for j, stage in enumerate(rows):
             pairs = [(x, 1.0) for x in stage]
             self.require(f"no_empty_stage_{index}_{j}", [*pairs, (choose, -1.0)], ">=")
@@ -96,6 +103,27 @@ class _Model:
             for j, (stage, twin) in enumerate(zip(rows[: len(rows) // 2], reversed(rows), strict=False)):
                 for r, (x, y) in enumerate(zip(stage, twin, strict=True)):
                     self.require(f"mirrored_{index}_{j}_{r}", [(x, 1.0), (y, -1.0)], "==")
+
+    def in_order(self, index: int, candidate: Candidate, rows: list[list[Any]]) -> None:
+        """``sum_r rows[j,k] = sum_{q of kind k} (upto[j,q] - upto[j-1,q])``: stages take rows as they come.
+
+        ``upto[j,q]`` rows of run q lie on stages up to j; ``after[j,q]`` says whether run q + 1 has begun
+        there, so that run q is over: ``length after <= upto`` and ``upto[q+1] <= length[q+1] after``.
+        """
+        runs, several, depth = candidate.order.runs, len(candidate.policies), len(rows)
+        before: list[Any] = []
+        for j in range(depth - 1):  # the last stage takes what is left, as every_layer says
+            upto = [self.integer(f"upto_{index}_{j}_{q}", n) for q, (_, n) in enumerate(runs)]
+            for q, ((_, length), (_, more)) in enumerate(pairwise(runs)):
+                after = self.integer(f"after_{index}_{j}_{q}", 1)
+                self.require(f"over_{index}_{j}_{q}", [(upto[q], 1.0), (after, -float(length))], ">=")
+                self.require(f"begun_{index}_{j}_{q}", [(upto[q + 1], 1.0), (after, -float(more))], "<=")
+            for k in range(len(candidate.order.rows)):
+                pairs = [(x, -1.0) for x in rows[j][k * several : (k + 1) * several]]
+                of_kind = [q for q, (kind, _) in enumerate(runs) if kind == k]
+                pairs += [(upto[q], 1.0) for q in of_kind] + [(before[q], -1.0) for q in of_kind if before]
+                self.require(f"in_order_{index}_{j}_{k}", pairs, "==")
+            before = upto
 
     def memory(self, index: int, candidate: Candidate, choose: Any, rows: list[list[Any]]) -> None:
         """``sum bytes rows + working uses + fixed choose <= capacity choose``, in capacities."""
@@ -184,7 +212,7 @@ def _even(candidate: Candidate, least: float) -> Solution | None:
     each, rest = divmod(candidate.rows, len(candidate.stages))
     if rest:
         return None
-    rows = ((each, *(0 for _ in candidate.policies[1:])),) * len(candidate.stages)
+    rows = tuple(candidate.under_one([each] * len(candidate.stages)))
     cost = candidate.cost(rows)
     if cost > sharp_bound(candidate, least) * (1 + RELATIVE_GAP):
         return None
@@ -198,7 +226,7 @@ def settle(solution: Solution) -> Solution:
     A slow last stage leaves the others slack, and the solver spends it anyhow; people do not.
     """
     candidate = solution.candidate
-    if candidate.mirrored:  # rows leave a stage in pairs only
+    if candidate.mirrored or len(candidate.order.rows) > 1:  # rows leave a stage in pairs, or in order only
         return solution
     rows = [list(own) for own in solution.rows]
     slowest = max(candidate.stage_seconds(j, own) for j, own in enumerate(rows))
@@ -236,7 +264,8 @@ def _spared(candidate: Candidate, stage: int, rows: tuple[int, ...]) -> tuple[in
 
     A schedule without a flush does not count the time of any but its slowest stage.
     """
-    plain = (sum(rows), *(0 for _ in rows[1:]))
+    several = len(candidate.policies)
+    plain = tuple(sum(rows[at : at + several]) if at % several == 0 else 0 for at in range(len(rows)))
     fits = candidate.peak(stage, plain)[0] <= candidate.capacity
     quicker = candidate.stage_seconds(stage, plain) <= candidate.stage_seconds(stage, rows)
     return plain if fits and quicker else rows

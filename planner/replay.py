@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from planner.layer_price import LayerPrice
+from planner.order import layer_at
 from planner.schedule import Kind, Pass, order
 from planner.stages import Prices
 from strategies.base import Role, Term
@@ -24,12 +25,12 @@ MOMENTS = ("forward end", "loss", "backward", "gradients complete", "optimizer s
 class Snapshot(NamedTuple):
     """What exists at one place of a step, in layers; the bytes follow from the prices.
 
-    ``kept`` counts layer activations by policy, ``pending`` those of them whose backward is done but for
-    the gradients of the weights, ``pending_heads`` the same of the heads; ``embeddings`` and ``heads``
-    count those of the ends; ``arrived`` counts layers whose gradients exist in full, ``started`` is the
-    fraction that exists of all others. ``place`` names the buffers' spans (planner/spans.py), ``at`` the
-    kind of layer that is at work, ``policy`` the policy it runs under and ``gathered`` the layers kept
-    gathered.
+    ``kept`` counts layer activations by block (:attr:`Prices.blocks`), ``pending`` those of them whose
+    backward is done but for the gradients of the weights, ``pending_heads`` the same of the heads;
+    ``embeddings`` and ``heads`` count those of the ends; ``arrived`` counts layers, by kind of block, whose
+    gradients exist in full, ``started`` is the fraction that exists of all others. ``place`` names the
+    buffers' spans (planner/spans.py), ``at`` what is at work: a block, which one ``block`` says, the head
+    ...; ``gathered`` are the layers kept gathered, by kind of block.
     """
 
     moment: str
@@ -38,12 +39,12 @@ class Snapshot(NamedTuple):
     embeddings: int
     heads: int
     started: float
-    arrived: int
+    arrived: tuple[int, ...]
     embedding_arrived: bool
     head_arrived: bool
-    gathered: int
+    gathered: tuple[int, ...]
     at: str = ""
-    policy: int = 0
+    block: int = 0
     pending: tuple[int, ...] = ()
     pending_heads: int = 0
 
@@ -68,20 +69,23 @@ class Timeline:
 class StageReplay:
     """One stage of a single layout, ready to be gone through."""
 
-    def __init__(self, prices: Prices, stage: int, rows: Sequence[int]) -> None:
+    def __init__(self, prices: Prices, stage: int, rows: Sequence[Sequence[int]]) -> None:
         self.prices, self.stage = prices, stage
         pipeline = prices.pipeline_at(stage)
         self.first, self.last = map(bool, pipeline.ends)
-        self.chunks = chunk_policies(prices, rows, stage)
-        self.layers = sum(len(chunk) for chunk in self.chunks)
+        self.chunks = chunk_blocks(prices, rows, stage)
+        self.several = len(prices.policies)
+        kinds = [block // self.several for chunk in self.chunks for block in chunk]
+        self.layers = tuple(kinds.count(kind) for kind in range(len(prices.layers) - 2))
         self.ends = [*([prices.embedding] if self.first else []), *([prices.head] if self.last else [])]
         self.copies = {role: float(pipeline.share(Term("", role, {}, 1.0))) for role in Role}
         ends = self.first, self.last
         self.sizes = {place: float(size) for place, size in prices.buffer_bytes[ends].items()}
         self.gather = {place: float(size) for place, size in prices.gather_bytes[ends].items()}
-        self.block = prices.blocks[0]
-        self.states = self._states(self.block)
-        self.gradient = float(self.block.states[Role.GRADIENT])
+        self.blocks = prices.blocks[:: self.several]
+        self.states = sum(n * self._states(own) for n, own in zip(self.layers, self.blocks, strict=True))
+        self.gradients = [float(own.states[Role.GRADIENT]) for own in self.blocks]
+        self.gathered = [float(own.gathered) for own in self.blocks]
         self.fixed = sum(self._states(price) for price in self.ends) + float(prices.once_bytes)
         self.saved = [float(price.saved) for price in prices.blocks]
         self.delayed = [float(price.recomputed) for price in prices.blocks]
@@ -101,8 +105,11 @@ class StageReplay:
         """Bytes of a snapshot's tensors by the pool they lie in: compute, gather, and reduce or apart."""
         prices, passes = self.prices, now.moment != "optimizer step"
         fraction = now.started
-        gradients = self.gradient * (now.arrived + (self.layers - now.arrived) * fraction)
-        size = self.fixed + self.layers * self.states + self.sizes[now.place]
+        gradients = sum(
+            own * (arrived + (layers - arrived) * fraction)
+            for own, arrived, layers in zip(self.gradients, now.arrived, self.layers, strict=True)
+        )
+        size = self.fixed + self.states + self.sizes[now.place]
         if self.first:
             gradients += float(prices.embedding.states[Role.GRADIENT]) * (
                 1 if now.embedding_arrived else fraction
@@ -114,9 +121,9 @@ class StageReplay:
             size += float(prices.head.recomputed) * now.pending_heads
         size += sum(n * s for n, s in zip(now.kept, self.saved, strict=True))
         size += sum(n * s for n, s in zip(now.pending, self.delayed, strict=True))
-        size += float(self.block.gathered) * now.gathered
+        size += sum(n * own for n, own in zip(now.gathered, self.gathered, strict=True))
         if now.at == "block":
-            size += self.working[now.policy]
+            size += self.working[now.block]
         elif now.at == "head":
             size += self.ahead if now.place == "logits" else self.head_working
         elif now.at == "embedding":
@@ -124,7 +131,8 @@ class StageReplay:
         apart = 0.0
         if not passes:
             gradients *= float(prices.resident.update)
-            room = self.layers * float(self.block.update_room)
+            blocks = zip(self.layers, self.blocks, strict=True)
+            room = sum(n * float(own.update_room) for n, own in blocks)
             room += sum(float(price.update_room) for price in self.ends)
             apart = room * prices.apart
             size += room - apart
@@ -147,13 +155,14 @@ class StageReplay:
         passes, waiting = worth_replaying(prices, self.stage)
         kept = [0] * len(prices.blocks)
         for chunk in self.chunks:  # micro-batches of GPipe that are never looked at
-            for policy in chunk:
-                kept[policy] += waiting
+            for block in chunk:
+                kept[block] += waiting
         whole = started == 1.0
-        gathered = self.layers if prices.pipelined else 0
+        none = (0,) * len(self.layers)
+        gathered = self.layers if prices.pipelined else none
         now = Snapshot(
             "forward end", "forward end", tuple(kept), waiting * self.first, waiting * self.last, started,
-            self.layers if whole else 0, whole, whole, gathered, pending=(0,) * len(kept),
+            self.layers if whole else none, whole, whole, gathered, pending=(0,) * len(kept),
         )  # fmt: skip
         for one in passes:
             if one.kind is Kind.WEIGHT:
@@ -167,11 +176,11 @@ class StageReplay:
                 now = yield from self._backward(now, one)
                 if prices.resident.engine:  # what this micro-batch left is added to what was kept
                     now = now._replace(
-                        started=started, arrived=0, embedding_arrived=False, head_arrived=False
+                        started=started, arrived=none, embedding_arrived=False, head_arrived=False
                     )
         yield now._replace(
             moment="optimizer step", place="optimizer step", at="optimizer", kept=(0,) * len(kept),
-            pending=(0,) * len(kept), embeddings=0, heads=0, gathered=0, arrived=self.layers,
+            pending=(0,) * len(kept), embeddings=0, heads=0, gathered=none, arrived=self.layers,
             embedding_arrived=True, head_arrived=True,
         )  # fmt: skip
 
@@ -182,9 +191,9 @@ class StageReplay:
     def _release(self, now: Snapshot, one: Pass) -> Snapshot:
         """What the gradients of a chunk's weights free: they are counted from its backward on."""
         kept, pending = list(now.kept), list(now.pending)
-        for policy in self.chunks[one.chunk]:
-            kept[policy] -= 1
-            pending[policy] -= 1
+        for block in self.chunks[one.chunk]:
+            kept[block] -= 1
+            pending[block] -= 1
         return now._replace(
             kept=tuple(kept),
             pending=tuple(pending),
@@ -195,8 +204,8 @@ class StageReplay:
 
     def _forward(self, now: Snapshot, one: Pass) -> Snapshot:
         kept = list(now.kept)
-        for policy in self.chunks[one.chunk]:
-            kept[policy] += 1
+        for block in self.chunks[one.chunk]:
+            kept[block] += 1
         top = self._top(one)
         gathered = now.gathered
         if not self.prices.pipelined:
@@ -214,7 +223,8 @@ class StageReplay:
     def _backward(self, now: Snapshot, one: Pass) -> Generator[Snapshot, None, Snapshot]:
         """The snapshots of a chunk's backward; returns what is left after it."""
         layers, kept, pending = self.chunks[one.chunk], list(now.kept), list(now.pending)
-        arrived, whole = now.arrived, one.kind is Kind.BACKWARD
+        arrived, whole = list(now.arrived), one.kind is Kind.BACKWARD
+        gathered = list(now.gathered)
         if self._top(one):
             now = now._replace(moment="loss", place="loss", at="head")
             yield now
@@ -225,19 +235,22 @@ class StageReplay:
             )
         if self.prices.resident.engine:
             now = now._replace(started=float(self.prices.resident.backward))
-        for number, policy in enumerate(reversed(layers)):
+        for number, block in enumerate(reversed(layers)):
             left = len(layers) - number - 1
             place = (
                 ("only" if number == 0 else "last") if left == 0 else ("first" if number == 0 else "inner")
             )
             moment = "gradients complete" if left == 0 and one.chunk == 0 else "backward"
-            now = now._replace(moment=moment, place=place, at="block", policy=policy, arrived=arrived)
+            now = now._replace(moment=moment, place=place, at="block", block=block)
             yield now
-            kept[policy] -= whole
-            pending[policy] += not whole
-            arrived = min(arrived + 1, self.layers)
-            gathered = now.gathered - (not self.prices.pipelined)
-            now = now._replace(kept=tuple(kept), pending=tuple(pending), arrived=arrived, gathered=gathered)
+            kept[block] -= whole
+            pending[block] += not whole
+            kind = block // self.several
+            arrived[kind] = min(arrived[kind] + 1, self.layers[kind])
+            gathered[kind] -= not self.prices.pipelined
+            now = now._replace(
+                kept=tuple(kept), pending=tuple(pending), arrived=tuple(arrived), gathered=tuple(gathered)
+            )
         if one.chunk == 0:
             now = now._replace(moment="gradients complete")
             if self.first:
@@ -251,19 +264,30 @@ class StageReplay:
         return now
 
 
-def chunk_policies(prices: Prices, rows: Sequence[int], stage: int) -> list[list[int]]:
-    """The layers of a stage's chunks, each as the number of its policy, in the order of the forward.
+def chunk_blocks(prices: Prices, rows: Sequence[Sequence[int]], stage: int) -> list[list[int]]:
+    """The layers of a stage's chunks, each as the number of its block, in the order of the forward.
 
-    The layers that recompute most come first, where activations wait longest for their backward.
+    Of a kind, the layers that recompute most come first, where activations wait longest for their backward.
     """
-    row = [policy for policy in reversed(range(len(rows))) for _ in range(rows[policy])]
-    chunks = [list(row) for _ in range(int(prices.layout.chunks))]
-    first, last = prices.pipeline_at(stage).ends
-    if prices.short >= 1 and last:
-        chunks[-1].pop()
-    if prices.short == 2 and first:
-        chunks[0].pop()
-    return chunks
+    several, layout = len(prices.policies), prices.layout
+    chunks, schedule = int(layout.chunks), str(layout.schedule)
+    start, count = sum(map(sum, rows[:stage])), sum(rows[stage])
+    sequence = prices.order.whole(int(prices.rows)).sequence
+    left = list(rows[stage])
+    policies = []  # of every row
+    for kind in sequence[start : start + count]:
+        policy = next(r for r in reversed(range(several)) if left[kind * several + r])
+        left[kind * several + policy] -= 1
+        policies.append(policy)
+    depth = prices.job.model.num_hidden_layers
+    kinds = prices.kinds
+    found = []
+    for chunk in range(chunks):
+        placed = sorted(
+            (layer_at(chunk, start + x, depth, chunks, schedule), policy) for x, policy in enumerate(policies)
+        )
+        found.append([kinds[i] * several + policy for i, policy in placed if 0 <= i < depth])
+    return found
 
 
 def worth_replaying(prices: Prices, stage: int) -> tuple[list[Pass], int]:

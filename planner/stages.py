@@ -3,16 +3,7 @@
 :func:`price` prices a whole family of layouts at once, per layer; :meth:`Prices.spread` spreads
 one of them over its stages. Both only add up ``held(term)``: there is no second formula.
 
-A layer's backward is a walk over its steps (planner/layers.py): activations are freed, gradients
-arise, transients live in one step each. ``working`` is the most that a layer needs on the way above
-what it has saved. The peak of a stage is the maximum over the moments of a step, each linear in the
-layers it holds; :mod:`planner.replay` goes through all of them, layer by layer, and is never above:
-
-- ``loss`` (last stage): model states, activations in flight, the working set of the head;
-- ``backward``: model states, activations in flight, the working set of the first or second layer;
-- ``gradients complete``: model states with all gradients, the working set of the last layer to run
-  backward or of the embedding, where gradients arrive during the only backward of a step;
-- ``optimizer step``: model states, the optimizer's buffers and temporaries.
+The bytes of a stage follow in :mod:`planner.moments`.
 """
 
 from __future__ import annotations
@@ -28,8 +19,10 @@ from planner.candidate import Candidate, Stage
 from planner.collectives import Messages
 from planner.compute import Compute
 from planner.defaults import Job
-from planner.layer_price import LayerPrice, StepPrice, highest, role_sum, working_set
+from planner.layer_price import LayerPrice, StepPrice, average, role_sum, working_set
 from planner.layers import Builder
+from planner.moments import stage_moments
+from planner.order import order_of
 from planner.overheads import tensor_capacity
 from planner.residence import Residence, residence_of
 from planner.spans import SPANS_OF
@@ -47,9 +40,6 @@ from strategies.base import (
 )
 from strategies.layout import Layout, collectives_of, strategies_of
 from strategies.pipeline_parallel import PipelineParallel
-
-MOMENTS = ("loss", "backward", "gradients complete", "optimizer step")
-
 
 FOREACH = 20
 """Reads and writes of a parameter's state by torch's foreach Adam, an operation at a time: a product for
@@ -108,18 +98,28 @@ class Prices:
             np.maximum(there, self.own_pool * 1.0)
             for there in (self.resident.forward, self.resident.backward)
         )
-        self.embedding, self.head = (self._price(self.layers[i], "none") for i in (0, 2))
-        self.plain = self._price(self.layers[1], "none")
+        self.embedding, self.head = (self._price(self.layers[i], "none") for i in (0, -1))
+        plain = [self._price(layer, "none") for layer in self.layers[1:-1]]
+        self.plain = average(plain, [layer.count for layer in self.layers[1:-1]])
         self.forward_share = self.plain.forward / self.plain.seconds
         self.weight_share = self.plain.weights / self.plain.seconds
         self.pipeline = self.pipeline_at(0)
         self.blocks = [
-            self.plain if policy == "none" else self._price(self.layers[1], policy)
+            own if policy == "none" else self._price(layer, policy)
+            for own, layer in zip(plain, self.layers[1:-1], strict=True)
             for policy in self.policies
         ]
         depth = job.model.num_hidden_layers
         self.short = (-depth) % layout.chunks
         self.rows = (depth + self.short) * self.pipeline.copies // layout.chunks
+        self.order = order_of(job.model, layout)
+        self.kinds = job.model.kinds
+        self.counts = list(self.order.counts) or [self.rows]
+        self.columns = [
+            average([self.blocks[kind * len(self.policies) + policy] for kind in row])
+            for row in self.order.rows
+            for policy in range(len(self.policies))
+        ]
         self.capacity = tensor_capacity(job, layout)
         self.send = self._send_seconds()
         self.step_seconds = self._step_seconds()
@@ -133,9 +133,17 @@ class Prices:
         """The same prices for a part of the family: an index, or an index array and new axes."""
         part = copy.copy(self)
         for name, value in vars(self).items():
-            if name not in ("layers", "compute"):
+            if name not in ("layers", "compute", "order", "kinds"):
                 setattr(part, name, _pick(value, selector))
         return part
+
+    def policy_of(self, block: int) -> str:
+        """The policy of one of ``blocks``: every kind of block has all policies, one after the other."""
+        return self.policies[block % len(self.policies)]
+
+    def block_layer(self, block: int) -> Layer:
+        """The bill of one of ``blocks``."""
+        return self.layers[1 + block // len(self.policies)]
 
     def pipeline_at(self, stage: Quantity) -> PipelineParallel:
         """The pipeline strategy seen from a stage."""
@@ -202,12 +210,13 @@ class Prices:
         ahead, recomputed, walk = self._walk(layer, policy)
         data, size = strategies[0], size_seen_by(strategies[0], strategies)
         hidden, exposed, copied = ({"forward": 0.0, "backward": 0.0} for _ in range(3))
-        per_step: list[tuple[str, Quantity]] = []
+        per_step: dict[str, Quantity] = {}
         for message in collectives_of(layer, strategies):
             seconds, way = self._messages.seconds(message), message.way
             copied[way] = copied[way] + message.times * message.copied
             if message.per == "step":
-                per_step.append((message.behind if self.overlap else "", seconds))
+                behind = message.behind if self.overlap else ""
+                per_step[behind] = per_step.get(behind, 0.0) + seconds
             elif message.behind == "layer" and self.overlap:
                 hidden[way] = hidden[way] + seconds
             else:  # between kernels a message waits for the slowest of its group, overlapped or not
@@ -230,7 +239,7 @@ class Prices:
             inputs=passes.inputs + passes.again,
             weights=passes.weights,
             exposed=exposed,
-            per_step=tuple(per_step),
+            per_step=per_step,
         )
 
     def _update_bytes(self, layer: Layer, strategies: Sequence[AbstractStrategy]) -> Quantity:
@@ -287,8 +296,8 @@ class Prices:
         block = self.plain
         window = block.seconds * depth
         exposed: Quantity = 0.0
-        for index, (behind, seconds) in enumerate(block.per_step):
-            around = self._around(self.embedding.per_step[index][1], self.head.per_step[index][1])
+        for behind, seconds in block.per_step.items():
+            around = self._around(*(end.per_step.get(behind, 0.0) for end in (self.embedding, self.head)))
             share = {"backward": 2 / 3, "forward": 1 / 3, "": 0.0}[behind]
             exposed = exposed + np.maximum(0.0, seconds * depth + around - share * window)
         around = self._around(self.embedding.update_bytes, self.head.update_bytes)
@@ -306,9 +315,10 @@ class Prices:
 
     def stage_layers(self, first: bool, last: bool) -> list[Layer]:
         """A layer of each kind that a stage holds, with its count on an average stage."""
-        embedding, block, head = self.layers
-        block = replace(block, count=block.count * self.pipeline.copies / self.layout.pipeline_parallel)
-        return [*([embedding] if first else []), block, *([head] if last else [])]
+        embedding, *blocks, head = self.layers
+        part = self.pipeline.copies / self.layout.pipeline_parallel
+        blocks = [replace(block, count=block.count * part) for block in blocks]
+        return [*([embedding] if first else []), *blocks, *([head] if last else [])]
 
     def _buffer_bytes(self, first: bool, last: bool, stream: str = "compute") -> dict[str, Quantity]:
         buffers = [
@@ -345,99 +355,22 @@ class Prices:
             total = total + size * share * (gradients if role is Role.GRADIENT else 1)
         return total
 
-    def moments(
-        self, stage: Quantity, first: bool, last: bool
-    ) -> dict[str, tuple[list[Quantity], Quantity, list[Quantity]]]:
-        """Every moment of a stage as numbers of the layers it holds; see :class:`Stage`.
-
-        Bytes that PyTorch's allocator needs to serve the stage's tensors: each stream's pool as large
-        as it ever is.
-        """
-        pipeline = self.pipeline_at(stage)
-        chunks, whole = self.layout.chunks, 1 - pipeline.split
-        there, sizes = self.held_room, self.buffer_bytes[first, last]
-        gathering = highest(self.gather_bytes[first, last].values())
-        around = [*([self.embedding] if first else []), *([self.head] if last else [])]
-        block = self.blocks[0]
-
-        # Embedding and head, if kept gathered, stay so to the end of the backward.
-        def fixed(gradients: Quantity, kept: Quantity, ends: float = 1.0) -> Quantity:
-            missing = (self.short >= 1) * last + (self.short == 2) * first
-            states = sum(
-                self.state_bytes(p, pipeline, gradients) + p.gathered * ends + p.update_room * self.apart
-                for p in around
-            )
-            return states - missing * rows(gradients, kept) / chunks + self.once_bytes + gathering
-
-        def rows(gradients: Quantity, kept: Quantity) -> Quantity:
-            states = self.state_bytes(block, pipeline, gradients)
-            return (states + block.gathered * kept + block.update_room * self.apart) * chunks
-
-        def kept(price: LayerPrice) -> Quantity:
-            times = [n * price.saved + k * (price.saved + price.recomputed) for n, k in pipeline.held]
-            return times[0] if whole else highest(times)
-
-        # The embedding's activations are in flight like a first chunk's; the head's never wait, unless
-        # the whole batch is sent forward first or the gradients of its weights are made later.
-        start = self.embedding.saved * pipeline.first_chunk_in_flight * first
-        flight = [kept(price) for price in self.blocks]
-        running = [rows(there, 1.0) + own for own in flight]
-        head = self.head.states[Role.GRADIENT] * (1.0 - there) * last
-        waiting = self.head.saved + self.head.recomputed * (1 - whole)
-        start = start + waiting * (pipeline.last_chunk_in_flight - whole) * last
-        started = fixed(there, 1.0) + start + head
-        # The second layer may need more than the first: what is left of the first one's gradients.
-        lightest = np.minimum.reduce([price.saved for price in self.blocks])
-        left = sizes["inner"] + block.states[Role.GRADIENT] * (1.0 - there) - lightest * whole
-        left = left - block.gathered * (1 - self.pipelined)
-        # Other micro-batches wait while this one is done.
-        done_with = [own - price.saved * whole for own, price in zip(flight, self.blocks, strict=True)]
-        ready = [rows(1.0, self.pipelined) + own for own in done_with]
-        done = fixed(1.0, self.pipelined) + start
-        # Of the last layer to run backward, its own gradients are not there in full, and the embedding's
-        # come after it; the layer after it in the forward may be heavier yet, where it is prefetched for.
-        own = block.states[Role.GRADIENT] * (1.0 - there)
-        late = self.embedding.states[Role.GRADIENT] * (1.0 - there) * first
-        freed = block.gathered * (1 - self.pipelined) - own - late
-        ending = np.maximum(sizes["end"] + (self.embedding.working - late) * first, sizes["reduction"])
-        ahead = sizes["inner"] > sizes["last"]
-        bottom = []
-        for price in self.blocks:
-            before = sizes["inner"] + price.saved + block.gathered - own
-            around_it = np.where(ahead, np.maximum(sizes["last"], before), sizes["last"])
-            bottom.append(np.maximum(price.working + price.saved + freed + around_it, ending))
-        nothing: list[Quantity] = [0.0] * len(self.blocks)
-        updated, shared = self.resident.update, 1 - self.apart
-        working = [price.working for price in self.blocks]
-        result = {
-            "backward": (running, started + np.maximum(sizes["first"], left), working),
-            "gradients complete": (ready, done, bottom),
-            "optimizer step": (
-                [rows(updated, 0.0) + block.update_room * chunks * shared] * len(self.blocks),
-                fixed(updated, 0.0, 0.0)
-                + sizes["optimizer step"]
-                + sum(p.update_room for p in around) * shared,
-                nothing,
-            ),
-        }
-        if last:
-            loss = fixed(self.waiting_room, 1.0) + start + self.head.saved * whole
-            room = np.maximum(sizes["loss"] + self.head.working, sizes["logits"] + self.head.ahead)
-            waited = [rows(self.waiting_room, 1.0) + own for own in flight]
-            result["loss"] = (waited, loss + room, nothing)
-        return result
-
     def fixed_seconds(self, first: bool, last: bool) -> Quantity:
         """Seconds of one micro-batch on a stage besides its rows of layers."""
         ends = self.embedding.seconds * first + self.head.seconds * last
-        total = self.send + ends / self.pipeline.copies
-        missing = (self.short >= 1) * last + (self.short == 2) * first
-        return total - missing * self.blocks[0].seconds
+        lacking = sum(n * price.seconds for n, price in self.missing(first, last))
+        return self.send + ends / self.pipeline.copies - lacking
+
+    def missing(self, first: bool, last: bool) -> list[tuple[Quantity, LayerPrice]]:
+        """Layers that the chunks at the model's ends lack on such a stage: how many, of which price."""
+        at_end, at_start = self.order.ends
+        ends = ((self.short >= 1) * last, at_end), ((self.short == 2) * first, at_start)
+        return [(n, self.blocks[kind * len(self.policies)]) for n, kind in ends]
 
     @property
     def row_seconds(self) -> list[Quantity]:
-        """Seconds of one micro-batch through a row, under each policy."""
-        return [price.seconds * self.pipeline.passes for price in self.blocks]
+        """Seconds of one micro-batch through a row, of each kind under each policy."""
+        return [price.seconds * self.pipeline.passes for price in self.columns]
 
     def spread(self) -> Candidate:
         """The candidate of a single layout."""
@@ -446,7 +379,7 @@ class Prices:
             first, last = map(bool, self.pipeline_at(j).ends)
             moments = {
                 name: (tuple(map(float, per_row)), float(fixed), tuple(map(float, working)))
-                for name, (per_row, fixed, working) in self.moments(j, first, last).items()
+                for name, (per_row, fixed, working) in stage_moments(self, j, first, last).items()
             }
             stages.append(
                 Stage(
@@ -458,7 +391,7 @@ class Prices:
         return Candidate(
             layout=self.layout.plain(),
             policies=self.policies,
-            rows=int(self.rows),
+            order=self.order.whole(int(self.rows)),
             short=int(self.short),
             capacity=float(self.capacity),
             stages=tuple(stages),

@@ -35,9 +35,12 @@ NAMES = {
 
 
 def rows_of(plan: Plan, policies: Sequence[str]) -> list[tuple[int, ...]]:
-    """Rows of layers on each stage by policy, the layers that short chunks lack among them."""
-    chunks = plan.layout.chunks
-    return [tuple(-(-stage.recompute.get(name, 0) // chunks) for name in policies) for stage in plan.stages]
+    """Rows on each stage by kind of row and policy, with the layers that short chunks lack."""
+    kinds = len(next(iter(plan.stages[0].rows.values())))
+    return [
+        tuple(stage.rows[name][k] if name in stage.rows else 0 for k in range(kinds) for name in policies)
+        for stage in plan.stages
+    ]
 
 
 def trace(job: Job, plan: Plan) -> dict[str, Any]:
@@ -53,10 +56,10 @@ def trace(job: Job, plan: Plan) -> dict[str, Any]:
     cut = sorted(one.start for one in passes)[min(len(passes), MOST_TRACED) - 1]
     told = [one for one in passes if one.start <= cut]
     events: list[Event] = []
-    for stage, own in enumerate(rows):
+    for stage in range(len(rows)):
         events += _names(stage)
         works = [one for one in told if one.work.stage == stage]
-        replay = StageReplay(prices, stage, own)
+        replay = StageReplay(prices, stage, rows)
         events += _lane(stage, works, end if len(told) == len(passes) else cut)
         events += _messages(replay, works)
         if len(told) == len(passes):
@@ -115,7 +118,7 @@ def _messages(replay: StageReplay, works: list[Timed]) -> Iterator[Event]:
     prices = replay.prices
     took = []
     for number, chunk in enumerate(replay.chunks):
-        layers = [prices.blocks[policy] for policy in chunk]
+        layers = [prices.blocks[block] for block in chunk]
         layers += [prices.embedding] * (replay.first and number == 0)
         layers += [prices.head] * (replay.last and number == len(replay.chunks) - 1)
         ways = ("forward", "backward")
@@ -133,15 +136,19 @@ def _memory(replay: StageReplay, works: list[Timed]) -> Iterator[Event]:
     """Model states, and the activations alive after each pass starts (a forward) or ends (a backward)."""
     prices = replay.prices
     ends = sum(float(price.states[role]) * replay.copies[role] for price in replay.ends for role in STATES)
-    rows = sum(float(replay.block.states[role]) * replay.copies[role] for role in STATES)
-    states = round(ends + rows * replay.layers)
+    layers = sum(
+        count * float(own.states[role]) * replay.copies[role]
+        for count, own in zip(replay.layers, replay.blocks, strict=True)
+        for role in STATES
+    )
+    states = round(ends + layers)
     kept: list[float] = []
     delayed: list[float] = []  # more than that between the two halves of a split backward
     for number, chunk in enumerate(replay.chunks):
         top, bottom = replay.last and number == len(replay.chunks) - 1, replay.first and number == 0
-        kept.append(sum(replay.saved[policy] for policy in chunk))
+        kept.append(sum(replay.saved[block] for block in chunk))
         kept[-1] += float(prices.head.saved) * top + float(prices.embedding.saved) * bottom
-        delayed.append(sum(replay.delayed[policy] for policy in chunk) + float(prices.head.recomputed) * top)
+        delayed.append(sum(replay.delayed[block] for block in chunk) + float(prices.head.recomputed) * top)
     now = 0.0
     for one in works:
         size, more, kind = kept[one.work.chunk], delayed[one.work.chunk], one.work.kind

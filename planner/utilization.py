@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from planner.compute import again
+from planner.replay import chunk_blocks
 from planner.stages import Prices
 from strategies.base import Role
 from strategies.layout import strategies_of
@@ -33,13 +34,15 @@ class Utilization(NamedTuple):
 
 def utilization(prices: Prices, rows: Sequence[Sequence[int]], tokens_per_s: float) -> Utilization:
     """Of a layout that has ``rows[stage][policy]`` rows of layers, at that many tokens a second."""
-    job, chunks = prices.job, int(prices.layout.chunks)
+    job = prices.job
+    each = [_again(prices, block) for block in range(len(prices.blocks))]
     model = job.model.flops_per_token(job.seq_length)
     attention = job.model.attention_flops_per_token(job.seq_length)
-    layers = [chunks * sum(stage[r] for stage in rows) for r in range(len(prices.policies))]
-    repeated = sum(
-        count * _again(prices, policy) for count, policy in zip(layers, prices.policies, strict=True)
-    )
+    repeated = 0.0
+    for stage in range(len(rows)):
+        blocks = [block for chunk in chunk_blocks(prices, rows, stage) for block in chunk]
+        repeated += sum(blocks.count(block) * again for block, again in enumerate(each))
+    repeated /= prices.pipeline.copies
     per_gpu = tokens_per_s / job.cluster.num_gpus
     peak = prices.compute.peak
     return Utilization(
@@ -51,14 +54,12 @@ def utilization(prices: Prices, rows: Sequence[Sequence[int]], tokens_per_s: flo
     )
 
 
-def _again(prices: Prices, policy: str) -> float:
+def _again(prices: Prices, block: int) -> float:
     """FLOPs of a token that a block's recompute runs again: 2 per parameter, 4 s a d of attention."""
-    *strategies, _ = strategies_of(prices.layout, prices.wire, 0, policy)
-    model, total = prices.job.model, 0.0
-    for term in prices.layers[1].by_role[Role.FLOPS]:
+    *strategies, _ = strategies_of(prices.layout, prices.wire, 0, prices.policy_of(block))
+    total = 0.0
+    for term in prices.block_layer(block).by_role[Role.FLOPS]:
         tokens = float(term.dims["batch"] * term.dims["seq"])
-        forward = model.attention_flops_per_token(prices.job.seq_length) / (3 * model.num_hidden_layers)
-        if "hidden" in term.dims:
-            forward = float(term.elements) / tokens * 2
-        total += again(term, strategies) * forward
+        products = 2 if "seq_k" in term.dims else 1
+        total += again(term, strategies) * float(term.elements) / tokens * 2 * products
     return total

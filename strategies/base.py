@@ -28,6 +28,11 @@ def smaller(a: Quantity, b: Quantity) -> Quantity:
     return (a + b - abs(a - b)) / 2
 
 
+def larger(a: Quantity, b: Quantity) -> Quantity:
+    """max(a, b), for numbers and arrays alike."""
+    return a + b - smaller(a, b)
+
+
 POLICIES = ("none", "selective", "full")
 """Recompute policies of a layer, from the one that keeps most to the one that keeps least."""
 
@@ -86,6 +91,7 @@ class Term:
 class Layer:
     """A bill of terms: the embedding, one transformer block, or the head with its loss.
 
+    ``kind`` is ``embedding``, ``head`` or ends in ``block``, of which a model may have several kinds;
     ``steps`` are the steps of its backward, in the order in which they run.
     """
 
@@ -100,6 +106,11 @@ class Layer:
         for term in self.terms:
             grouped[term.role] += (term,)
         object.__setattr__(self, "by_role", grouped)
+
+    @property
+    def is_block(self) -> bool:
+        """Is it a transformer block?"""
+        return self.kind.endswith("block")
 
 
 @dataclass(frozen=True, slots=True)

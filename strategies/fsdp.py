@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import ClassVar
 
-from strategies.base import STATES, Buffer, Collective, Layer, Quantity, Role, Size, Term
+from strategies.base import STATES, Buffer, Collective, Layer, Quantity, Role, Size, Term, larger
 from strategies.zero3 import Zero3, elements
 
 
@@ -82,7 +83,7 @@ class FullyShardedDataParallel(Zero3):
         one block is in use and one gathered ahead, and the input of the previous block's
         reduce-scatter is still there. Seen so in traces of torch 2.13's ``fully_shard``.
         """
-        block = unit_elements(layers, size, "block")
+        block = reduce(larger, (elements(layer, size) for layer in layers if layer.is_block))
         yield Buffer("gathered layer, to be copied", block * self.gather_bytes, "logits", "gather")
         head = unit_elements(layers, size, "head") + tied_elements(layers, size)
         root = unit_elements(layers, size, "embedding", "head")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from strategies.base import AbstractStrategy, Layer, Quantity, Role, Term, smaller
+from strategies.base import AbstractStrategy, Layer, Quantity, Role, Term, larger, smaller
 
 SCHEDULES = ("1f1b", "interleaved", "gpipe", "pipedream", "zb-h1", "zb-h2", "zb-v", "dualpipe")
 SPLIT = ("zb-h1", "zb-h2", "zb-v", "dualpipe")
@@ -14,11 +14,6 @@ SPLIT = ("zb-h1", "zb-h2", "zb-v", "dualpipe")
 FOLDED = ("zb-v", "dualpipe")
 """Schedules whose stages hold two model chunks: one as far from the model's start as the other from
 its end."""
-
-
-def larger(a: Quantity, b: Quantity) -> Quantity:
-    """max(a, b), for numbers and arrays alike."""
-    return a + b - smaller(a, b)
 
 
 @dataclass(frozen=True)
@@ -184,7 +179,7 @@ class PipelineParallel(AbstractStrategy):
         return {"zb-h1": p, "zb-h2": 2 * p - 1, "zb-v": 2 * p - 1, "dualpipe": 2 * p}.get(self.schedule, 1)
 
     def objections(self, layers: Sequence[Layer]) -> Iterable[str]:
-        blocks = sum(layer.count for layer in layers if layer.kind == "block")
+        blocks = sum(layer.count for layer in layers if layer.is_block)
         yield from self._unfilled(blocks)
         if self.schedule != "1f1b" and self.degree == 1:
             yield f"{self.schedule} schedule without a pipeline: use pipeline_parallel 2 or more, or 1f1b"

@@ -53,7 +53,7 @@ class TensorParallel(AbstractStrategy):
                 yield Collective(kind, self.axis, region, times=half, way="forward", of=term)
             yield Collective("all_gather", self.axis, region, times=half, of=term)
             yield Collective("reduce_scatter", self.axis, region, times=half, behind=behind, of=term)
-            if layer.kind == "block":
+            if layer.is_block:
                 yield Collective("all_gather", self.axis, region, times=half, behind="layer")
 
     def objections(self, layers: Sequence[Layer]) -> Iterable[str]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from planner.candidate import Candidate
 from planner.defaults import Job, resolve
+from planner.order import Order
 from planner.specs import ClusterSpec, ModelSpec, TrainingSpec
 from planner.stacks import STACKS
 from strategies.layout import SHARDINGS, Layout
@@ -27,11 +28,16 @@ def models(draw: st.DrawFn, tied: bool | None = None) -> ModelSpec:
     head_dim = draw(st.sampled_from([8, 16, 64]))
     bias = draw(st.booleans())
     learned = not gated and draw(st.booleans())
+    depth = draw(st.integers(1, 13))
+    unlike = draw(st.booleans())
+    mixers = draw(st.lists(st.sampled_from(["full", "window"]), min_size=depth, max_size=depth))
     return ModelSpec(
         name="random",
         model_type=draw(st.sampled_from(["llama", "qwen2"] if gated else ["gpt2", "gpt_neox", "opt"])),
         hidden_size=heads * head_dim if draw(st.booleans()) else draw(st.sampled_from([40, 64, 96])),
-        num_hidden_layers=draw(st.integers(1, 13)),
+        num_hidden_layers=depth,
+        sliding_window=64 if unlike else None,
+        mixers=tuple(mixers) if unlike else (),
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
@@ -172,18 +178,26 @@ def splits(draw: st.DrawFn, candidate: Candidate) -> tuple[tuple[int, ...], ...]
     stages = len(candidate.stages)
     if candidate.mirrored:
         half = replace(
-            candidate, rows=candidate.rows // 2, stages=candidate.stages[: stages // 2], mirrored=False
+            candidate,
+            order=Order(candidate.order.rows, candidate.order.sequence[: candidate.rows // 2]),
+            stages=candidate.stages[: stages // 2],
+            mirrored=False,
         )
         drawn = draw(splits(half))
         return (*drawn, *reversed(drawn))
     left = candidate.rows - stages
-    rows = []
+    counts = []
     for stage in range(stages):
         more = left if stage == stages - 1 else draw(st.integers(0, left))
         left -= more
-        own = [0] * len(candidate.policies)
-        for _ in range(1 + more):
-            own[draw(st.integers(0, len(own) - 1))] += 1
+        counts.append(1 + more)
+    several = len(candidate.policies)
+    rows = []
+    for kinds in candidate.order.split(counts):
+        own = [0] * candidate.columns
+        for kind, count in enumerate(kinds):
+            for _ in range(count):
+                own[kind * several + draw(st.integers(0, several - 1))] += 1
         rows.append(tuple(own))
     return tuple(rows)
 
@@ -191,10 +205,8 @@ def splits(draw: st.DrawFn, candidate: Candidate) -> tuple[tuple[int, ...], ...]
 def even_split(candidate: Candidate, policy: int) -> list[list[int]]:
     """All rows under one policy, in stages as equal as can be."""
     stages = len(candidate.stages)
-    rows = [[0] * len(candidate.policies) for _ in range(stages)]
-    for number in range(candidate.rows):
-        rows[number % stages][policy] += 1
-    return rows
+    counts = [candidate.rows // stages + (j < candidate.rows % stages) for j in range(stages)]
+    return [list(own) for own in candidate.under_one(counts, policy)]
 
 
 def bytes_outside(job: Job, layout: Layout, bound: str = "value") -> float:

@@ -13,6 +13,7 @@ from planner.bounds import sharp_bound
 from planner.candidate import Candidate, Stage
 from planner.defaults import Job
 from planner.layouts import Choices, enumerate_layouts
+from planner.order import Order
 from planner.overheads import library_bytes
 from planner.program import Solution, cost_of, settle, solve
 from planner.stacks.base import Overhead
@@ -139,7 +140,7 @@ def by_hand(capacity: float, working: float = 0.0) -> Candidate:
     return Candidate(
         layout=Layout(tensor_parallel=4, pipeline_parallel=2, grad_accum=4),
         policies=("none", "full"),
-        rows=6,
+        order=Order(sequence=(0,) * 6),
         short=0,
         capacity=capacity,
         stages=(stage(2, 0.0, 0.0), stage(1, 6.0, 0.5)),
@@ -236,7 +237,7 @@ def test_of_equally_quick_splits_the_one_with_most_memory_free_is_shown() -> Non
     quick = Candidate(
         layout=Layout(pipeline_parallel=3, grad_accum=4),
         policies=("none",),
-        rows=7,
+        order=Order(sequence=(0,) * 7),
         short=0,
         capacity=100.0,
         stages=tuple(

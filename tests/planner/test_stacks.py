@@ -220,7 +220,7 @@ def entries_of(
     more = {"seq_length": 512, "global_batch_size": layout.global_batch_size} | training
     job = job_of(model, gpus, **more)
     prices = price(job, layout, ("none",))
-    rows = (int(prices.rows) // layout.pipeline_parallel,)
+    rows = [(int(prices.rows) // layout.pipeline_parallel,)] * layout.pipeline_parallel
     moments = StageReplay(prices, stage, rows).run().peaks()
     kept = {"recompute": "none", "stage": stage}
     return {
@@ -361,9 +361,9 @@ def test_a_tied_weights_two_gradients_meet_at_the_end_of_the_backward(
         )
         prices = price(job, layout, ("none",))
         rows = [(int(prices.rows) // stages,)] * stages
-        stage = view(prices.spread(), rows, 0)
+        stage = view(prices, rows, 0)
         most: dict[str, float] = {}
-        for snapshot, _ in StageReplay(prices, 0, rows[0]).run().snapshots:
+        for snapshot, _ in StageReplay(prices, 0, rows).run().snapshots:
             entries = tensor_entries(prices, stage, snapshot)
             size = sum(one.held for one in entries if one.name == "gradients of the tied weight")
             most[snapshot.place] = max(size, most.get(snapshot.place, 0.0))

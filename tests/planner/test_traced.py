@@ -109,7 +109,7 @@ def test_peak_of_a_whole_model(row: dict[str, Any]) -> None:
     """Tensors at the highest place of a step, within 1 %; the search's closed form is never below."""
     prices = priced(row)
     candidate = prices.spread()
-    timeline = StageReplay(prices, 0, [candidate.rows]).run()
+    timeline = StageReplay(prices, 0, [(candidate.rows,)]).run()
     highest = max(size for _, size in timeline.snapshots)
     assert highest == pytest.approx(row["bytes"], rel=0.01)
     closed, _ = candidate.peak(0, [candidate.rows])
@@ -122,7 +122,7 @@ def test_most_peaks_of_whole_models_are_met_to_a_ten_thousandth() -> None:
     errors = []
     for row in PEAKS:
         prices = priced(row)
-        timeline = StageReplay(prices, 0, [int(prices.rows)]).run()
+        timeline = StageReplay(prices, 0, [(int(prices.rows),)]).run()
         errors.append(abs(max(size for _, size in timeline.snapshots) / row["bytes"] - 1))
     assert len(errors) == 89
     assert median(errors) < 5e-5
@@ -211,7 +211,7 @@ def test_states_of_megatrons_optimizers(row: dict[str, Any]) -> None:
 def test_peak_of_megatrons_second_step(row: dict[str, Any]) -> None:
     """Within 1 %. The traced optimizer goes parameter by parameter, with two copies of one in fp32."""
     prices = megatron_prices(row)
-    timeline = StageReplay(prices, 0, [int(prices.rows)]).run()
+    timeline = StageReplay(prices, 0, [(int(prices.rows),)]).run()
     updating = timeline.peaks()["optimizer step"][1]
     if row["sharding"] == "ddp":
         updating += 2 * 4 * row["v"] * row["h"]  # the embedding's
@@ -257,7 +257,7 @@ def test_a_step_of_deepspeeds_engine(row: dict[str, Any]) -> None:
     """
     prices = engine_prices(row)
     parameters = ENGINES["model"]["parameters"]
-    timeline = StageReplay(prices, 0, [int(prices.rows)]).run()
+    timeline = StageReplay(prices, 0, [(int(prices.rows),)]).run()
     peaks = {moment: size / parameters for moment, (_, size) in timeline.peaks().items()}
     gathered = 2 if row["stage"] == 3 else 0  # of weights, which the trace lets go just before its reading
     assert peaks["forward end"] == pytest.approx(row["forward_end"] + gathered, rel=5e-3)

@@ -365,7 +365,7 @@ def test_a_family_of_arrays_is_priced_as_each_of_its_layouts_alone(data: st.Data
         members.append(
             replace(
                 other,
-                chunks=other.chunks if chunked else 1,
+                chunks=other.chunks if chunked else first.chunks,
                 schedule=first.schedule,
                 sharding=first.sharding,
                 data_shards=other.data_shards if first.sharding == "fsdp" else other.data_parallel,

@@ -129,7 +129,7 @@ def show_accelerate_table(
         size, release = human_bytes(rotary_cache(model)), ROTARY_CACHES[model.model_type]
         console.print()
         console.print(
-            f"With {size} of cosines and sines in fp32 in every layer, as transformers had them up to {release}."
+            f"With {size} of fp32 cosines and sines in every layer, as in transformers up to {release}."
         )
         console.print("Without them:")
         console.print(_accelerate_rows(plain))

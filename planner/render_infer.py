@@ -91,8 +91,8 @@ def ranking(found: Inference) -> Table:
             f"{one.cache_tokens:,}",
             f"{one.largest_batch:,}",
             f"{one.largest_context:,}",
-            f"<{found.batch / one.token_s:,.0f}",
-            f">{human_seconds(one.prefill_s)}" if one.prefill_s else "-",
+            f"<{found.batch / one.token_s:,.0f}" if one.fits else "-",
+            f">{human_seconds(one.prefill_s)}" if one.fits and one.prefill_s else "-",
             style="" if one.fits else "red",
         )
     return table

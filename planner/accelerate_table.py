@@ -66,9 +66,8 @@ def accelerate_table(model: ModelSpec, rotary_caches: bool = True) -> list[Row]:
     cache = rotary_cache(model) if rotary_caches else 0
     blocks = [_elements(block_weights(model, block)) * FP32 + cache for block in model.blocks]
     tables = [_elements([weight]) * FP32 for weight in embedding_weights(model, model.vocab_size)]
-    norms = [
-        weight for weight in head_weights(model, model.vocab_size, copies=0) if weight.name != "head weight"
-    ]
+    around = head_weights(model, model.vocab_size, copies=0)
+    norms = [weight for weight in around if weight.name == "final norm"]
     total = sum(blocks) + sum(tables) + _elements(norms) * FP32
     return list(_rows(max(blocks + tables), total))
 

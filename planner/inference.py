@@ -19,11 +19,10 @@ from pydantic import BaseModel, Field
 
 from planner.errors import InputError
 from planner.model import FROZEN, ModelSpec
-from planner.serving import FORMATS, KV_BYTES, WIDTH, refusals, weight_terms
+from planner.serving import FORMATS, KV_BYTES, WIDTH, refusals, served, weight_terms
 from planner.serving_rank import Rank, further_bytes, layers_of, prefill_seconds, token_bytes, token_seconds
 from planner.specs import ClusterSpec
 from planner.stacks.base import COMMUNICATOR, CONTEXT
-from planner.weights import block_weights
 from strategies.base import Layer
 from strategies.tensor_parallel import TensorParallel
 
@@ -223,9 +222,9 @@ def tensor_objections(
     if tensor > cluster.domain:
         yield f"tensor_parallel={tensor} would leave its node of {cluster.domain} GPUs"
     for block in model.block_kinds:
-        terms = tuple(weight_terms(model, block, spec.weights, tensor))
-        yield from TensorParallel(tensor).objections([Layer("block", terms)])
-        yield from FORMATS[spec.weights].objections(block_weights(model, block), tensor)
+        for term in weight_terms(model, block, spec.weights, tensor):
+            yield from TensorParallel(tensor).objections([Layer("block", (term,))])
+        yield from FORMATS[spec.weights].objections(served(model, block, tensor), tensor)
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:

@@ -6,7 +6,7 @@ Stated of vLLM, whose cache is the one most engines follow; TensorRT-LLM repeats
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 
 from planner.model import Block, ModelSpec
@@ -23,9 +23,17 @@ SAMPLING = 38.0
 in fp32 (4), sorted values (4) with their int64 places (8), the sort's second buffers for both (12),
 probabilities (4) and their running sum (4). apply_top_k_top_p and softmax as in vLLM 0.6 to 0.8; kernels that
 do not sort (FlashInfer's) need less."""
-SMALL = frozenset(("pair", "copies", "head_dim", "experts", "positions", "kernel", "conv_kernel", "taps"))
-"""Dimensions that do not make a weight a matrix: with fewer than two others it is a bias, a norm, a router
-or a convolution."""
+SERVED = {
+    "expert_ffn": "ffn",
+    "ssm_heads": "heads",
+    "ssm_groups": "kv_heads",
+    "delta_heads": "heads",
+    "delta_key_heads": "kv_heads",
+}
+"""Dimensions that tensor parallelism cuts in serving under the names that it knows: of experts every rank
+has a part of each, and the heads of state spaces and delta nets are shared out like those of attention."""
+REPEATED = ("kv_heads", "ssm_groups")
+"""Dimensions of which every rank has at least one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +111,18 @@ def inputs(dims: Mapping[str, Quantity]) -> tuple[str, ...]:
 
 
 def is_product(weight: Weight) -> bool:
-    """Is this the matrix of a block's product, which quantisation stores in fewer bits?"""
-    return len(weight.dims.keys() - SMALL) >= 2
+    """Is this the matrix of a block's product, which quantisation stores in fewer bits? A router is not."""
+    return weight.matrix and "router" not in weight.dims and len(weight.dims.keys() - {"pair"}) > 1
+
+
+def served(model: ModelSpec, block: Block, tensor: int) -> Iterator[Weight]:
+    """A block's weights, in the dimensions that tensor parallelism cuts, with the heads that are repeated."""
+    for weight in block_weights(model, block):
+        dims = {
+            SERVED.get(name, name): repeated(length, tensor) if name in REPEATED else length
+            for name, length in weight.dims.items()
+        }
+        yield replace(weight, dims=dims)
 
 
 def refusals(model: ModelSpec) -> Iterator[str]:
@@ -141,14 +159,9 @@ def weight_terms(
 
     ``active``: of a mixture, only the experts that one token goes to.
     """
-    for weight in block_weights(model, block):
-        dims = dict(weight.dims)
-        if "kv_heads" in dims:
-            dims["kv_heads"] = repeated(dims["kv_heads"], tensor)
-        if active and "experts" in dims and is_product(weight) and model.experts:
-            dims["experts"] = min(dims["experts"], model.experts.num_experts_per_tok)
+    for weight in served(model, block, tensor):
         stored = FORMATS[precision] if is_product(weight) else HALF
-        yield from stored.terms(Weight(weight.name, dims, weight.step, weight.matrix))
+        yield from stored.terms(routed(model, weight) if active else weight)
     latent = model.latent
     if latent and FORMATS[precision].element < WIDTH and block.mixer in ("full", "window"):
         # Absorbed attention multiplies with the expansions in half precision.
@@ -156,14 +169,18 @@ def weight_terms(
         yield HALF.of("expansions, not quantised", {"heads": model.num_attention_heads, **width})
 
 
+def routed(model: ModelSpec, weight: Weight) -> Weight:
+    """The part of a weight that one token is multiplied with: of a mixture, the experts that it goes to."""
+    if "experts" not in weight.dims or model.experts is None:
+        return weight
+    return replace(weight, dims={**weight.dims, "experts": model.experts.num_experts_per_tok})
+
+
 def product_terms(model: ModelSpec, block: Block, tokens: int) -> Iterator[Term]:
     """FLOPs of the block's products with so many tokens: 2 for each weight that a token passes."""
-    for weight in block_weights(model, block):
+    for weight in served(model, block, tensor=1):
         if is_product(weight):
-            dims = {**weight.dims, "tokens": tokens}
-            if "experts" in dims and model.experts:
-                dims["experts"] = min(dims["experts"], model.experts.num_experts_per_tok)
-            yield Term(weight.name, Role.FLOPS, dims, 2.0)
+            yield Term(weight.name, Role.FLOPS, {**routed(model, weight).dims, "tokens": tokens}, 2.0)
 
 
 def cache_terms(

@@ -186,20 +186,35 @@ def test_embedding_head_and_norms_stay_in_half_precision() -> None:
     products = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
     saved = whole(model).weights - whole(model, weights="fp8").weights
     assert saved == products - 32 * 6 * 8  # an fp8 weight has 8 bytes of scales; q, kv, out, gate, up, down
-    assert serving.is_product(Weight("router", {"hidden": 8, "experts": 4}, "")) is False
+    assert serving.is_product(Weight("router weight", {"hidden": 8, "router": 4}, "up", matrix=True)) is False
+    assert serving.is_product(Weight("shared gate", {"hidden": 8}, "up", matrix=True)) is False
 
 
 def test_of_a_mixture_a_token_reads_its_own_experts_only(monkeypatch: pytest.MonkeyPatch) -> None:
     experts = Experts(num_experts=8, num_experts_per_tok=2, intermediate_size=512)
     model = model_of(experts=experts)
-    dims = {"experts": 8, "hidden": 1024, "ffn": 512}
-    monkeypatch.setattr(serving, "block_weights", lambda *_: iter([Weight("up", dims, "up")]))
+    dims = {"experts": 8, "hidden": 1024, "expert_ffn": 512}
+    monkeypatch.setattr(serving, "block_weights", lambda *_: iter([Weight("up", dims, "up", matrix=True)]))
     block = model.blocks[0]
     (all_of_it,) = serving.weight_terms(model, block, "bf16", 1)
     (active,) = serving.weight_terms(model, block, "bf16", 1, active=True)
     assert all_of_it.amount == 4 * active.amount == 8 * 1024 * 512 * 2
     (flops,) = serving.product_terms(model, block, tokens=10)
     assert flops.amount == 2 * 10 * 2 * 1024 * 512
+    assert held(all_of_it, whole(model, 4).strategies) == all_of_it.amount / 4  # a part of every expert
+
+
+def test_heads_of_a_state_space_are_shared_out_and_its_groups_repeated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = model_of()
+    inner = {"hidden": 1024, "ssm_heads": 32, "ssm_head_dim": 64, "pair": 2}
+    groups = {"hidden": 1024, "ssm_groups": 1, "state": 128, "pair": 2}
+    weights = [Weight("in", inner, "qkv", matrix=True), Weight("B and C", groups, "qkv", matrix=True)]
+    monkeypatch.setattr(serving, "block_weights", lambda *_: iter(weights))
+    terms = serving.weight_terms(model, model.blocks[0], "bf16", 4)
+    sizes = [held(term, whole(model, 4).strategies) for term in terms]
+    assert sizes == [2 * 1024 * 32 * 64 * 2 / 4, 2 * 1024 * 128 * 2]
 
 
 def test_stages_hold_the_model_once() -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
@@ -28,6 +28,7 @@ from strategies.tensor_parallel import TensorParallel
 
 MOST_SEQUENCES = 2**20
 """Where the largest batch is looked for."""
+Degree = Annotated[int, Field(ge=1)]
 
 
 class InferenceSpec(BaseModel):
@@ -44,8 +45,8 @@ class InferenceSpec(BaseModel):
     batch: int = Field(1, ge=1, le=MOST_SEQUENCES)
     weights: Literal["bf16", "fp16", "fp8", "int8", "int4", "nf4"] = "bf16"
     kv: Literal["bf16", "fp16", "fp8", "int8"] = "bf16"
-    tensor_parallel: tuple[int, ...] | None = None
-    pipeline_parallel: tuple[int, ...] | None = None
+    tensor_parallel: tuple[Degree, ...] | None = None
+    pipeline_parallel: tuple[Degree, ...] | None = None
     block_size: int = Field(16, ge=1, le=4096)
     chunk_tokens: int = Field(8192, ge=1, le=10_000_000)
     utilization: float = Field(0.9, gt=0, le=1)

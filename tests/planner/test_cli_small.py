@@ -52,6 +52,8 @@ COMMANDS = {
     "compare": ["compare", "-m", "llama-2-7b", "-g", "8x80G"],
     "explain": ["explain", "-m", "llama-2-7b", "-g", "8x80G", "-tp", "2", "-pp", "2"],
     "validate": ["validate", "--runs", "RUNS"],
+    "infer": ["infer", "-m", "llama-3.1-405b", "-g", "8xH100", "-c", "32768"],
+    "accelerate": ["infer", "-m", "llama-2-7b", "--accelerate"],
     "models": ["catalog", "models"],
     "gpus": ["catalog", "gpus"],
     "one model": ["catalog", "models", "llama-2-7b"],

@@ -101,7 +101,9 @@ def model_from_config(data: Any, origin: str, name: str = "", source: str = "") 
         )
     reader = FAMILIES[family]
     if (found := next((key for key in EXPERTS if data.get(key)), None)) and reader.__module__ in DENSE:
-        raise InputError(f"{origin}: {found}={str(data[found])[:20]}: {family} has no experts")
+        raise InputError(
+            f"{origin}: {found}={str(data[found])[:20]}: {family} models are no mixtures of experts"
+        )
     if quantized and not (isinstance(quantized, dict) and quantized.get("quant_method") in NATIVE):
         raise InputError(f"{origin}: quantized weights are not planned (yet): leave out quantization_config")
     fields = reader(Config(data, origin))

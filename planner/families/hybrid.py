@@ -93,6 +93,8 @@ def nemotron_h(config: Config) -> Fields:
         pattern = "".join(config.words(key, letters, len(listed)) or ())
     if not isinstance(pattern, str) or not pattern or set(pattern) - set(parts):
         raise config.error("hybrid_override_pattern must consist of M, *, - and E")
+    if "E" in pattern:  # biases of shared experts, not of routed ones
+        config.refuse_unless("mlp_bias", (False,), False)
     config = Config({**config.data, "num_hidden_layers": len(pattern)}, config.origin)
     heads, width = (
         config.integer("mamba_num_heads", default=128),
@@ -101,7 +103,7 @@ def nemotron_h(config: Config) -> Fields:
     experts = config.integer("moe_intermediate_size", default=7688)
     shared = config.integer("moe_shared_expert_intermediate_size", default=7688)
     return (
-        decoder(config, positions=4096, kv_heads=8, head_dim=128)
+        decoder(config, positions=4096, kv_heads=8, head_dim=config.get("attention_head_dim", 128))
         | {
             "hidden_act": config.get("mlp_hidden_act", "relu2"),
             "gated_mlp": False,
@@ -127,7 +129,6 @@ def nemotron_h(config: Config) -> Fields:
                     "num_experts_per_tok": config.integer("num_experts_per_tok", default=2),
                     "intermediate_size": experts,
                     "shared_intermediate_size": shared,
-                    "biases": config.flag("mlp_bias"),
                 }
             }
             if "E" in pattern

@@ -8,6 +8,8 @@ from planner.model import Block, ModelSpec
 
 TRACED = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "opt", "bloom")
 """Families whose blocks the stacks' rows were tested against."""
+COUNTED = ("ministral", "phi3", "granite", "stablelm", "nemotron", "gemma", "gpt_neo", "starcoder2", "falcon")
+"""Others that have blocks of the same parts: what their modules keep was not traced."""
 
 
 def unplanned(model: ModelSpec) -> str:
@@ -30,7 +32,13 @@ def _reasons(model: ModelSpec) -> Iterator[str]:
         yield f"{model.name}: a model of unlike blocks ({kinds}) {needed}"
     if model.norm_placement != "pre" or model.norm_vectors is not None:
         yield f"{model.name}: norms of {model.model_type}'s kind and place: a block of them {needed}"
-    if model.model_type not in TRACED:
+    if model.position_embedding in ("relative", "none") or model.head != "language" or model.head_bias:
+        yield f"{model.name}: positions or a head of {model.model_type}'s kind: such a model {needed}"
+    if model.attention_gate or model.attention_sinks or model.attention_softcap or model.logits_softcap:
+        yield f"{model.name}: attention with gates, sinks or capped scores {needed}"
+    if model.qk_norm and model.qk_norm_weights != "shared":
+        yield f"{model.name}: query and key norms of {model.model_type}'s kind: a block of them {needed}"
+    if model.model_type in COUNTED:
         yield f"{model.name}: model_type={model.model_type!r} {needed}; planned are {', '.join(TRACED)}"
 
 

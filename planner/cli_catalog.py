@@ -29,6 +29,7 @@ def catalog(
         if what == "models":
             for entry, values in zip(entries, dumped, strict=True):
                 values["num_parameters"] = entry.num_parameters
+                values["num_active_parameters"] = entry.num_active_parameters
         if as_json:
             return print_json({"schema": "planner.catalog/1", what: dumped})
         from planner.render_catalog import show_entry, show_gpus, show_models

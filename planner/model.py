@@ -46,7 +46,7 @@ class Experts(BaseModel):
     intermediate_size: int = Length  # of one routed expert
     shared_intermediate_size: int = Field(0, ge=0, le=10_000_000)
     shared_gate: bool = False
-    router_bias: bool = False
+    router_bias: bool = False  # one that is learned; DeepSeek-V3's correction is no parameter
     biases: bool = False  # of the experts' products
 
     @model_validator(mode="after")
@@ -101,8 +101,36 @@ class DeltaNet(BaseModel):
     conv_kernel: int = Field(4, ge=1, le=1000)
 
 
+class Patches(BaseModel):
+    """An image cut into squares, each a token (Dosovitskiy et al. 2020, arXiv:2010.11929), in pixels."""
+
+    model_config = FROZEN
+
+    image_size: int = Length
+    patch_size: int = Length
+    channels: int = Field(3, ge=1, le=10_000)
+
+    @property
+    def tokens(self) -> int:
+        """Patches of an image, and the class token before them."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+    @property
+    def values(self) -> int:
+        """Numbers in a patch."""
+        return self.patch_size**2 * self.channels
+
+
 class ModelSpec(BaseModel):
-    """A model's shape, in Hugging Face's names. Every number is a length in elements."""
+    """A model's shape, in Hugging Face's names. Every number is a length in elements.
+
+    A model without attention has its state space's heads for ``num_attention_heads`` and ``head_dim``.
+    ``norm_placement`` is where a block's norms are: before each part (``pre``), after the sum of its output
+    and the residual (``post``), on its output before that sum (``output``), before it and on its output
+    (``sandwich``), or one norm before both parts of a parallel block (``shared``). ``norm_vectors`` says how
+    many vectors a norm learns, where that is not its kind's usual number. ``qk_norm_weights`` of a query and
+    key norm are shared by all heads, per head, or none.
+    """
 
     model_config = FROZEN
 
@@ -114,17 +142,26 @@ class ModelSpec(BaseModel):
     num_key_value_heads: int = Length
     head_dim: int = Length
     intermediate_size: int = Length
-    vocab_size: int = Length
+    vocab_size: int = Field(ge=0, le=10_000_000)  # 0 of images only
     max_position_embeddings: int = Field(ge=1, le=1_000_000_000)
     tie_word_embeddings: bool = False
     hidden_act: str = Field("silu", max_length=50)
     gated_mlp: bool = True
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    position_embedding: Literal["rotary", "learned", "alibi"] = "rotary"
+    norm_vectors: int | None = Field(None, ge=0, le=2)
+    norm_placement: Literal["pre", "post", "output", "sandwich", "shared"] = "pre"
+    position_embedding: Literal["rotary", "learned", "alibi", "relative", "none"] = "rotary"
     position_offset: int = Field(0, ge=0, le=1000)  # rows of the learned table before position 0
+    relative_buckets: int = Field(0, ge=0, le=100_000)
+    rotary_fraction: float = Field(1.0, ge=0, le=1)  # of a head's elements
     sliding_window: int | None = Field(None, ge=1, le=1_000_000_000)
     qkv_bias: bool = False
-    qk_norm: bool = False  # queries and keys are normalised, head by head
+    qk_norm: bool = False  # queries and keys are normalised
+    qk_norm_weights: Literal["shared", "per_head", "none"] = "shared"
+    attention_gate: bool = False  # the attention's output is scaled by a gate as wide as the queries
+    attention_sinks: bool = False  # a learned logit per head that takes part in the softmax
+    attention_softcap: float | None = Field(None, gt=0)
+    logits_softcap: float | None = Field(None, gt=0)
     attention_output_bias: bool = False
     mlp_bias: bool = False
     embedding_norm: bool = False
@@ -140,6 +177,13 @@ class ModelSpec(BaseModel):
     state_space: StateSpace | None = None
     delta: DeltaNet | None = None
     mtp_layers: int = Field(0, ge=0, le=100)  # blocks that predict further tokens, after the last one
+    # What is before the first block and after the last one.
+    head: Literal["language", "masked", "none"] = "language"
+    head_bias: bool = False
+    pooler: bool = False  # a layer on the first token's output
+    num_labels: int = Field(0, ge=0, le=10_000_000)  # classes of a classifier, with its bias
+    type_vocab_size: int = Field(0, ge=0, le=100_000)
+    patches: Patches | None = None
     source: str = Field("", max_length=2000)
 
     @model_validator(mode="after")
@@ -160,7 +204,10 @@ class ModelSpec(BaseModel):
                     f"{name} names {len(given)} blocks, num_hidden_layers={self.num_hidden_layers}: "
                     "name each of them, or none"
                 )
-        needs = {"experts": self.experts, "mamba": self.state_space, "delta": self.delta}
+        if not self.vocab_size and self.patches is None:
+            raise ValueError("vocab_size=0: only a model of images has no vocabulary")
+        needs: dict[str, object] = {"experts": self.experts, "mamba": self.state_space, "delta": self.delta}
+        needs["window"] = self.sliding_window
         for word, given in needs.items():
             if word in (*self.mixers, *self.mlps) and given is None:
                 raise ValueError(f"a block has {word}, whose sizes are not given")
@@ -170,7 +217,8 @@ class ModelSpec(BaseModel):
     def blocks(self) -> tuple[Block, ...]:
         """Every block of the model, in order."""
         depth = self.num_hidden_layers
-        mixers = self.mixers or ("bidirectional" if self.kind in ("encoder", "vision") else "full",) * depth
+        usual: Mixer = "bidirectional" if self.kind in ("encoder", "vision") else "full"
+        mixers = self.mixers or ("window" if self.sliding_window else usual,) * depth
         mlps = self.mlps or ("experts" if self.experts else "dense",) * depth
         return tuple(Block(mixer, mlp) for mixer, mlp in zip(mixers, mlps, strict=True))
 
@@ -205,28 +253,42 @@ class ModelSpec(BaseModel):
         return read_config(path)
 
     @property
+    def norm_width(self) -> int:
+        """Vectors that a norm learns: a weight, in LayerNorm a bias too, unless said otherwise."""
+        usual = 2 if self.norm == "layernorm" else 1
+        return usual if self.norm_vectors is None else self.norm_vectors
+
+    @property
     def num_parameters(self) -> int:
-        """Parameters of the real implementation, to the last one; vocabulary unpadded."""
+        """Parameters of the real implementation, to the last one; vocabulary unpadded.
+
+        Blocks that predict further tokens (``mtp_layers``) are not among them.
+        """
         from planner.weights import count_parameters
 
         return count_parameters(self)
 
     @property
     def num_active_parameters(self) -> int:
-        """Parameters that one token passes through: all of them, in a dense model."""
-        return self.num_parameters
+        """Parameters that one token passes through: of ``n`` experts the ``k`` that it is sent to."""
+        from planner.weights import count_parameters
+
+        return count_parameters(self, active=True)
 
     def flops_per_token(self, seq_length: int) -> float:
         """Model FLOPs of one token, forward and backward: ``6 N + 12 L s a d``.
 
         ``N`` counts the matrices that a token is multiplied with (blocks and head, not the
-        embedding look-up); attention is counted in full, as if not causal. Chowdhery et al.
-        2022, arXiv:2204.02311, appendix B, which is what most published MFU use.
+        embedding look-up; of experts those it is sent to); attention is counted in full, as if
+        not causal. Chowdhery et al. 2022, arXiv:2204.02311, appendix B, which is what most
+        published MFU use. Of an encoder-decoder: one token of each, sequences equally long.
         """
         from planner.weights import count_matrix_parameters
 
-        return float(6 * count_matrix_parameters(self) + self.attention_flops_per_token(seq_length))
+        return 6.0 * count_matrix_parameters(self) + self.attention_flops_per_token(seq_length)
 
     def attention_flops_per_token(self, seq_length: int) -> float:
-        """The part of :meth:`flops_per_token` that attention has: ``12 L s a d``."""
-        return 12.0 * self.num_hidden_layers * seq_length * self.num_attention_heads * self.head_dim
+        """The part of :meth:`flops_per_token` that mixers have besides their matrices."""
+        from planner.model_flops import mixer_flops
+
+        return sum(n * mixer_flops(self, block.mixer, seq_length) for block, n in self.runs)

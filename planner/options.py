@@ -15,7 +15,10 @@ def option(*flags: str, help: str, **more: Any) -> Any:
 SP = "--sequence-parallel/--no-sequence-parallel"
 
 # The job.
-Model = Annotated[str, option("--model", "-m", help="A catalog name, a config.json, or its folder.")]
+Model = Annotated[
+    str,
+    option("--model", "-m", help="A catalog name, a config.json, its folder, or layers=32,hidden=4096,..."),
+]
 Gpus = Annotated[
     str, option("--gpus", "-g", help="64x80G, 64xH100 or 8x8xH100 (nodes x GPUs per node x kind).")
 ]

@@ -30,13 +30,17 @@ LAYOUT_OPTIONS = (
 
 
 def read_model(text: str) -> ModelSpec:
-    """A model from a path, if there is one or the text looks like one, or from the catalog."""
+    """A model from a path, if there is one or the text looks like one, a shape, or from the catalog."""
     if not text.strip():
         raise InputError("--model is empty: give a catalog name, a config.json or its folder")
     try:
         is_path = text.endswith(".json") or Path(text).exists()
     except (OSError, ValueError):
         raise InputError(f"--model {text[:60]!r} is neither a path nor a catalog name") from None
+    if "=" in text and not is_path:
+        from planner.shape import model_from_shape
+
+        return model_from_shape(text)
     return ModelSpec.from_hugging_face(text) if is_path else ModelSpec.from_catalog(text)
 
 

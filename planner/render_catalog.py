@@ -6,6 +6,7 @@ The tables' own type is known to :mod:`planner.render` only, which is where rich
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from planner.render import console_for, grid
@@ -15,13 +16,14 @@ from planner.units import gib, human_bytes, human_count
 
 def show_models(models: Sequence[ModelSpec]) -> None:
     """The catalog's models."""
-    names = ("model", "parameters", "layers", "hidden", "heads", "kv", "ffn", "vocab", "positions")
-    table = grid(*names, left=("model",), spare=("positions", "kv", "vocab", "heads", "ffn"))
+    names = ("model", "parameters", "active", "layers", "hidden", "heads", "kv", "ffn", "vocab", "positions")
+    table = grid(*names, left=("model",), spare=("positions", "kv", "vocab", "heads", "ffn", "active"))
     for m in models:
         heads = (m.num_attention_heads, m.num_key_value_heads)
         sizes = (m.num_hidden_layers, m.hidden_size, *heads, m.intermediate_size, m.vocab_size)
         cells = map(str, (*sizes, m.max_position_embeddings))
-        table.add_row(m.name, human_count(m.num_parameters), *cells)
+        active = human_count(m.num_active_parameters) if m.experts else "-"
+        table.add_row(m.name, human_count(m.num_parameters), active, *cells)
     console_for().print(table)
 
 
@@ -88,7 +90,8 @@ def _text(field: str, value: Any) -> str:
     if value is None or isinstance(value, bool):
         return "none" if value is None else "yes" if value else "no"
     if isinstance(value, list):
-        return ", ".join(value) or "none"
+        runs = [(word, len(list(same))) for word, same in groupby(value)]
+        return ", ".join(word if n == 1 else f"{n} x {word}" for word, n in runs) or "none"
     if isinstance(value, str):
         return value
     if field.endswith("bytes_per_s"):

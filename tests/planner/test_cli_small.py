@@ -194,7 +194,7 @@ def config(tmp_path: Path, name: str = "config.json", **more: Any) -> str:
 
 
 def test_a_model_that_is_not_known_is_told_apart_from_one_that_is_near(tmp_path: Path) -> None:
-    assert "give the config.json" in error_of("estimate", "-m", "mixtral-8x7b", "-g", "8xH100")
+    assert "give the config.json" in error_of("estimate", "-m", "mixtral-9x9b", "-g", "8xH100")
     assert "config.json" not in error_of("estimate", "-m", "gpt2", "-g", "8xH10O")
     for kind, more in (
         ("qwen3_moe", {"num_experts": 128}),
@@ -202,12 +202,16 @@ def test_a_model_that_is_not_known_is_told_apart_from_one_that_is_near(tmp_path:
         ("mixtral", {"num_local_experts": 8}),
         ("deepseek_v3", {"n_routed_experts": 256}),
     ):
+        more = {"num_key_value_heads": 4} | more
         found = error_of("estimate", "-m", config(tmp_path, model_type=kind, **more), "-g", "8xH100")
         assert "mixtures of experts are not planned (yet)" in found
         assert "did you mean" not in found
-    found = error_of("estimate", "-m", config(tmp_path, model_type="gemma2"), "-g", "8xH100")
+    found = error_of("estimate", "-m", config(tmp_path, model_type="phi3"), "-g", "8xH100")
     assert "did you mean" not in found
     assert "llama, mistral, qwen2, qwen3, gpt2, gpt_neox, opt, bloom" in found
+    found = error_of("estimate", "-m", config(tmp_path, model_type="phi33"), "-g", "8xH100")
+    assert "did you mean" not in found
+    assert "llama, mistral, ministral, qwen2" in found
 
 
 def test_a_framework_that_lacks_the_family_names_all_that_have_it() -> None:

@@ -137,12 +137,14 @@ class Compute:
                 self.memo[key] = self._attention(term, amount)
         return self.memo[key]
 
-    def attention_seconds(self, layer: Layer, plain: Sequence[AbstractStrategy]) -> dict[str, Quantity]:
-        """Seconds of attention in a layer's passes, which the messages of context parallelism run behind."""
-        found = [
-            self.seconds(layer, term, plain) for term in layer.by_role[Role.FLOPS] if "seq_k" in term.dims
-        ]
-        return {"forward": sum(one for one, _, _ in found), "backward": sum(one for _, one, _ in found)}
+    def behind_attention(
+        self, layer: Layer, plain: Sequence[AbstractStrategy], seconds: Quantity, way: str
+    ) -> tuple[Quantity, Quantity]:
+        """Seconds of messages that run behind attention in a pass, and of those left between kernels."""
+        cores = [term for term in layer.by_role[Role.FLOPS] if "seq_k" in term.dims]
+        work = sum(self.seconds(layer, term, plain)[way == "backward"] for term in cores)
+        hidden = np.minimum(seconds, work)
+        return hidden, (seconds - hidden) / self.in_step
 
     def _product(
         self, term: Term, flops: Quantity, plain: Sequence[AbstractStrategy]

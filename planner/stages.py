@@ -213,9 +213,8 @@ class Prices:
             elif message.behind == "layer" and self.overlap:
                 hidden[way] = hidden[way] + seconds
             elif message.behind == "attention":
-                behind = np.minimum(seconds, self.compute.attention_seconds(layer, plain)[way])
-                hidden[way] = hidden[way] + behind
-                exposed[way] = exposed[way] + (seconds - behind) / self.compute.in_step
+                behind, beyond = self.compute.behind_attention(layer, plain, seconds, way)
+                hidden[way], exposed[way] = hidden[way] + behind, exposed[way] + beyond
             else:  # between kernels a message waits for the slowest of its group, overlapped or not
                 waiting = seconds / self.compute.in_step
                 sent = seconds * (message.axis == "tensor" and self.tensor_overlap)

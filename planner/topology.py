@@ -59,7 +59,7 @@ def groups_of(axis: str, layout: Layout) -> list[list[int]]:
     firsts = set(range(layout.world_size))
     for n, stride in zip(parts[::2], parts[1::2], strict=True):
         firsts = {first for first in firsts if first // stride % n == 0}
-    return [[first + offset for offset in offsets] for first in sorted(firsts)]
+    return [[first + offset for offset in sorted(offsets)] for first in sorted(firsts)]
 
 
 def rings(ranks: Sequence[int], domain: int) -> Iterator[list[int]]:

@@ -238,7 +238,7 @@ class DataStrategy(AbstractStrategy):
 
     Every GPU has other tokens for a routed expert, but for those that it shares experts with: what data
     parallelism does with a state, it does with that of an expert over the expert-data group, of
-    ``expert_degree`` GPUs. Rajbhandari et al. 2022, arXiv:2201.05596, section 5.1.
+    ``expert_degree`` GPUs (Megatron Core's ``expert_data_parallel``, DeepSpeed's expert-data group).
     """
 
     axis: ClassVar[str] = "data"

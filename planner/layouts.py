@@ -163,7 +163,7 @@ def _context_degrees(
 
 
 def _expert_degrees(
-    job: Job, choices: Choices, family: Layout, layers: list[Layer]
+    job: Job, choices: Choices, layout: Layout, layers: list[Layer], space: Space
 ) -> Iterator[tuple[int, int]]:
     """Expert-parallel degrees, and tensor-parallel ones of experts, that a layout can have."""
     stack, experts = job.stack, job.model.experts
@@ -172,12 +172,17 @@ def _expert_degrees(
         yield 1, 1
         return
     several = divisors(experts.num_experts) if experts and stack.expert_parallel else [1]
-    wide = dict.fromkeys((1, family.tensor_parallel)) if stack.expert_tensor_parallel and experts else (1,)
+    wide = dict.fromkeys((1, layout.tensor_parallel)) if experts and stack.expert_tensor_parallel else (1,)
+    found = False
     for tensor in choices.expert_tensor_parallel or wide:
         for degree in choices.expert_parallel or several:
-            one = replace(family, expert_parallel=degree, expert_tensor_parallel=tensor)
-            if not any(expert_problems(job, one, layers)) and not any(unsupported_axes(stack, one)):
+            one = replace(layout, expert_parallel=degree, expert_tensor_parallel=tensor)
+            problems = [*unsupported_axes(stack, one), *expert_problems(job, one, layers)]
+            if not problems:
+                found = True
                 yield degree, tensor
+    if not found:
+        space.refused[problems[0]] += 1
 
 
 def _shardings(
@@ -267,16 +272,12 @@ def enumerate_layouts(job: Job, choices: Choices = Choices()) -> Space:
                     sequence_parallel=sequence_parallel,
                 )
                 shardings = [
-                    (*found, *degrees)
+                    (*found, *experts)
                     for found in _shardings(job, choices, data * context, data, pipeline, space)
-                    for degrees in _expert_degrees(
-                        job, choices, replace(one, sharding=found[0], data_shards=found[1]), layers
+                    for experts in _expert_degrees(
+                        job, choices, replace(one, sharding=found[0], data_shards=found[1]), layers, space
                     )
                 ]
-                if not shardings and (job.model.experts or choices.expert_parallel):
-                    space.refused[
-                        "no expert_parallel that was asked for can be carved out of the groups"
-                    ] += 1
                 sizes = _micro_batches(batch // data, choices)
                 if not sizes:
                     asked = ", ".join(map(str, choices.micro_batch_size or ()))

@@ -83,6 +83,8 @@ def _candidates(job: Job, choices: Choices) -> Iterator[tuple[str, str, Job, Cho
         "tensor_parallel",
         "pipeline_parallel",
         "schedule",
+        "context_parallel",
+        "expert_parallel",
     ):
         if getattr(choices, name) is not None:
             option = "--" + name.replace("_", "-")
@@ -135,7 +137,7 @@ def _candidates(job: Job, choices: Choices) -> Iterator[tuple[str, str, Job, Cho
             _again(job, cluster, shorter),
             choices,
         )
-    wide = replace(choices, pipeline_parallel=None, data_parallel=None)
+    wide = replace(choices, pipeline_parallel=None, data_parallel=None, context_parallel=None)
     for gpu in (cluster.gpu.name, *BIGGER):
         kind = load_gpu(gpu)
         if gpu != cluster.gpu.name and kind.usable_bytes <= cluster.gpu.usable_bytes:

@@ -11,7 +11,7 @@ from planner.best_first import Found, find
 from planner.candidate import Candidate
 from planner.defaults import Job, resolve
 from planner.errors import InfeasibleError, InputError, SolverError
-from planner.layouts import Choices, check_layout, check_supported, unsupported
+from planner.layouts import CHOSEN_DEGREES, Choices, check_layout, check_supported, unsupported
 from planner.ledger import Entry, Message, entries, messages, view
 from planner.plan import Plan, make_plan
 from planner.program import Solution, settle, solve
@@ -94,22 +94,22 @@ def _check_choices(job: Job, choices: Choices, objective: str, top: int, time_li
         "schedule": SCHEDULES,
         "recompute": job.stack.policies,
         "rank_order": RANK_ORDERS,
+        "context_comm": tuple(job.stack.context_comms),
     }
     for name, allowed in offered.items():
         for value in getattr(choices, name) or ():
             if value not in allowed:
-                raise InputError(
-                    f"{name}={value} is not offered by {job.stack.name}: use {', '.join(allowed)}"
-                )
+                able = f"use {', '.join(allowed)}" if allowed else "it has none"
+                raise InputError(f"{name}={value} is not offered by {job.stack.name}: {able}")
     _check_chunks(choices)
-    for name in ("tensor_parallel", "pipeline_parallel", "data_parallel", "micro_batch_size", "chunks"):
+    for name in CHOSEN_DEGREES:
         values = getattr(choices, name)
         if values is not None and not isinstance(values, tuple):
             raise InputError(f"{name}={values!r}: give a tuple, as in ({values!r},)")
         for value in values or ():
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name}={value!r}: use whole numbers, 1 or more")
-            if name.endswith("_parallel") and job.cluster.num_gpus % value:
+            if name.endswith("_parallel") and "expert" not in name and job.cluster.num_gpus % value:
                 raise InputError(f"{name}={value} does not divide the {job.cluster.num_gpus} GPUs")
 
 

@@ -185,6 +185,10 @@ def search(
     tensor_parallel: o.OnlyTP = None,
     pipeline_parallel: o.OnlyPP = None,
     data_parallel: o.OnlyDP = None,
+    context_parallel: o.OnlyCP = None,
+    context_comm: o.OnlyCPComm = None,
+    expert_parallel: o.OnlyEP = None,
+    expert_tensor_parallel: o.OnlyETP = None,
     micro_batch_size: o.OnlyMicro = None,
     chunks: o.OnlyChunks = None,
     sharding: o.OnlySharding = None,
@@ -210,17 +214,11 @@ def search(
 
         if quiet and verbose:
             raise InputError("--quiet and --verbose contradict each other: use one")
-        degrees = ("tensor_parallel", "pipeline_parallel", "data_parallel", "micro_batch_size", "chunks")
-        only: dict[str, Any] = {
-            name: reading.numbers(f"--{name.replace('_', '-')}", given[name]) for name in degrees
-        }
-        only |= {name: reading.words(given[name]) for name in ("sharding", "schedule", "recompute")}
-        only["rank_order"] = tuple(rank_order.lower().replace(" ", "").split(",")) if rank_order else None
-        choices = Choices(**only, sequence_parallel=sequence_parallel, across_nodes=across_nodes)
+        choices = Choices(**reading.read_choices(given))
         training = reading.read_training(given)
         spec, cluster = reading.read_model(model), cluster_of(given)
-        if only["micro_batch_size"] and len(only["micro_batch_size"]) == 1:
-            unit = cluster.num_gpus * only["micro_batch_size"][0]
+        if choices.micro_batch_size and len(choices.micro_batch_size) == 1:
+            unit = cluster.num_gpus * choices.micro_batch_size[0]
             training = reading.with_batch(spec, cluster, training, unit)
         with progress(quiet or as_json) as report:
             plans = api.search(
@@ -279,6 +277,10 @@ def estimate(
     tensor_parallel: o.TP = 1,
     pipeline_parallel: o.PP = 1,
     data_parallel: o.DP = None,
+    context_parallel: o.CP = 1,
+    context_comm: o.CPComm = None,
+    expert_parallel: o.EP = 1,
+    expert_tensor_parallel: o.ETP = 1,
     micro_batch_size: o.Micro = 1,
     chunks: o.Chunks = 1,
     sharding: o.Sharding = None,
@@ -340,6 +342,10 @@ def explain(
     tensor_parallel: o.TP = 1,
     pipeline_parallel: o.PP = 1,
     data_parallel: o.DP = None,
+    context_parallel: o.CP = 1,
+    context_comm: o.CPComm = None,
+    expert_parallel: o.EP = 1,
+    expert_tensor_parallel: o.ETP = 1,
     micro_batch_size: o.Micro = 1,
     chunks: o.Chunks = 1,
     sharding: o.Sharding = None,

@@ -84,7 +84,7 @@ class Messages:
         """All ways of a collective along the first dimension of two arrays; nothing in a group of one."""
         place = self.network.place(*group(axis, self.layout))
         if kind == "send":
-            ways = [self._send(place)]
+            ways = [self._send(place, axis)]
         elif kind == "all_to_all":
             ways = [self._all_to_all(place)]
         else:
@@ -188,13 +188,14 @@ class Messages:
             latency = latency + (units_within[index + 1] - units_within[index]) * level.latency_s
         return latency, per_byte
 
-    def _send(self, place: Place) -> Way:
-        """One step under Simple over the farthest link that a stage's boundary crosses."""
+    def _send(self, place: Place, axis: str) -> Way:
+        """One step under Simple over the farthest link that is crossed on the way to the next rank."""
         farthest = [
             np.where(out, step_s("ring", 2, level), 0.0)
             for out, level in zip(place.crossed, self.network.levels, strict=True)
         ]
-        return BASE_S["ring"][2] + reduce(np.maximum, farthest), 1 / self.network.send_bandwidth(self.layout)
+        per_byte = 1 / self.network.send_bandwidth(self.layout, axis)
+        return BASE_S["ring"][2] + reduce(np.maximum, farthest), per_byte
 
 
 def step_s(algorithm: str, protocol: int, level: Level) -> Any:

@@ -56,8 +56,9 @@ class Passes(NamedTuple):
 class Compute:
     """What a job's layers take on one of its GPUs."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, own_length: Quantity | None = None) -> None:
         self.job = job
+        self.own_length = job.seq_length if own_length is None else own_length
         gpu = job.cluster.gpu
         reach = {name: figure.value for name, figure in gpu.achievable.items()}
         self.peak = gpu.peak_flops.get(job.recipe.unit, gpu.peak_flops["fp32"])
@@ -131,17 +132,29 @@ class Compute:
                 third = amount / self.kernels / 3
                 self.memo[key] = third, 2 * third, 0.0
             elif "hidden" in term.dims:
-                self.memo[key] = self._product(term, amount)
+                self.memo[key] = self._product(term, amount, plain)
             else:
                 self.memo[key] = self._attention(term, amount)
         return self.memo[key]
 
-    def _product(self, term: Term, flops: Quantity) -> tuple[Quantity, Quantity, Quantity]:
+    def behind_attention(
+        self, layer: Layer, plain: Sequence[AbstractStrategy], seconds: Quantity, way: str
+    ) -> tuple[Quantity, Quantity]:
+        """Seconds of messages that run behind attention in a pass, and of those left between kernels."""
+        cores = [term for term in layer.by_role[Role.FLOPS] if "seq_k" in term.dims]
+        work = sum(self.seconds(layer, term, plain)[way == "backward"] for term in cores)
+        hidden = np.minimum(seconds, work)
+        return hidden, (seconds - hidden) / self.in_step
+
+    def _product(
+        self, term: Term, flops: Quantity, plain: Sequence[AbstractStrategy]
+    ) -> tuple[Quantity, Quantity, Quantity]:
         """A weight's product with every token, the gradient of its input and its own: equal work."""
         third = flops / self.products / 3
         if not self.multiprocessors:
             return third, third, third
-        tokens, hidden = term.dims["batch"] * term.dims["seq"], term.dims["hidden"]
+        rows = {name: n for name, n in term.dims.items() if name in ("batch", "seq", "routed")}
+        tokens, hidden = held(Term("", Role.ACTIVATION, rows, 1.0), plain), term.dims["hidden"]
         other = flops / (term.unit * tokens * hidden)  # one side of every weight is never cut
         sides = (other, hidden) if list(term.dims)[-1] == "hidden" else (hidden, other)
         forward, inputs, weights = passes(tokens, *sides, self.multiprocessors)
@@ -156,7 +169,7 @@ class Compute:
             rate = self.products if aligned else self.unaligned
             third = np.maximum(flops / rate, moved / self.kernels) / 3
             return third, 2 * third, 0.0
-        forward, backward = self.attention.rates(width, self.job.seq_length)
+        forward, backward = self.attention.rates(width, self.own_length)
         # Two products forward, five backward (Dao 2023, arXiv:2307.08691, section 4.1).
         return flops * 2 / 7 / (self.peak * forward), flops * 5 / 7 / (self.peak * backward), 0.0
 

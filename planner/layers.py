@@ -90,8 +90,9 @@ half of 4 + 10 (Dao 2023, arXiv:2307.08691, section 4.1)."""
 class Builder:
     """Turns weights and a stack's rows into terms, for given micro-batches and degrees.
 
-    ``batch``, ``tensor_parallel`` and ``pipeline_parallel`` may be arrays: one bill for a family
-    of layouts. The vocabulary is padded to the stack's multiple times ``tensor_parallel``.
+    ``batch``, ``tensor_parallel``, ``pipeline_parallel`` and ``context_heads`` (does context parallelism hand
+    out heads? 0 or 1) may be arrays: one bill for a family of layouts. The vocabulary is padded to the
+    stack's multiple times ``tensor_parallel``.
     """
 
     def __init__(
@@ -103,11 +104,13 @@ class Builder:
         batch: Quantity = 1,
         tensor_parallel: Quantity = 1,
         pipeline_parallel: Quantity = 1,
+        context_heads: Quantity = 0,
     ) -> None:
         self.model, self.training, self.stack, self.recipe = model, training, stack, recipe
         multiple = stack.vocabulary_multiple * tensor_parallel
         self.vocab = -(-model.vocab_size // multiple) * multiple
         self.copies = (pipeline_parallel > 1) * 1
+        self.context_heads = context_heads
         self.dims: dict[str, Quantity] = {
             "batch": batch,
             "seq": training.seq_length,
@@ -157,6 +160,19 @@ class Builder:
         name = "residual stream across regions"
         return Term(name, Role.MESSAGE, dims | {"crossings": crossings}, self.recipe.compute, kept_by)
 
+    def sent_by_attention(self, kept_by: tuple[str, ...]) -> Iterator[Term]:
+        """Keys and values, queries and output, as context parallelism sends them; and what that keeps."""
+        for name, heads in (("keys and values", "kv_heads"), ("queries and attention output", "heads")):
+            dims = {name: self.dims[name] for name in ("batch", "seq", heads, "head_dim")}
+            yield Term(name, Role.MESSAGE, dims | {"pair": 2}, self.recipe.compute, kept_by)
+        if not (isinstance(self.context_heads, int) and self.context_heads == 0):
+            # Attention keeps the output of its heads, the next product that of its tokens.
+            dims = {name: self.dims[name] for name in ("batch", "seq", "heads", "head_dim")}
+            dims["handed_out"] = self.context_heads
+            yield Term(
+                "attention output, by heads", Role.ACTIVATION, dims, self.recipe.compute, kept_by, ("core",)
+            )
+
     def block(self, kind: Block | None = None) -> Layer:
         """One transformer block of a kind, the first if not said."""
         kind = kind or self.kinds[0]
@@ -173,6 +189,8 @@ class Builder:
         terms.append(Term("attention core", Role.FLOPS, core, per_pair, kept))
         terms += self.rows(self.stack.rows["block"], features(self.model, self.training, self.stack, kind))
         terms.append(self.regions(4, UNTIL_FULL))
+        if kind.mixer in ("full", "window", "bidirectional"):
+            terms += self.sent_by_attention(kept)
         name = "block" if len(self.kinds) == 1 else f"{kind.mixer} {kind.mlp} block"
         return Layer(name, tuple(terms), self.model.blocks.count(kind), STEPS["block"])
 

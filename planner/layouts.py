@@ -14,6 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from planner.axes import (
+    context_degrees,
+    context_problems,
+    expert_problems,
+    out_of_order,
+    unsupported_axes,
+)
 from planner.defaults import Job
 from planner.errors import InputError
 from planner.layers import Builder
@@ -21,6 +28,7 @@ from planner.network import Network, group
 from planner.stacks import STACKS
 from planner.stacks.base import Stack
 from strategies.base import Layer
+from strategies.context_parallel import COMMS
 from strategies.layout import RANK_ORDERS, SHARDINGS, Layout
 from strategies.pipeline_parallel import FOLDED, SCHEDULES, PipelineParallel
 from strategies.sequence_parallel import SequenceParallel
@@ -35,7 +43,23 @@ NUMBERS = (
     "micro_batch_size",
     "grad_accum",
     "data_shards",
+    "context_parallel",
+    "expert_parallel",
+    "expert_tensor_parallel",
 )
+CHOSEN_DEGREES = (
+    "tensor_parallel",
+    "pipeline_parallel",
+    "data_parallel",
+    "context_parallel",
+    "expert_parallel",
+    "expert_tensor_parallel",
+    "micro_batch_size",
+    "chunks",
+)
+"""Degrees that a search can be held to."""
+OFTEN_ONE = NUMBERS[-3:]
+"""Degrees that stay plain numbers where they are 1 in a whole family: nothing is then computed for them."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +71,10 @@ class Choices:
     data_parallel: tuple[int, ...] | None = None
     micro_batch_size: tuple[int, ...] | None = None
     chunks: tuple[int, ...] | None = None
+    context_parallel: tuple[int, ...] | None = None
+    context_comm: tuple[str, ...] | None = None  # the framework's default way, where None
+    expert_parallel: tuple[int, ...] | None = None
+    expert_tensor_parallel: tuple[int, ...] | None = None
     sharding: tuple[str, ...] | None = None
     schedule: tuple[str, ...] | None = None
     recompute: tuple[str, ...] | None = None
@@ -116,16 +144,57 @@ def _tensor_degrees(job: Job, choices: Choices, layers: list[Layer], space: Spac
         yield tensor
 
 
+def _context_degrees(
+    job: Job, choices: Choices, tensor: int, layers: list[Layer], space: Space
+) -> list[tuple[int, str]]:
+    """Context-parallel degrees beside a tensor-parallel one, with the ways of exchange to try."""
+    asked = choices.context_parallel is not None
+    if not (asked or job.stack.context_comms):
+        return [(1, COMMS[0])]
+    degrees = [d for d in divisors(job.cluster.num_gpus // tensor) if _allowed(d, choices.context_parallel)]
+    comms = choices.context_comm or tuple(job.stack.context_comms)[:1]
+    found = []
+    for degree, comm, problem in context_degrees(job, layers, tensor, degrees, comms, asked):
+        if problem:
+            space.refused[problem] += 1
+        else:
+            found.append((degree, comm))
+    return found
+
+
+def _expert_degrees(
+    job: Job, choices: Choices, layout: Layout, layers: list[Layer], space: Space
+) -> Iterator[tuple[int, int]]:
+    """Expert-parallel degrees, and tensor-parallel ones of experts, that a layout can have."""
+    stack, experts = job.stack, job.model.experts
+    asked = choices.expert_parallel or choices.expert_tensor_parallel
+    if experts is None and not asked:
+        yield 1, 1
+        return
+    several = divisors(experts.num_experts) if experts and stack.expert_parallel else [1]
+    wide = dict.fromkeys((1, layout.tensor_parallel)) if experts and stack.expert_tensor_parallel else (1,)
+    found = False
+    for tensor in choices.expert_tensor_parallel or wide:
+        for degree in choices.expert_parallel or several:
+            one = replace(layout, expert_parallel=degree, expert_tensor_parallel=tensor)
+            problems = [*unsupported_axes(stack, one), *expert_problems(job, one, layers)]
+            if not problems:
+                found = True
+                yield degree, tensor
+    if not found:
+        space.refused[problems[0]] += 1
+
+
 def _shardings(
-    job: Job, choices: Choices, data: int, pipeline: int, space: Space
+    job: Job, choices: Choices, ranks: int, data: int, pipeline: int, space: Space
 ) -> Iterator[tuple[str, int, bool]]:
-    """Sharding, shards and reshard_after_forward that a data-parallel degree can have."""
+    """Sharding, shards and reshard_after_forward of replicas that have so many data and context ranks."""
     for name, with_pipeline in job.stack.shardings.items():
         if not _allowed(name, choices.sharding):
             continue
         if pipeline > 1 and not with_pipeline:
             space.refused[f"{job.stack.name} runs {name} without a pipeline only"] += 1
-        elif data == 1 and name != next(iter(job.stack.shardings)) and choices.sharding is None:
+        elif ranks == 1 and name != next(iter(job.stack.shardings)) and choices.sharding is None:
             continue  # one replica shares nothing out: the same layout under another name
         elif name == "fsdp":
             for shards in divisors(data)[1:] or [1]:
@@ -174,41 +243,63 @@ def enumerate_layouts(job: Job, choices: Choices = Choices()) -> Space:
     layers = Builder(job.model, job.training, job.stack, job.recipe).layers()
     depth, batch = job.model.num_hidden_layers, job.global_batch_size
     gpus = job.cluster.num_gpus
-    rows: dict[tuple[str, bool, bool, str, int], list[tuple[int, ...]]] = defaultdict(list)
+    rows: dict[tuple[str, bool, bool, str, str, int], list[tuple[int, ...]]] = defaultdict(list)
     unlike = len(job.model.block_kinds) > 1  # then each number of chunks makes rows of its own
     for tensor in _tensor_degrees(job, choices, layers, space):
         sequence_parallel = tensor > 1 and choices.sequence_parallel
+        contexts = _context_degrees(job, choices, tensor, layers, space)
         for pipeline in divisors(gpus // tensor):
-            data = gpus // tensor // pipeline
-            if not _allowed(pipeline, choices.pipeline_parallel) or not _allowed(data, choices.data_parallel):
+            if not _allowed(pipeline, choices.pipeline_parallel):
                 continue
-            if list(PipelineParallel(pipeline).objections(layers)):
+            left = gpus // tensor // pipeline
+            places = [
+                (left // context, context, comm)
+                for context, comm in contexts
+                if left % context == 0 and _allowed(left // context, choices.data_parallel)
+            ]
+            if places and any(PipelineParallel(pipeline).objections(layers)):
                 space.refused[f"pipeline_parallel is more than the {depth} layers"] += 1
                 continue
-            if batch % data:
-                space.refused[f"data_parallel does not divide global_batch_size={batch}"] += 1
-                continue
-            shardings = list(_shardings(job, choices, data, pipeline, space))
             schedules = list(_schedules(job, choices, pipeline, depth))
-            sizes = _micro_batches(batch // data, choices)
-            if not sizes:
-                asked = ", ".join(map(str, choices.micro_batch_size or ()))
-                space.refused[
-                    f"micro_batch_size={asked} does not divide the {batch // data} sequences of a replica"
-                ] += 1
-            for micro in sizes:
-                accum = batch // data // micro
-                for schedule, chunks in schedules:
-                    if refusal := _schedule_refusal(job, choices, schedule, pipeline, accum):
-                        space.refused[refusal] += 1
-                        continue
-                    for sharding, shards, reshard in shardings:
-                        row = (data, tensor, pipeline, chunks, micro, accum, shards)
-                        rows[sharding, reshard, sequence_parallel, schedule, unlike * chunks].append(row)
-    for (sharding, reshard, sequence_parallel, schedule, _), numbers in rows.items():
-        columns = np.array(numbers, dtype=np.int64).T
+            for data, context, comm in places:
+                if batch % data:
+                    space.refused[f"data_parallel does not divide global_batch_size={batch}"] += 1
+                    continue
+                one = Layout(
+                    data_parallel=data,
+                    tensor_parallel=tensor,
+                    pipeline_parallel=pipeline,
+                    context_parallel=context,
+                    sequence_parallel=sequence_parallel,
+                )
+                shardings = [
+                    (*found, *experts)
+                    for found in _shardings(job, choices, data * context, data, pipeline, space)
+                    for experts in _expert_degrees(
+                        job, choices, replace(one, sharding=found[0], data_shards=found[1]), layers, space
+                    )
+                ]
+                sizes = _micro_batches(batch // data, choices)
+                if not sizes:
+                    asked = ", ".join(map(str, choices.micro_batch_size or ()))
+                    reason = f"micro_batch_size={asked} does not divide the {batch // data} sequences"
+                    space.refused[f"{reason} of a replica"] += 1
+                for micro in sizes:
+                    accum = batch // data // micro
+                    for schedule, chunks in schedules:
+                        if refusal := _schedule_refusal(job, choices, schedule, pipeline, accum):
+                            space.refused[refusal] += 1
+                            continue
+                        for sharding, shards, reshard, *experts in shardings:
+                            row = (data, tensor, pipeline, chunks, micro, accum, shards, context, *experts)
+                            alike = (sharding, reshard, sequence_parallel, schedule, comm, unlike * chunks)
+                            rows[alike].append(row)
+    for (sharding, reshard, sequence_parallel, schedule, comm, _), numbers in rows.items():
+        columns: dict[str, Any] = dict(zip(NUMBERS, np.array(numbers, dtype=np.int64).T, strict=True))
+        columns |= {name: 1 for name in OFTEN_ONE if (columns[name] == 1).all()}
         family = Layout(
-            **dict(zip(NUMBERS, columns, strict=True)),
+            **columns,
+            context_comm=comm,
             sequence_parallel=sequence_parallel,
             sharding=sharding,
             reshard_after_forward=reshard,
@@ -234,13 +325,26 @@ def _in_orders(job: Job, choices: Choices, family: Layout, space: Space) -> Iter
                 reason = f"rank order {order}: a tensor-parallel group would leave its node"
                 space.refused[f"{reason} of {job.cluster.domain} GPUs"] += left
             new &= ~leaving
+        if job.model.experts:
+            fits = np.array([not out_of_order(job, _taken(one, index)) for index in range(len(new))])
+            if left := int(np.count_nonzero(new & ~fits)):
+                space.refused[f"rank order {order}: experts would need other replicas than the rest"] += left
+            new &= fits
         ordered.append(one)
         kept.append(np.nonzero(new)[0])
     if rows := sum(map(len, kept)):
         chosen = np.concatenate(kept)
-        numbers = {name: getattr(family, name)[chosen] for name in NUMBERS}
+        plain = [name for name in OFTEN_ONE if isinstance(getattr(family, name), int)]
+        numbers = {name: getattr(family, name)[chosen] for name in NUMBERS if name not in plain}
         orders = np.repeat([one.rank_order for one in ordered], list(map(len, kept)))
         yield replace(family, **numbers, rank_order=orders if len(kept[0]) < rows else str(orders[0]))
+
+
+def _taken(family: Layout, index: int) -> Layout:
+    """One layout of a family, its degrees at least."""
+    values: dict[str, Any] = {name: getattr(family, name) for name in NUMBERS}
+    single: dict[str, Any] = {k: v if isinstance(v, int) else int(v[index]) for k, v in values.items()}
+    return replace(family, **single)
 
 
 def _micro_batches(per_replica: int, choices: Choices) -> list[int]:
@@ -269,15 +373,18 @@ def _layout_problems(job: Job, layout: Layout) -> Iterator[str]:
     if layout.rank_order not in RANK_ORDERS:
         yield f"rank_order={layout.rank_order!r}: use one of {', '.join(RANK_ORDERS)}"
     tensor, pipeline, data = layout.tensor_parallel, layout.pipeline_parallel, layout.data_parallel
-    if gpus % (tensor * pipeline):
+    others, context = tensor * pipeline * layout.context_parallel, layout.context_parallel
+    named = f"tensor_parallel={tensor} x pipeline_parallel={pipeline}"
+    named += f" x context_parallel={context}" if context > 1 else ""
+    if gpus % others:
         yield (
-            f"tensor_parallel={tensor} x pipeline_parallel={pipeline} does not divide the {gpus} GPUs: "
+            f"{named} does not divide the {gpus} GPUs: "
             f"their product must be one of {', '.join(map(str, divisors(gpus)[:12]))}"
         )
     if layout.world_size != gpus:
         yield (
-            f"data_parallel={data} x tensor_parallel={tensor} x pipeline_parallel={pipeline} is "
-            f"{layout.world_size}, not the {gpus} GPUs: use data_parallel {gpus // (tensor * pipeline)}"
+            f"data_parallel={data} x {named} is "
+            f"{layout.world_size}, not the {gpus} GPUs: use data_parallel {gpus // others}"
         )
     once = data * layout.micro_batch_size
     if batch % once:
@@ -299,6 +406,8 @@ def _layout_problems(job: Job, layout: Layout) -> Iterator[str]:
     yield from TensorParallel(tensor).objections(layers)
     if layout.sequence_parallel:
         yield from SequenceParallel(tensor).objections(layers)
+    yield from context_problems(job, layout, layers)
+    yield from expert_problems(job, layout, layers)
     yield from PipelineParallel(
         pipeline, microbatches=layout.grad_accum, chunks=layout.chunks, schedule=layout.schedule
     ).objections(layers)
@@ -324,7 +433,7 @@ def unsupported(stack: Stack, layout: Layout) -> list[str]:
     """
     notes: list[str] = []
     shardings, sharding = stack.shardings, layout.sharding
-    alone = sharding == "ddp" and layout.data_parallel == 1
+    alone = sharding == "ddp" and layout.data_ranks == 1
     if sharding not in shardings and not alone:
         notes.append(f"{stack.name} does not run {sharding}: use {', '.join(shardings)}")
     elif layout.pipeline_parallel > 1 and not shardings.get(sharding, any(shardings.values())):
@@ -332,7 +441,7 @@ def unsupported(stack: Stack, layout: Layout) -> list[str]:
         notes.append(f"{stack.name} runs {sharding} without a pipeline only: use pipeline_parallel 1{able}")
     if layout.tensor_parallel > 1 and not stack.tensor_parallel:
         notes.append(f"{stack.name} is planned without tensor parallelism: use tensor_parallel 1")
-    return notes
+    return [*notes, *unsupported_axes(stack, layout)]
 
 
 def _variants(job: Job) -> Iterator[tuple[str, Stack]]:

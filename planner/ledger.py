@@ -12,7 +12,7 @@ from typing import Any
 
 from planner.collectives import Messages
 from planner.layer_price import LayerPrice
-from planner.network import group
+from planner.network import size_of
 from planner.overheads import groups, library_bytes
 from planner.replay import Snapshot, chunk_blocks
 from planner.spans import SPANS_OF
@@ -356,7 +356,7 @@ def messages(prices: Prices, stage: StageView) -> Iterator[Message]:
         *strategies, _ = strategies_of(prices.layout, prices.wire, 0, policy)
         alike: dict[tuple[Any, ...], Message] = {}
         for one in collectives_of(layer, strategies):
-            gpus = int(group(one.axis, prices.layout)[0])
+            gpus = int(size_of(one.axis, prices.layout))
             if gpus > 1 and one.times:
                 one = one if prices.overlap else replace(one, behind="")
                 kind = one.kind, one.axis, layer.kind, gpus, one.per, one.behind

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,8 +85,13 @@ class Network:
         """Do blocks of ``span`` neighbouring ranks lie within such units, none across two?"""
         return (span <= unit) & ((unit % np.maximum(span, 1) == 0) | (self.gpus <= unit))
 
-    def place(self, n: Quantity, stride: Quantity) -> Place:
-        """Where groups of ``n`` ranks at a stride lie."""
+    def place(self, n: Quantity, stride: Quantity, *outer: Quantity) -> Place:
+        """Where groups of ``n`` ranks at a stride lie; or of several of these, their number and stride."""
+        if outer:
+            near, far = self.place(n, stride), self.place(*outer)
+            crossed = tuple(a | b for a, b in zip(near.crossed, far.crossed, strict=True))
+            members = tuple(a * b for a, b in zip(near.members, far.members, strict=True))
+            return Place(near.n * far.n, crossed, members)
         crossed = tuple((n > 1) & ~self.holds(level.gpus, n * stride) for level in self.levels)
         members = tuple(
             np.where(out, np.clip(level.gpus // stride, 1, n), n)
@@ -105,13 +111,13 @@ class Network:
         ]
         return reduce(np.minimum, speeds)
 
-    def send_bandwidth(self, layout: Layout) -> Any:
-        """Bytes per second from every rank of a pipeline stage to the next, at the slowest boundary.
+    def send_bandwidth(self, layout: Layout, axis: str = "pipeline") -> Any:
+        """Bytes per second from every rank of a group to the next, at the slowest boundary.
 
         A send has its own GPU's adapter alone. Those of a boundary share the switches' ways out with
         no others: each has what a member of a ring at the larger of stride and domain has.
         """
-        n, stride = group("pipeline", layout)
+        n, stride = group(axis, layout)
         apart = self.place(n, np.maximum(stride, self.levels[1].gpus))
         return self.slowest(self.place(n, stride), (1, 1, *apart.members[2:]))
 
@@ -119,6 +125,8 @@ class Network:
         """Do all groups of two layouts with equal degrees lie alike, so that no time differs?"""
         alike: Any = True
         for axis in AXES:
+            if all(isinstance(n, int) and n == 1 for n in group(axis, one)[::2]):
+                continue
             first, second = (self.place(*group(axis, layout)) for layout in (one, other))
             for a, b in zip(
                 (*first.crossed, *first.members), (*second.crossed, *second.members), strict=True
@@ -127,22 +135,67 @@ class Network:
         return alike
 
 
-AXES = ("tensor", "data", "data_shard", "data_replicate", "pipeline")
+AXES = (
+    "tensor",
+    "data",
+    "data_shard",
+    "data_replicate",
+    "pipeline",
+    "context",
+    "expert",
+    "expert_tensor",
+    "expert_data",
+)
 """The axes that messages are sent along."""
 
 
-def group(axis: str, layout: Layout) -> tuple[Quantity, Quantity]:
-    """Size of the group of an axis and the stride between its ranks."""
+def group(axis: str, layout: Layout) -> tuple[Quantity, ...]:
+    """Size of the group of an axis and the stride between its ranks.
+
+    Where it is as many of such groups at a larger stride, their number and that stride follow. A group of
+    experts takes neighbours first: of the ranks that share a sequence, tensor and context parallel ones, then
+    of the replicas (Megatron Core's parallel_state.py; torchtitan's parallel_dims.py).
+    """
     match axis:
         case "tensor":
             return layout.tensor_parallel, layout.stride("tp")
+        case "context":
+            return layout.context_parallel, layout.stride("cp")
         case "data":
-            return layout.data_parallel, layout.stride("dp")
+            return _with_context(layout, layout.data_parallel)
         case "data_shard":
-            return layout.data_shards, layout.stride("dp")
+            return _with_context(layout, layout.data_shards)
         case "data_replicate":
             replicas = layout.data_parallel // layout.data_shards
             return replicas, layout.stride("dp") * layout.data_shards
         case "pipeline":
             return layout.pipeline_parallel, layout.stride("pp")
+        case "expert_tensor":
+            return _carved(layout, 1, layout.expert_tensor_parallel)
+        case "expert":
+            return _carved(layout, layout.expert_tensor_parallel, layout.expert_parallel)
+        case "expert_data":
+            inner = layout.expert_tensor_parallel * layout.expert_parallel
+            return _carved(layout, inner, layout.expert_shards)
     raise ValueError(f"no message is sent along axis {axis!r}")
+
+
+def size_of(axis: str, layout: Layout) -> Quantity:
+    """GPUs of the group of an axis."""
+    return prod(group(axis, layout)[::2])
+
+
+def _with_context(layout: Layout, replicas: Quantity) -> tuple[Quantity, ...]:
+    c = layout.context_parallel
+    if isinstance(c, int) and c == 1:
+        return replicas, layout.stride("dp")
+    return c, layout.stride("cp"), replicas, layout.stride("dp")
+
+
+def _carved(layout: Layout, inner: Quantity, n: Quantity) -> tuple[Quantity, ...]:
+    """Groups of ``n`` ranks that are ``inner`` apart, counted over tensor, context and then data ranks."""
+    near = layout.tensor_parallel * layout.context_parallel
+    within = np.clip(near // inner, 1, n)  # members that share a sequence
+    first = layout.stride("tp") * np.minimum(inner, near)
+    second = layout.stride("dp") * np.maximum(inner // near, 1)
+    return within, first, n // within, second

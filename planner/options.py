@@ -55,6 +55,15 @@ Master = Annotated[
 # One layout.
 TP = Annotated[int, option("--tensor-parallel", "-tp", help="Tensor-parallel degree.")]
 PP = Annotated[int, option("--pipeline-parallel", "-pp", help="Pipeline stages.")]
+CP = Annotated[int, option("--context-parallel", "-cp", help="GPUs that share a sequence.")]
+CPComm = Annotated[
+    str | None,
+    option("--context-comm", help="How they exchange keys and values: ring, all-gather or ulysses."),
+]
+EP = Annotated[int, option("--expert-parallel", "-ep", help="GPUs that share a mixture's experts.")]
+ETP = Annotated[
+    int, option("--expert-tensor-parallel", "-etp", help="GPUs that share the width of an expert.")
+]
 DP = Annotated[
     int | None, option("--data-parallel", "-dp", help="Replicas; the rest of the GPUs by default.")
 ]
@@ -81,6 +90,12 @@ Layers = Annotated[
 OnlyTP = Annotated[str | None, option("--tensor-parallel", "-tp", help="Only these degrees, as in 4,8.")]
 OnlyPP = Annotated[str | None, option("--pipeline-parallel", "-pp", help="Only these degrees.")]
 OnlyDP = Annotated[str | None, option("--data-parallel", "-dp", help="Only these degrees.")]
+OnlyCP = Annotated[str | None, option("--context-parallel", "-cp", help="Only these degrees.")]
+OnlyCPComm = Annotated[
+    str | None, option("--context-comm", help="Only these: ring, all-gather, ulysses; its default's alone.")
+]
+OnlyEP = Annotated[str | None, option("--expert-parallel", "-ep", help="Only these degrees.")]
+OnlyETP = Annotated[str | None, option("--expert-tensor-parallel", "-etp", help="Only these degrees.")]
 OnlyMicro = Annotated[str | None, option("--micro-batch-size", "-mb", help="Only these sizes.")]
 OnlyChunks = Annotated[str | None, option("--chunks", help="Only these numbers of model chunks.")]
 OnlySharding = Annotated[str | None, option("--sharding", help="Only these, if the framework has them.")]

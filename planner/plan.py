@@ -24,6 +24,7 @@ from planner.schedule import PassSeconds, step_seconds
 from planner.specs import TrainingSpec
 from planner.stages import Prices, price
 from planner.utilization import utilization
+from strategies.context_parallel import COMMS
 from strategies.layout import RANK_ORDERS, Layout
 
 SCHEMA = "planner.plan/1"
@@ -79,6 +80,10 @@ class LayoutPlan(BaseModel):
     reshard_after_forward: bool
     schedule: str
     rank_order: str = RANK_ORDERS[0]
+    context_parallel: int = 1
+    context_comm: str = COMMS[0]
+    expert_parallel: int = 1
+    expert_tensor_parallel: int = 1
 
     def to_layout(self) -> Layout:
         """The layout that the strategies are made from."""
@@ -208,12 +213,14 @@ def _of_layout(job: Job, layout: Layout) -> list[str]:
     """What a layout takes for granted: how the framework is told to shard so, the padded vocabulary."""
     notes = []
     how = job.stack.sharding_notes.get(layout.sharding)
-    if how and layout.data_parallel > 1:
+    if how and layout.data_ranks > 1:
         notes.append(f"{layout.sharding} is {job.stack.name}'s {how}")
     if layout.sequence_parallel:
         notes.append(
             "sequence parallelism with tensor parallelism, for its memory (--no-sequence-parallel: without)"
         )
+    if layout.context_parallel > 1 and (flag := job.stack.context_comms.get(layout.context_comm)):
+        notes.append(f"context parallelism by {layout.context_comm} is {job.stack.name}'s {flag}")
     if flag := job.stack.rank_orders.get(layout.rank_order):
         notes.append(f"rank order {layout.rank_order} is {job.stack.name}'s {flag}")
     multiple, vocabulary = job.stack.vocabulary_multiple * layout.tensor_parallel, job.model.vocab_size

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from planner.defaults import resolve
 from planner.errors import InputError
+from planner.layouts import CHOSEN_DEGREES
 from planner.specs import ClusterSpec, ModelSpec, TrainingSpec, first_problem
 from planner.units import GIB, gib, parse_bytes, parse_fraction
 from strategies.layout import Layout
@@ -26,6 +27,10 @@ LAYOUT_OPTIONS = (
     "schedule",
     "sequence_parallel",
     "rank_order",
+    "context_parallel",
+    "context_comm",
+    "expert_parallel",
+    "expert_tensor_parallel",
 )
 
 
@@ -141,6 +146,18 @@ def words(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(word(part) for part in text.split(","))
 
 
+def read_choices(given: dict[str, Any]) -> dict[str, Any]:
+    """What a search may choose from, by the fields of :class:`planner.layouts.Choices`."""
+    only: dict[str, Any] = {
+        name: numbers(f"--{name.replace('_', '-')}", given[name]) for name in CHOSEN_DEGREES
+    }
+    only |= {name: words(given[name]) for name in ("sharding", "schedule", "recompute")}
+    for name in ("rank_order", "context_comm"):
+        text = given[name]
+        only[name] = tuple(text.lower().replace(" ", "").split(",")) if text else None
+    return only | {name: given[name] for name in ("sequence_parallel", "across_nodes")}
+
+
 def word(text: str) -> str:
     """A name as it is listed.
 
@@ -176,7 +193,8 @@ def read_layout(
         if isinstance(value, int) and not isinstance(value, bool) and not 1 <= value <= 10**7:
             raise InputError(f"--{name.replace('_', '-')} {value}: use a whole number, 1 or more")
     tensor, pipeline, chunks = given["tensor_parallel"], given["pipeline_parallel"], given["chunks"]
-    data = given["data_parallel"] or max(1, cluster.num_gpus // (tensor * pipeline))
+    context = given["context_parallel"]
+    data = given["data_parallel"] or max(1, cluster.num_gpus // (tensor * pipeline * context))
     micro = given["micro_batch_size"]
     sequence = given["sequence_parallel"]
     schedule = word(given["schedule"] or "") or ("interleaved" if chunks > 1 else "1f1b")
@@ -199,5 +217,9 @@ def read_layout(
         reshard_after_forward=given["reshard_after_forward"],
         schedule=schedule,
         rank_order=given["rank_order"].strip().lower(),
+        context_parallel=context,
+        context_comm=(given["context_comm"] or job.stack.context_comm).strip().lower(),
+        expert_parallel=given["expert_parallel"],
+        expert_tensor_parallel=given["expert_tensor_parallel"],
     )
     return training, layout

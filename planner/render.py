@@ -22,8 +22,8 @@ from rich.text import Text
 from planner.advice import Change
 from planner.ledger import COMPONENTS, Entry, Message
 from planner.plan import Plan, StagePlan, verdict_of
+from planner.render_axes import axis_columns
 from planner.units import gib, human_bytes, human_count, human_seconds
-from strategies.layout import RANK_ORDERS
 
 SHORT = {
     "parameters": "params",
@@ -150,11 +150,22 @@ def opening(plan: Plan) -> Group:
 
 def ranking(plans: Sequence[Plan], wide: bool) -> Table:
     """The ranked layouts, one a row."""
-    order = ["order"] * any(plan.layout.rank_order != RANK_ORDERS[0] for plan in plans)
-    names = ["#", "TP", "PP", "DP", *order, "sharding", "mb"]
+    axes, degrees = axis_columns(plans)
+    names = ["#", "TP", "PP", "DP", *axes, "sharding", "mb"]
     names += ["peak GiB", "most", "bubble", "step", "MFU", "recompute"]
     if wide:
-        names = ["#", "TP", "PP", "DP", *order, "chunks", "sharding", "schedule", "micro-batch", "grad accum"]
+        names = [
+            "#",
+            "TP",
+            "PP",
+            "DP",
+            *axes,
+            "chunks",
+            "sharding",
+            "schedule",
+            "micro-batch",
+            "grad accum",
+        ]
         names += ["peak GiB", "most", "bubble", "step", "tokens/s", "MFU", "layers per stage", "recompute"]
     left = ("order", "sharding", "schedule", "layers per stage", "recompute")
     spare = ("tokens/s", "bubble", "MFU", "grad accum", "most", "recompute", "layers per stage")
@@ -166,7 +177,7 @@ def ranking(plans: Sequence[Plan], wide: bool) -> Table:
         pipeline = f"{layout.pipeline_parallel}" + ("" if wide or layout.chunks == 1 else f"v{layout.chunks}")
         place = f"{number}=" if tied > 1 and plan.ties_with(plans[0]) else str(number)
         cells = [place, str(layout.tensor_parallel), pipeline, str(layout.data_parallel)]
-        cells += [layout.rank_order] * len(order)
+        cells += degrees[number - 1]
         cells += [str(layout.chunks), label, layout.schedule] if wide else [label]
         cells += [str(layout.micro_batch_size), *([str(layout.grad_accum)] if wide else [])]
         cells += [gib(plan.peak_bytes), gib(plan.most_bytes), f"{plan.bubble_fraction:.1%}"]

@@ -34,7 +34,7 @@ def residence_of(job: Job, layout: Layout, wire: Wire) -> Residence:
     kept = strategies_of(layout, wire)[0].kept_gradients()
     if kept:
         return Residence(kept.forward, kept.forward, kept.backward, kept.update, engine=True)
-    in_buckets = (layout.sharding == "ddp") * (layout.data_parallel > 1)
+    in_buckets = (layout.sharding == "ddp") * (layout.data_ranks > 1)
     buckets = wire.bucket_fraction * in_buckets / (1 + wire.bucket_fraction * in_buckets)
     always = np.maximum(wire.bucket_view * in_buckets, job.stack.gradients_resident) * 1.0
     first = np.maximum(always, buckets)

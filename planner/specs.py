@@ -55,7 +55,7 @@ class AttentionCurve(BaseModel):
     narrow: float = Field(1.0, gt=0, le=1)
     source: str
 
-    def rates(self, head_dim: int, seq_length: int) -> tuple[float, float]:
+    def rates(self, head_dim: int, seq_length: Any) -> tuple[Any, Any]:
         """Fractions of the peak that forward and backward reach with such heads and sequences."""
         part = seq_length / (seq_length + self.half_length) * (self.narrow if head_dim <= 64 else 1.0)
         return self.forward * part, self.backward * part

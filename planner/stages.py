@@ -67,7 +67,7 @@ class Prices:
     def __init__(self, job: Job, layout: Layout, policies: Sequence[str]) -> None:
         self.job, self.layout, self.policies = job, layout, tuple(policies)
         self._messages = Messages.of(job.cluster, layout)
-        self.compute = Compute(job)
+        self.compute = Compute(job, job.seq_length / layout.attention_cut)
         self.bandwidth = self.compute.bandwidth
         chosen = job.training.options
         self.overlap = chosen.get("overlap", "on") == "on"
@@ -82,6 +82,7 @@ class Prices:
             batch=layout.micro_batch_size,
             tensor_parallel=layout.tensor_parallel,
             pipeline_parallel=layout.pipeline_parallel,
+            context_heads=layout.hands_out_heads,
         )
         self.layers, self.once = builder.layers(), builder.stage()
         self.pipeline = self.pipeline_at(0)
@@ -210,6 +211,7 @@ class Prices:
         ahead, recomputed, walk = self._walk(layer, policy)
         data, size = strategies[0], size_seen_by(strategies[0], strategies)
         hidden, exposed, copied = ({"forward": 0.0, "backward": 0.0} for _ in range(3))
+        *plain, _ = strategies_of(self.layout, self.wire, 0, "none")
         per_step: dict[str, Quantity] = {}
         for message in collectives_of(layer, strategies):
             seconds, way = self._messages.seconds(message), message.way
@@ -219,11 +221,13 @@ class Prices:
                 per_step[behind] = per_step.get(behind, 0.0) + seconds
             elif message.behind == "layer" and self.overlap:
                 hidden[way] = hidden[way] + seconds
+            elif message.behind == "attention":
+                behind, beyond = self.compute.behind_attention(layer, plain, seconds, way)
+                hidden[way], exposed[way] = hidden[way] + behind, exposed[way] + beyond
             else:  # between kernels a message waits for the slowest of its group, overlapped or not
                 waiting = seconds / self.compute.in_step
                 sent = seconds * (message.axis == "tensor" and self.tensor_overlap)
                 hidden[way], exposed[way] = hidden[way] + sent, exposed[way] + waiting - sent
-        *plain, _ = strategies_of(self.layout, self.wire, 0, "none")
         passes = self.compute.passes(layer, plain, strategies, hidden, exposed, copied)
         return LayerPrice(
             states={role: role_sum(layer, role, strategies) for role in (*STATES, Role.BUFFER)},
@@ -267,7 +271,7 @@ class Prices:
         one = [Term(t.name, t.role, t.dims, unit) for t in layer.by_role[Role.OPTIMIZER]]
         room = sum(held(term, strategies) for term in one)
         if self.wire.sub_group and self.layout.sharding == "zero3":
-            own = self.job.model.num_parameters / self.layout.data_parallel / self.layout.tensor_parallel
+            own = self.job.model.num_parameters / self.layout.data_ranks / self.layout.tensor_parallel
             room = room * smaller(1.0, self.wire.sub_group / own)
         return room
 
@@ -275,7 +279,7 @@ class Prices:
     def send_bytes(self) -> Quantity:
         """Bytes of one micro-batch's residual stream as a stage hands it on."""
         job, layout = self.job, self.layout
-        sharded = layout.tensor_parallel if layout.sequence_parallel else 1
+        sharded = (layout.tensor_parallel if layout.sequence_parallel else 1) * layout.context_parallel
         whole = layout.micro_batch_size * job.seq_length * job.model.hidden_size * job.recipe.compute
         return whole / sharded
 

@@ -52,12 +52,14 @@ def cluster_graph(network: Network) -> nx.DiGraph[Any]:
 
 def groups_of(axis: str, layout: Layout) -> list[list[int]]:
     """The ranks of every group of an axis, in the layout's rank order."""
-    n, stride = (int(number) for number in group(axis, layout))
-    return [
-        list(range(first, first + n * stride, stride))
-        for first in range(layout.world_size)
-        if first // stride % n == 0
-    ]
+    parts = [int(number) for number in group(axis, layout)]
+    offsets = [0]
+    for n, stride in zip(parts[::2], parts[1::2], strict=True):
+        offsets = [one + place * stride for place in range(n) for one in offsets]
+    firsts = set(range(layout.world_size))
+    for n, stride in zip(parts[::2], parts[1::2], strict=True):
+        firsts = {first for first in firsts if first // stride % n == 0}
+    return [[first + offset for offset in sorted(offsets)] for first in sorted(firsts)]
 
 
 def rings(ranks: Sequence[int], domain: int) -> Iterator[list[int]]:

@@ -167,6 +167,10 @@ def _layout(run: Run, most: int | None) -> Layout:
         sharding=given.sharding,
         reshard_after_forward=given.reshard_after_forward,
         schedule=given.schedule,
+        context_parallel=given.context_parallel,
+        context_comm=given.context_comm or STACKS[run.framework].context_comm,
+        expert_parallel=given.expert_parallel,
+        expert_tensor_parallel=given.expert_tensor_parallel,
     )
 
 

@@ -13,8 +13,8 @@ answers price one layout or a million.
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from math import prod
 from typing import Any, ClassVar, NamedTuple
@@ -30,7 +30,7 @@ def smaller(a: Quantity, b: Quantity) -> Quantity:
 
 def larger(a: Quantity, b: Quantity) -> Quantity:
     """max(a, b), for numbers and arrays alike."""
-    return a + b - smaller(a, b)
+    return (a + b + abs(a - b)) / 2
 
 
 POLICIES = ("none", "selective", "full")
@@ -63,7 +63,12 @@ class Term:
     ``dims`` maps dimension names (``batch seq seq_k residual hidden heads kv_heads head_dim ffn
     vocab``) to their lengths; ``unit`` is bytes (or FLOPs) per element. ``residual`` is the
     residual stream of an activation, ``hidden`` the same length in a weight: only the first is
-    cut by sequence parallelism. ``kept_by`` lists the recompute policies under which the term is
+    cut by sequence parallelism. ``seq`` is the sequence as a GPU has it, ``seq_k`` as it attends to it:
+    only the first is cut by context parallelism. Of a mixture ``experts`` and ``expert_ffn`` are the number
+    and the width of routed experts' weights, ``routed`` the experts that a token goes to, ``width`` the
+    residual stream of a routed token, ``router`` the experts that are chosen from.
+
+    ``kept_by`` lists the recompute policies under which the term is
     kept after the forward (activations) or not run again (work and messages). ``steps`` names the
     steps of its layer's backward that it belongs to: after which an activation is freed, in which a
     gradient arises, during which a transient exists; several share the term evenly.
@@ -118,12 +123,13 @@ class Collective:
     """A message: its kind, the group it runs in, the buffer's bytes, how often, what hides it.
 
     ``size`` is the whole buffer in bytes (what an all-gather ends with, what a reduce-scatter
-    starts from). ``per`` is ``micro-batch`` or ``step``. ``behind`` names the computation that
-    it overlaps with (``layer``: its own layer's compute; ``forward``/``backward``: one
-    micro-batch's pass through the stage); empty means that it is exposed. ``way`` is the pass of
-    a micro-batch that it belongs to, ``forward`` or ``backward``. ``of`` is the term that crosses a region,
-    where there is one: what is recomputed of the forward is sent again. ``copied`` are bytes that the GPU
-    moves each time, between the message's buffer and the tensors that it is made of.
+    starts from, what a GPU hands to the next one in a send). ``per`` is ``micro-batch`` or ``step``.
+    ``behind`` names the computation that it overlaps with (``layer``: its own layer's compute;
+    ``attention``: that of attention in it; ``forward``/``backward``: one micro-batch's pass through the
+    stage); empty means that it is exposed. ``way`` is the pass of a micro-batch that it belongs to,
+    ``forward`` or ``backward``. ``of`` is the term that crosses a region, where there is one: what is
+    recomputed of the forward is sent again. ``copied`` are bytes that the GPU moves each time, between the
+    message's buffer and the tensors that it is made of.
     """
 
     kind: str
@@ -186,7 +192,7 @@ class AbstractStrategy(ABC):
     """Four answers about terms. The defaults are those of a strategy that does nothing."""
 
     axis: ClassVar[str]
-    """The group it works in: data, tensor, pipeline, or recompute (a group of one)."""
+    """The group it works in: data, tensor, context, expert, pipeline, or recompute (a group of one)."""
     label: ClassVar[str]
     """The column heading that ``planner explain`` gives it."""
     gradient_stream: ClassVar[str] = "compute"
@@ -230,6 +236,37 @@ class AbstractStrategy(ABC):
     def objections(self, layers: Sequence[Layer]) -> Iterable[str]:
         """Why can this degree not be used for these layers?"""
         return ()
+
+
+@dataclass(frozen=True)
+class DataStrategy(AbstractStrategy):
+    """A strategy of the data-parallel group, which is larger or smaller for the weights of experts.
+
+    Every GPU has other tokens for a routed expert, but for those that it shares experts with: what data
+    parallelism does with a state, it does with that of an expert over the expert-data group, of
+    ``expert_degree`` GPUs (Megatron Core's ``expert_data_parallel``, DeepSpeed's expert-data group).
+    """
+
+    axis: ClassVar[str] = "data"
+    expert_degree: Quantity = field(default=0, kw_only=True)  # 0 stands for ``degree``
+
+    def __post_init__(self) -> None:
+        if isinstance(self.expert_degree, int) and not self.expert_degree:
+            object.__setattr__(self, "expert_degree", self.degree)
+
+    def ranks(self, term: Term) -> Quantity:
+        """GPUs that hold, or share, a state between them."""
+        return self.expert_degree if "experts" in term.dims else self.degree
+
+
+def by_group(layer: Layer, axis: str, experts: str = "expert_data") -> Iterator[tuple[str, Layer]]:
+    """A layer's states by the axis that they are reduced along: all but experts first, then experts."""
+    expert = tuple(term for term in layer.terms if "experts" in term.dims)
+    if not expert:
+        yield axis, layer
+        return
+    yield axis, replace(layer, terms=tuple(term for term in layer.terms if "experts" not in term.dims))
+    yield experts, replace(layer, terms=expert)
 
 
 def held(term: Term, strategies: Iterable[AbstractStrategy]) -> Quantity:

@@ -7,20 +7,21 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from strategies.base import (
-    AbstractStrategy,
     Buffer,
     Collective,
+    DataStrategy,
     Layer,
     Quantity,
     Role,
     Size,
     Term,
+    by_group,
     smaller,
 )
 
 
 @dataclass(frozen=True)
-class DataParallel(AbstractStrategy):
+class DataParallel(DataStrategy):
     """Replicas that all-reduce their gradients once per step.
 
     Li et al. 2020, arXiv:2006.15704, section 3.2: gradients are reduced in buckets while the
@@ -29,19 +30,19 @@ class DataParallel(AbstractStrategy):
     engine reduces them at the end, flattened into copies of up to ``bucket_bytes``.
     """
 
-    axis: ClassVar[str] = "data"
     label: ClassVar[str] = "DDP"
     bucket_fraction: float = 0.0
     bucket_bytes: float = 0.0
 
     def share(self, term: Term) -> Quantity:
         if term.role is Role.GRADIENT:
-            return 1 + self.bucket_fraction * (self.degree > 1)
+            return 1 + self.bucket_fraction * (self.ranks(term) > 1)
         return 1
 
     def collectives(self, layer: Layer, size: Size) -> Iterable[Collective]:
-        gradients = sum(size(term) for term in layer.by_role[Role.GRADIENT])
-        yield Collective("all_reduce", self.axis, gradients, per="step", behind="backward")
+        for axis, part in by_group(layer, self.axis):
+            gradients = sum(size(term) for term in part.by_role[Role.GRADIENT])
+            yield Collective("all_reduce", axis, gradients, per="step", behind="backward")
 
     def workspace(self, layers: Sequence[Layer], size: Size) -> Iterable[Buffer]:
         if self.bucket_bytes:

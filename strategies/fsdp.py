@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from typing import ClassVar
 
-from strategies.base import STATES, Buffer, Collective, Layer, Quantity, Role, Size, Term, larger
+from strategies.base import STATES, Buffer, Collective, Layer, Quantity, Role, Size, Term, by_group, larger
 from strategies.zero3 import Zero3, elements
 
 
@@ -49,17 +49,24 @@ class FullyShardedDataParallel(Zero3):
     reshard_after_forward: bool = True
     pipelined: Quantity = 0
 
+    def __post_init__(self) -> None:
+        if isinstance(self.expert_degree, int) and not self.expert_degree:
+            object.__setattr__(self, "expert_degree", self.shards)
+
+    def ranks(self, term: Term) -> Quantity:
+        return self.expert_degree if "experts" in term.dims else self.shards
+
     def share(self, term: Term) -> Quantity:
         if term.role not in STATES:
             return 1
-        cut = 1 / self.shards
+        cut = 1 / self.ranks(term)
         if term.role is Role.GRADIENT:
             return cut + self.pipelined * (self.reduce_bytes / term.unit - cut)
         return cut
 
     def gathered(self, parameter: Term, size: Size) -> Quantity:
         kept = self.pipelined if self.reshard_after_forward else 1
-        kept = kept * (self.shards > 1)  # a group of one is not wrapped
+        kept = kept * (self.ranks(parameter) > 1)  # a group of one is not wrapped
         return kept * size(parameter) / parameter.unit * self.gather_bytes
 
     def workspace(self, layers: Sequence[Layer], size: Size) -> Iterable[Buffer]:
@@ -71,7 +78,7 @@ class FullyShardedDataParallel(Zero3):
 
     def arriving(self, gradient: Term, size: Size) -> Quantity:
         # In the dtype of the products, before the copy into the reduce-scatter's input.
-        return size(gradient) / gradient.unit * self.gather_bytes * (self.shards > 1)
+        return size(gradient) / gradient.unit * self.gather_bytes * (self.ranks(gradient) > 1)
 
     def _units(self, layers: Sequence[Layer], size: Size) -> Iterable[Buffer]:
         """Units that exist whole: the root, the layers at work, inputs of reduce-scatters.
@@ -111,14 +118,18 @@ class FullyShardedDataParallel(Zero3):
         yield Buffer("reduce-scatter input, last unit", root * self.reduce_bytes, "reduction")
 
     def collectives(self, layer: Layer, size: Size) -> Iterable[Collective]:
-        unit = elements(layer, size)
+        for shard, part in by_group(layer, "data_shard"):
+            shards = self.shards if shard == "data_shard" else self.expert_degree
+            yield from self._sent(shard, shards, elements(part, size))
+
+    def _sent(self, shard: str, shards: Quantity, unit: Quantity) -> Iterable[Collective]:
+        """Messages of ``unit`` parameters that ``shards`` GPUs along axis ``shard`` share."""
         gathered, reduced = unit * self.gather_bytes, unit * self.reduce_bytes
         # Out of the gather's buffer, and into the reduction's: a read and a write each.
-        copies = self.copies * (self.shards > 1)
+        copies = self.copies * (shards > 1)
         out, into = 2 * gathered * copies, (gathered + reduced) * copies
         each = 1 - self.pipelined
         again = each * self.reshard_after_forward
-        shard, replicate = "data_shard", "data_replicate"
         once = self.pipelined
         sent = (
             Collective("all_gather", shard, gathered, each, behind="layer", way="forward", copied=out),
@@ -126,7 +137,7 @@ class FullyShardedDataParallel(Zero3):
             Collective("reduce_scatter", shard, reduced, times=each, behind="layer", copied=into),
             Collective("all_gather", shard, gathered, times=once, per="step", behind="forward"),
             Collective("reduce_scatter", shard, reduced, times=once, per="step", behind="backward"),
-            Collective("all_reduce", replicate, reduced / self.shards, per="step", behind="backward"),
+            Collective("all_reduce", "data_replicate", reduced / shards, per="step", behind="backward"),
         )
         # Of a family of layouts some are pipelined; of a single one only half of these are sent.
         return (one for one in sent if not isinstance(one.times, int) or one.times)

@@ -8,7 +8,9 @@ from math import prod
 from typing import Any
 
 from strategies.base import AbstractStrategy, Collective, Layer, Quantity, size_seen_by
+from strategies.context_parallel import COMMS, ContextParallel
 from strategies.ddp import DataParallel
+from strategies.expert_parallel import ExpertParallel
 from strategies.fsdp import FullyShardedDataParallel
 from strategies.pipeline_parallel import PipelineParallel
 from strategies.recompute import Recompute
@@ -21,7 +23,8 @@ from strategies.zero3 import Zero3
 ENGINE_ALL_REDUCE = 5e8
 """Elements that DeepSpeed's engine reduces at a time without ZeRO (``MEMORY_OPT_ALLREDUCE_SIZE``)."""
 RANK_ORDERS = ("tp-dp-pp", "tp-pp-dp", "dp-tp-pp", "dp-pp-tp", "pp-tp-dp", "pp-dp-tp")
-"""Which groups neighbouring ranks form, innermost first."""
+"""Which groups neighbouring ranks form, innermost first. Context parallelism is right outside ``tp``,
+wherever that is: Megatron's tp-cp-ep-dp-pp and tp-cp-ep-pp-dp are the first two."""
 SHARDINGS = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 """What the data-parallel group does with model states. HSDP is ``fsdp`` with fewer shards."""
 
@@ -44,6 +47,9 @@ class Wire:
     copies: bool = True  # FSDP's messages have buffers of their own (FSDP2), rather than being its tensors
     separate_root: bool = False  # embedding and head are FSDP units of their own
     keeps_last: bool = False  # FSDP does not reshard the last block after its forward
+    rotated_bytes: float = (
+        0.0  # of an element of the gradients that PyTorch's context parallelism sends round
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +57,10 @@ class Layout:
     """Where everything runs. Numbers and the rank order may be numpy arrays: a family of layouts at once.
 
     ``data_shards`` is the group that FSDP shards over: 0, the default, stands for all of
-    ``data_parallel``, fewer make it hybrid (HSDP);
+    ``data_parallel``, fewer make it hybrid (HSDP). What shares out model states does so over the
+    ``context_parallel`` GPUs of each of these replicas as well;
+    ``context_comm`` is how keys and values are exchanged where there are several; ``expert_parallel`` and
+    ``expert_tensor_parallel`` are carved out of the tensor, context and data degrees;
     ``chunks`` is Megatron's virtual pipeline size; ``grad_accum`` the micro-batches per step;
     ``rank_order`` lists the axes from that of neighbouring ranks outwards.
     """
@@ -68,6 +77,10 @@ class Layout:
     reshard_after_forward: bool = True
     schedule: str = "1f1b"
     rank_order: Any = RANK_ORDERS[0]
+    context_parallel: Quantity = 1
+    context_comm: str = COMMS[0]
+    expert_parallel: Quantity = 1
+    expert_tensor_parallel: Quantity = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.data_shards, int) and not self.data_shards:
@@ -76,7 +89,28 @@ class Layout:
     @property
     def world_size(self) -> Quantity:
         """GPUs in all."""
-        return self.data_parallel * self.tensor_parallel * self.pipeline_parallel
+        return self.data_parallel * self.tensor_parallel * self.pipeline_parallel * self.context_parallel
+
+    @property
+    def data_ranks(self) -> Quantity:
+        """GPUs that reduce gradients with each other: of all replicas, and of all parts of a sequence."""
+        return self.data_parallel * self.context_parallel
+
+    @property
+    def expert_shards(self) -> Quantity:
+        """GPUs of the ``data_shards`` that hold the same part of the same routed experts."""
+        carved = self.expert_parallel * self.expert_tensor_parallel
+        return self.data_shards * self.context_parallel * self.tensor_parallel // carved
+
+    @property
+    def hands_out_heads(self) -> Quantity:
+        """Does context parallelism give attention the whole sequence of some heads? 0 or 1."""
+        return (self.context_parallel > 1) * int(self.context_comm == "ulysses")
+
+    @property
+    def attention_cut(self) -> Quantity:
+        """In how many parts attention's kernels have the sequence."""
+        return 1 if self.context_comm == "ulysses" else self.context_parallel
 
     @property
     def global_batch_size(self) -> Quantity:
@@ -84,12 +118,18 @@ class Layout:
         return self.data_parallel * self.micro_batch_size * self.grad_accum
 
     def stride(self, axis: str) -> Quantity:
-        """How far the ranks of a group of an axis, ``tp``, ``dp`` or ``pp``, lie apart.
+        """How far the ranks of a group of an axis, ``tp``, ``cp``, ``dp`` or ``pp``, lie apart.
 
-        >>> Layout(data_parallel=4, tensor_parallel=8, pipeline_parallel=2).stride("pp")
-        32
+        >>> Layout(data_parallel=4, tensor_parallel=8, pipeline_parallel=2, context_parallel=2).stride("pp")
+        64
         """
-        degrees = {"tp": self.tensor_parallel, "dp": self.data_parallel, "pp": self.pipeline_parallel}
+        if axis == "cp":
+            return self.stride("tp") * self.tensor_parallel
+        degrees = {
+            "tp": self.tensor_parallel * self.context_parallel,
+            "dp": self.data_parallel,
+            "pp": self.pipeline_parallel,
+        }
         inside = {order: order.split("-")[: order.split("-").index(axis)] for order in RANK_ORDERS}
         return sum(
             (self.rank_order == order) * prod(degrees[inner] for inner in inside[order])
@@ -108,6 +148,13 @@ class Layout:
     def describe(self) -> str:
         """The layout in one line, as in ``TP8 PP2 DP4 zero1 mb1``."""
         parts = [f"TP{self.tensor_parallel}", f"PP{self.pipeline_parallel}", f"DP{self.data_parallel}"]
+        if self.context_parallel > 1:
+            comm = f" {self.context_comm}" * (self.context_comm != COMMS[0])
+            parts.append(f"CP{self.context_parallel}{comm}")
+        if self.expert_parallel > 1:
+            parts.append(f"EP{self.expert_parallel}")
+        if self.expert_tensor_parallel > 1:
+            parts.append(f"ETP{self.expert_tensor_parallel}")
         if self.chunks > 1:
             parts.append(f"v{self.chunks}")
         parts.append(self.sharding_label)
@@ -125,7 +172,8 @@ class Layout:
 
 def data_strategy(layout: Layout, wire: Wire) -> AbstractStrategy:
     """The strategy of the data-parallel group."""
-    degree = layout.data_parallel
+    degree = layout.data_ranks
+    expert: dict[str, Any] = {"expert_degree": layout.expert_shards}
     accumulates = (layout.grad_accum > 1) * 1
     pipelined = (layout.pipeline_parallel > 1) * 1
     engine = wire.bucket_bytes, accumulates, wire.lasting, pipelined
@@ -136,27 +184,46 @@ def data_strategy(layout: Layout, wire: Wire) -> AbstractStrategy:
     match layout.sharding:
         case "ddp":
             flattened = ENGINE_ALL_REDUCE * wire.gather_bytes * (wire.bucket_bytes > 0)
-            return DataParallel(degree, wire.bucket_fraction, flattened)
+            return DataParallel(degree, wire.bucket_fraction, flattened, **expert)
         case "zero1":
-            return Zero1(degree, *engine)
+            return Zero1(degree, *engine, **expert)
         case "zero2":
-            return Zero2(degree, *engine)
+            return Zero2(degree, *engine, **expert)
         case "zero3":
             limits = wire.live_elements, wire.prefetch_elements, wire.bucket_elements
             owned = wire.bucket_bytes > 0
-            return Zero3(degree, wire.gather_bytes, wire.reduce_bytes, *limits, owned)
+            return Zero3(degree, wire.gather_bytes, wire.reduce_bytes, *limits, owned, **expert)
         case "fsdp":
             return FullyShardedDataParallel(
                 degree,
-                shards=layout.data_shards,
+                shards=layout.data_shards * layout.context_parallel,
                 reshard_after_forward=layout.reshard_after_forward,
                 pipelined=pipelined,
                 copies=wire.copies,
                 separate_root=wire.separate_root,
                 keeps_last=wire.keeps_last,
                 **gathered,
+                **expert,
             )
     raise ValueError(f"sharding={layout.sharding!r}: use one of {', '.join(SHARDINGS)}")
+
+
+def sequence_and_experts(layout: Layout, wire: Wire) -> Iterator[AbstractStrategy]:
+    """Context and expert parallelism, where there is any: most layouts have none."""
+    if not _is_one(layout.context_parallel):
+        yield ContextParallel(
+            layout.context_parallel,
+            layout.context_comm,
+            layout.tensor_parallel,
+            layout.sequence_parallel,
+            wire.rotated_bytes,
+        )
+    if not (_is_one(layout.expert_parallel) and _is_one(layout.expert_tensor_parallel)):
+        yield ExpertParallel(layout.expert_parallel, layout.expert_tensor_parallel)
+
+
+def _is_one(degree: Quantity) -> bool:
+    return isinstance(degree, int) and degree == 1
 
 
 def strategies_of(
@@ -171,6 +238,7 @@ def strategies_of(
     return (
         data_strategy(layout, wire),
         *tensor,
+        *sequence_and_experts(layout, wire),
         Recompute(policy=policy),
         PipelineParallel(
             layout.pipeline_parallel,

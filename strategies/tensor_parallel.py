@@ -42,7 +42,7 @@ class TensorParallel(AbstractStrategy):
 
     def collectives(self, layer: Layer, size: Size) -> Iterable[Collective]:
         behind = "layer" if self.overlaps else ""
-        for term in layer.by_role[Role.MESSAGE]:
+        for term in [t for t in layer.by_role[Role.MESSAGE] if "crossings" in t.dims]:
             crossings = term.dims["crossings"]
             region, half = size(term) / crossings, crossings / 2
             if not self.sequence_parallel:

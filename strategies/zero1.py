@@ -7,21 +7,22 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from strategies.base import (
-    AbstractStrategy,
     Buffer,
     Collective,
+    DataStrategy,
     Kept,
     Layer,
     Quantity,
     Role,
     Size,
     Term,
+    by_group,
     smaller,
 )
 
 
 @dataclass(frozen=True)
-class Zero1(AbstractStrategy):
+class Zero1(DataStrategy):
     """Each GPU updates 1/d of the parameters, then all gather the result.
 
     Rajbhandari et al. 2020, arXiv:1910.02054, sections 5.1 and 7.2.1: a reduce-scatter of the
@@ -37,7 +38,6 @@ class Zero1(AbstractStrategy):
     runtime/bf16_optimizer.py).
     """
 
-    axis: ClassVar[str] = "data"
     label: ClassVar[str] = "ZeRO-1"
     bucket_bytes: float = 0.0
     accumulates: Quantity = 0
@@ -45,31 +45,34 @@ class Zero1(AbstractStrategy):
     pipelined: Quantity = 0
 
     def share(self, term: Term) -> Quantity:
-        return 1 / self.degree if term.role is Role.OPTIMIZER else 1
+        return 1 / self.ranks(term) if term.role is Role.OPTIMIZER else 1
 
     def collectives(self, layer: Layer, size: Size) -> Iterable[Collective]:
-        gradients = sum(size(term) for term in layer.by_role[Role.GRADIENT])
-        parameters = sum(size(term) for term in layer.by_role[Role.PARAMETER])
-        yield Collective("reduce_scatter", self.axis, gradients, per="step", behind="backward")
-        yield Collective("all_gather", self.axis, parameters, per="step", behind="forward")
+        for axis, part in by_group(layer, self.axis):
+            gradients = sum(size(term) for term in part.by_role[Role.GRADIENT])
+            parameters = sum(size(term) for term in part.by_role[Role.PARAMETER])
+            yield Collective("reduce_scatter", axis, gradients, per="step", behind="backward")
+            yield Collective("all_gather", axis, parameters, per="step", behind="forward")
 
     def kept_gradients(self) -> Kept | None:
         if not self.bucket_bytes:
             return None
         kept = self.lasting + (1 - self.lasting) * self.accumulates
-        return Kept(kept, kept, 1 if self.lasting else 1 / self.degree)
+        # One part for all: the larger, where experts are shared by fewer.
+        return Kept(kept, kept, 1 if self.lasting else 1 / smaller(self.degree, self.expert_degree))
 
     def workspace(self, layers: Sequence[Layer], size: Size) -> Iterable[Buffer]:
         bucket, always, before = self.bucket_bytes, self.accumulates, 1 - self.pipelined
         if not bucket:
             return
-        whole = sum(layer.count * size(t) for layer in layers for t in layer.by_role[Role.PARAMETER])
+        weights = [(layer.count, t) for layer in layers for t in layer.by_role[Role.PARAMETER]]
         if self.lasting:
+            whole = sum(count * size(t) for count, t in weights)
             yield Buffer("gradients in half precision, to be reduced", whole, "reduction")
             return
         yield Buffer("reduce bucket", bucket * always * before, "passes")
         for span in ("block", "end"):
             yield Buffer("reduce bucket", bucket * (1 - always) * before, span)
         # The first gradients move into the bucket before the own part is copied out of it.
-        own = whole / self.degree
+        own = sum(count * size(t) / self.ranks(t) for count, t in weights)
         yield Buffer("reduce bucket or own part", bucket + own - smaller(bucket, own), "reduction")

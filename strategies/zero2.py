@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from strategies.base import Buffer, Collective, Kept, Layer, Quantity, Role, Size, Term
+from strategies.base import Buffer, Collective, Kept, Layer, Quantity, Role, Size, Term, by_group
 from strategies.zero1 import Zero1
 
 
@@ -27,12 +27,12 @@ class Zero2(Zero1):
     def share(self, term: Term) -> Quantity:
         if term.role is Role.GRADIENT:
             twice = self.accumulates if self.bucket_bytes and not self.lasting else 0
-            return (1 + twice) / self.degree
-        return 1 / self.degree if term.role is Role.OPTIMIZER else 1
+            return (1 + twice) / self.ranks(term)
+        return 1 / self.ranks(term) if term.role is Role.OPTIMIZER else 1
 
     def arriving(self, gradient: Term, size: Size) -> Quantity | None:
         # Whole until they are reduce-scattered, right after the layer's backward; one by one in buckets.
-        return None if self.bucket_bytes else size(gradient) * (self.degree > 1)
+        return None if self.bucket_bytes else size(gradient) * (self.ranks(gradient) > 1)
 
     def kept_gradients(self) -> Kept | None:
         if not self.bucket_bytes:
@@ -48,7 +48,8 @@ class Zero2(Zero1):
                 yield Buffer("reduce bucket", self.bucket_bytes, span)
 
     def collectives(self, layer: Layer, size: Size) -> Iterable[Collective]:
-        gradients = sum(size(term) for term in layer.by_role[Role.GRADIENT])
-        parameters = sum(size(term) for term in layer.by_role[Role.PARAMETER])
-        yield Collective("reduce_scatter", self.axis, gradients, behind="layer")
-        yield Collective("all_gather", self.axis, parameters, per="step", behind="forward")
+        for axis, part in by_group(layer, self.axis):
+            gradients = sum(size(term) for term in part.by_role[Role.GRADIENT])
+            parameters = sum(size(term) for term in part.by_role[Role.PARAMETER])
+            yield Collective("reduce_scatter", axis, gradients, behind="layer")
+            yield Collective("all_gather", axis, parameters, per="step", behind="forward")

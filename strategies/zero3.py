@@ -8,15 +8,16 @@ from typing import ClassVar
 
 from strategies.base import (
     STATES,
-    AbstractStrategy,
     Buffer,
     Collective,
+    DataStrategy,
     Kept,
     Layer,
     Quantity,
     Role,
     Size,
     Term,
+    by_group,
     smaller,
 )
 
@@ -27,7 +28,7 @@ def elements(layer: Layer, size: Size) -> Quantity:
 
 
 @dataclass(frozen=True)
-class Zero3(AbstractStrategy):
+class Zero3(DataStrategy):
     """All model states cut by d; every layer is gathered before its forward and its backward.
 
     Rajbhandari et al. 2020, arXiv:1910.02054, sections 5.3 and 7.2.2: two all-gathers of the
@@ -39,7 +40,6 @@ class Zero3(AbstractStrategy):
     gradients of the own part (DeepSpeed 0.19.8, runtime/zero/stage3.py).
     """
 
-    axis: ClassVar[str] = "data"
     label: ClassVar[str] = "ZeRO-3"
     gather_bytes: float = 2.0
     reduce_bytes: float = 2.0
@@ -49,17 +49,18 @@ class Zero3(AbstractStrategy):
     owned: bool = False
 
     def share(self, term: Term) -> Quantity:
-        return 1 / self.degree if term.role in STATES else 1
+        return 1 / self.ranks(term) if term.role in STATES else 1
 
     def kept_gradients(self) -> Kept | None:
         return Kept(1, 1, 1) if self.owned else None
 
     def collectives(self, layer: Layer, size: Size) -> Iterable[Collective]:
-        unit = elements(layer, size)
-        gathered, reduced = unit * self.gather_bytes, unit * self.reduce_bytes
-        for way in ("forward", "backward"):
-            yield Collective("all_gather", self.axis, gathered, behind="layer", way=way)
-        yield Collective("reduce_scatter", self.axis, reduced, behind="layer")
+        for axis, part in by_group(layer, self.axis):
+            unit = elements(part, size)
+            gathered, reduced = unit * self.gather_bytes, unit * self.reduce_bytes
+            for way in ("forward", "backward"):
+                yield Collective("all_gather", axis, gathered, behind="layer", way=way)
+            yield Collective("reduce_scatter", axis, reduced, behind="layer")
 
     def workspace(self, layers: Sequence[Layer], size: Size) -> Iterable[Buffer]:
         everything = sum(layer.count * elements(layer, size) for layer in layers)

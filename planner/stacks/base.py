@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from strategies.base import POLICIES, Role
+from strategies.context_parallel import COMMS
 from strategies.layout import Wire
 from strategies.pipeline_parallel import SPLIT
 
@@ -148,6 +149,12 @@ class Stack:
     """The shardings that are run with a recipe."""
     reduces_as_weights: bool = False  # FSDP's gradients, where the weights are in half precision
     tensor_parallel: bool = True
+    context_comms: Mapping[str, str] = field(default_factory=dict)
+    """Ways of context parallelism that it runs, and how each is asked for; the default first."""
+    context_attention: tuple[str, ...] = ()  # the attention that these run; any, if empty
+    rotated_bytes: float = 0.0  # of the gradients that PyTorch's own context parallelism sends round
+    expert_parallel: bool = False
+    expert_tensor_parallel: bool = False
     policies: tuple[str, ...] = POLICIES  # the recompute policies it knows
     split_policies: tuple[str, ...] = POLICIES  # those it runs where a schedule splits the backward
     block_policies: tuple[str, ...] = ("full",)  # those that run a whole block again before its backward
@@ -173,6 +180,11 @@ class Stack:
         for name, value in options.items():
             changed |= self.variants.get(f"{name}:{value}", {})
         return replace(self, **changed) if changed else self
+
+    @property
+    def context_comm(self) -> str:
+        """How context parallelism exchanges keys and values unless told otherwise."""
+        return next(iter(self.context_comms), COMMS[0])
 
     def attention_kernel(self, attention: str | None, there: Iterable[str]) -> str:
         """The fused kernel that is run, of those that are known of a GPU; empty where none is."""
@@ -207,6 +219,7 @@ class Stack:
             overlaps_regions=self.overlaps_regions,
             separate_root=self.separate_root and options.get("root") != "one",
             keeps_last=self.keeps_last and options.get("root") == "one",
+            rotated_bytes=self.rotated_bytes,
         )
         if not self.sizes:
             return wire

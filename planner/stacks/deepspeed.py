@@ -46,6 +46,7 @@ DEEPSPEED = Stack(
             "vocabulary_multiple": MEGATRON.vocabulary_multiple,
             "shardings": {"zero1": True, "zero2": False, "zero3": False, "ddp": True},
             "tensor_parallel": True,
+            "context_comms": {},
             "options": {
                 "kernels": ("hf", "megatron"),
                 "attention": ("flash", "eager"),
@@ -79,6 +80,10 @@ DEEPSPEED = Stack(
         "optimizer_step": ("fused", "foreach"),
         "overlap": ("on", "off"),  # overlap_comm
     },
+    # runtime/sequence_parallel/ulysses_sp.py, of Hugging Face's modules.
+    context_comms={"ulysses": "sequence_parallel_size, as in UlyssesSPAttentionHF"},
+    context_attention=("sdpa", "flash"),
+    expert_parallel=True,
     launches=(38, 71),
     tensor_parallel=False,
     policies=("none", "full"),

@@ -20,7 +20,14 @@ FSDP = Stack(
         "fp32": Recipe(4, 4, 0, 4, compute=4, unit="tf32"),
         "pure-bf16": Recipe(2, 2, 0, 2),
     },
-    variants={"mixed_precision:autocast": {"autocast": ("bf16", "fp16"), "casts_weights": False}},
+    variants={
+        "mixed_precision:autocast": {"autocast": ("bf16", "fp16"), "casts_weights": False},
+        "version:1": {"context_comms": {}},
+    },
+    # accelerate's ParallelismConfig(cp_size=...), on torch's context parallelism of its own attention.
+    context_comms={"all-gather": "cp_comm_strategy=allgather", "ring": "cp_comm_strategy=alltoall"},
+    context_attention=("sdpa",),
+    rotated_bytes=4.0,
     shardings={"fsdp": False},
     sharding_notes={"fsdp": "fully_shard, HSDP with a device mesh of two dimensions"},
     schedules=("1f1b",),

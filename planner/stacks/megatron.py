@@ -158,6 +158,15 @@ MEGATRON = Stack(
         "overlap": ("on", "off"),  # --overlap-grad-reduce, --overlap-param-gather
         "tp_comm_overlap": ("off", "on"),
     },
+    # transformer_config.py: cp_comm_type; Transformer Engine's attention has them.
+    context_comms={
+        "ring": "--cp-comm-type p2p",
+        "all-gather": "--cp-comm-type all_gather",
+        "ulysses": "--cp-comm-type a2a",
+    },
+    context_attention=("flash",),
+    expert_parallel=True,
+    expert_tensor_parallel=True,
     rerun={"attention core": NONE},
     vocabulary_multiple=128,
     gradients_resident=True,

@@ -130,8 +130,8 @@ BLOCK = (
     Row("gradient of up", F, 1, when="!gated", role=Role.OUTPUT_GRADIENT),
     Row("gradients of the attention output and down products", W, 2, role=Role.OUTPUT_GRADIENT),
     Row("gradients of the norms", H, 2, role=Role.OUTPUT_GRADIENT),
-    # The table of rotary angles, a copy in every layer.
-    Row("rotary table", "seq head_dim", 1, FP32, when="rotary", role=Role.BUFFER),
+    # The table of rotary angles, a copy in every layer, of all positions.
+    Row("rotary table", "seq_k head_dim", 1, FP32, when="rotary !rotary_table:model", role=Role.BUFFER),
 )
 
 EMBEDDING = (
@@ -193,6 +193,9 @@ HEAD = (
     Row("gradient of the final norm", H, 1, role=Role.OUTPUT_GRADIENT),
 )
 
+# The one table for all layers was cut with the sequence.
+STAGE = (Row("rotary table", "seq head_dim", 1, FP32, when="rotary rotary_table:model", role=Role.BUFFER),)
+
 TORCHTITAN = Stack(
     name="torchtitan",
     version="torchtitan 0.3.0, torch 2.13, eager",
@@ -200,6 +203,7 @@ TORCHTITAN = Stack(
         "embedding": EMBEDDING + traffic.EMBEDDING,
         "block": BLOCK + TRAFFIC,
         "head": HEAD + traffic.HEAD,
+        "stage": STAGE,
     },
     recipes={
         "bf16": Recipe(4, 4, 0, 4),
@@ -219,6 +223,15 @@ TORCHTITAN = Stack(
     variants={"compile:on": {"schedules": ("1f1b", "interleaved", "gpipe")}},
     # A checkpointed block is run again for each of its products' weight gradients (torch 2.13).
     split_policies=("none",),
+    # torch.distributed.tensor.experimental: all-gathers keys and values unless told otherwise, and sends
+    # their gradients round in fp32.
+    context_comms={
+        "all-gather": "context_parallel_rotate_method=allgather, the only one from 0.3 on",
+        "ring": "context_parallel_rotate_method=alltoall, before 0.3",
+    },
+    context_attention=("flash",),
+    rotated_bytes=4.0,
+    expert_parallel=True,
     options={
         "attention": ("flash",),
         "loss": ("eager", "eager-kept", "eager-chunked", "compiled", "chunked"),
@@ -230,6 +243,7 @@ TORCHTITAN = Stack(
         "reduce_dtype": ("fp32", "bf16"),
         "optimizer_step": ("fused", "foreach"),
         "async_tp": ("off", "on"),
+        "rotary_table": ("layers", "model"),  # a copy in every layer; until 2025 one for all
     },
     alone={"mixed_precision": "autocast"},
     block_policies=("selective", "full"),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from planner.network import AXES, Level, Network, group
+from planner.network import AXES, Level, Network, group, size_of
 from planner.topology import cluster_graph, groups_of, ring_bandwidth, rings, send_bandwidth
 from strategies.layout import RANK_ORDERS, Layout
 
@@ -34,18 +34,33 @@ def layouts(draw: st.DrawFn, gpus: int) -> Layout:
     divisors = [d for d in range(1, gpus + 1) if gpus % d == 0]
     tensor = draw(st.sampled_from(divisors))
     pipeline = draw(st.sampled_from([d for d in divisors if gpus // tensor % d == 0]))
-    data = gpus // tensor // pipeline
+    context = draw(st.sampled_from([d for d in divisors if gpus // tensor // pipeline % d == 0]))
+    data = gpus // tensor // pipeline // context
     shards = draw(st.sampled_from([d for d in divisors if data % d == 0]))
     order = draw(st.sampled_from(RANK_ORDERS))
-    return Layout(data, tensor, pipeline, data_shards=shards, rank_order=order)
+    near = tensor * context
+    own = draw(st.sampled_from([d for d in divisors if near % d == 0]))
+    carved = [n * own for n in divisors if shards * near % (n * own) == 0]
+    experts = draw(st.sampled_from([n // own for n in carved if near % n == 0 or n % near == 0]))
+    return Layout(
+        data,
+        tensor,
+        pipeline,
+        data_shards=shards,
+        rank_order=order,
+        context_parallel=context,
+        expert_parallel=experts,
+        expert_tensor_parallel=own,
+    )
 
 
 def divides(network: Network, axis: str, layout: Layout) -> bool:
     """Do units hold whole groups, or a group's block and its stride whole units?"""
-    n, stride = group(axis, layout)
+    parts = group(axis, layout)
     return all(
         level.gpus % length == 0 or length % level.gpus == 0
         for level in network.levels
+        for n, stride in zip(parts[::2], parts[1::2], strict=True)
         for length in (stride, n * stride)
     )
 
@@ -59,6 +74,16 @@ def test_rings_over_the_graph_get_what_the_levels_say(data: st.DataObject) -> No
     assume(divides(network, axis, layout))
     closed = network.bandwidth(network.place(*group(axis, layout)))
     assert ring_bandwidth(network, axis, layout) == pytest.approx(float(closed))
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=100)
+def test_every_rank_is_in_one_group_of_every_axis(data: st.DataObject) -> None:
+    layout = data.draw(layouts(data.draw(st.sampled_from([8, 24, 64]))))
+    axis = data.draw(st.sampled_from(AXES))
+    groups = groups_of(axis, layout)
+    assert sorted(rank for ranks in groups for rank in ranks) == list(range(layout.world_size))
+    assert {len(ranks) for ranks in groups} == {size_of(axis, layout)}
 
 
 @given(st.data())

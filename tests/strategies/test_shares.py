@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strategies.base import STATES, AbstractStrategy, Layer, Role, Term, held, size_seen_by
+from strategies.context_parallel import ContextParallel
 from strategies.ddp import DataParallel
+from strategies.expert_parallel import ExpertParallel
 from strategies.fsdp import FullyShardedDataParallel
 from strategies.layout import SHARDINGS, Layout, Wire, strategies_of
 from strategies.pipeline_parallel import SCHEDULES, PipelineParallel
@@ -26,6 +28,7 @@ from strategies.zero3 import Zero3
 DIMS = (
     *("batch", "seq", "seq_k", "residual", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab"),
     *("pair", "positions", "copies", "crossings"),
+    *("experts", "expert_ffn", "routed", "width", "router"),
 )
 KEPT = (("none", "selective", "full"), ("none", "selective"), ("none",))
 TERMS = [Term(f"{role} {dim}", role, {dim: 48}, 2.0, kept) for role in Role for dim in DIMS for kept in KEPT]
@@ -71,6 +74,9 @@ OF_DEGREE: dict[str, Callable[[int], AbstractStrategy]] = {
     "tp": TensorParallel,
     "tp of sp": lambda d: TensorParallel(d, sequence_parallel=True),
     "sp": SequenceParallel,
+    "cp": ContextParallel,
+    "ep": ExpertParallel,
+    "etp": lambda d: ExpertParallel(1, tensor=d),
     "1f1b": lambda d: PipelineParallel(d, microbatches=6),
     "interleaved": lambda d: PipelineParallel(d, microbatches=6 * d, chunks=3, schedule="interleaved"),
     "pipedream": lambda d: PipelineParallel(d, microbatches=6, schedule="pipedream"),
@@ -251,7 +257,9 @@ def test_sequence_parallelism_cuts_activations_transients_and_traffic_on_the_res
     sequence = SequenceParallel(8)
     for term in TERMS:
         role_is_cut = term.role in (Role.ACTIVATION, Role.OUTPUT_GRADIENT, Role.TRANSIENT, Role.TRAFFIC)
-        assert sequence.share(term) == (1 / 8 if role_is_cut and "residual" in term.dims else 1)
+        routed = term.role not in (*STATES, Role.BUFFER) and not {"routed", "router"}.isdisjoint(term.dims)
+        cut = role_is_cut and "residual" in term.dims
+        assert sequence.share(term) == (1 / 8 if cut or routed else 1)
 
 
 def test_sequence_parallelism_leaves_messages_whole() -> None:
@@ -319,6 +327,50 @@ def test_no_part_of_a_model_state_is_lost_by_strategies_together(
             assert held(term, together) * gpus >= term.amount * (1 - 1e-12)
 
 
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_no_part_of_a_state_is_lost_among_context_and_expert_groups(sharding: str) -> None:
+    for data, shards, c, t, e, own in ((6, 3, 4, 2, 8, 1), (8, 8, 2, 2, 4, 4), (4, 2, 1, 8, 16, 1)):
+        kept = shards if sharding == "fsdp" else data
+        layout = Layout(
+            *(data, t, 3),
+            data_shards=kept,
+            sharding=sharding,
+            sequence_parallel=True,
+            context_parallel=c,
+            expert_parallel=e,
+            expert_tensor_parallel=own,
+        )
+        together = strategies_of(layout, Wire())
+        copies = data // kept if sharding == "fsdp" else 1
+        for dim in DIMS:
+            for term in states_of(dim):
+                part = held(term, together) / term.amount
+                assert part * layout.world_size >= 1 - 1e-12
+        expert = {"experts": 16, "hidden": 64, "expert_ffn": 32}
+        weight = Term("expert", Role.OPTIMIZER, expert, 12.0)
+        if sharding != "ddp":  # a pipeline stage has its layers whole: exactly once, but for replicas
+            assert held(weight, together) * layout.world_size / 3 == pytest.approx(weight.amount * copies)
+
+
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_the_order_of_all_seven_strategies_does_not_matter(sharding: str, policy: str) -> None:
+    layout = Layout(
+        *(12, 4, 5),
+        grad_accum=9,
+        sharding=sharding,
+        sequence_parallel=True,
+        context_parallel=2,
+        expert_parallel=8,
+    )
+    together = strategies_of(layout, Wire(), stage=1, policy=policy)
+    assert len(together) == 7
+    orders = [*permutations(together)][::97]
+    for term in TERMS:
+        sizes = [float(held(term, some)) for some in orders]
+        assert all(isclose(size, sizes[0], rel_tol=1e-12) for size in sizes)
+
+
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_the_order_of_strategies_does_not_matter(sharding: str, policy: str) -> None:
@@ -349,6 +401,8 @@ ARRAYS: dict[str, Callable[..., AbstractStrategy]] = {
     "fsdp+keep": lambda d, i, m, v: FullyShardedDataParallel(d, shards=d, reshard_after_forward=False),
     "tp": lambda d, i, m, v: TensorParallel(d),
     "sp": lambda d, i, m, v: SequenceParallel(d),
+    "cp": lambda d, i, m, v: ContextParallel(d),
+    "ep": lambda d, i, m, v: ExpertParallel(d, v),
     "recompute": lambda d, i, m, v: Recompute(d, policy="selective"),
     **{
         schedule: lambda d, i, m, v, schedule=schedule: PipelineParallel(d, i, m, v, schedule)

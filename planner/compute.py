@@ -34,6 +34,8 @@ SCORES_MOVED = 6
 """How often unfused attention's products write or read the scores: twice forward, four times backward."""
 
 
+TOKENS = ("batch", "seq", "routed")
+"""Dimensions of a product that are not those of its weight."""
 NONE: Mapping[str, Quantity] = {"forward": 0.0, "backward": 0.0}
 """No messages."""
 
@@ -131,7 +133,7 @@ class Compute:
             if term.role is Role.TRAFFIC:
                 third = amount / self.kernels / 3
                 self.memo[key] = third, 2 * third, 0.0
-            elif "hidden" in term.dims:
+            elif "seq_k" not in term.dims:
                 self.memo[key] = self._product(term, amount, plain)
             else:
                 self.memo[key] = self._attention(term, amount)
@@ -153,11 +155,18 @@ class Compute:
         third = flops / self.products / 3
         if not self.multiprocessors:
             return third, third, third
-        rows = {name: n for name, n in term.dims.items() if name in ("batch", "seq", "routed")}
-        tokens, hidden = held(Term("", Role.ACTIVATION, rows, 1.0), plain), term.dims["hidden"]
-        other = flops / (term.unit * tokens * hidden)  # one side of every weight is never cut
-        sides = (other, hidden) if list(term.dims)[-1] == "hidden" else (hidden, other)
-        forward, inputs, weights = passes(tokens, *sides, self.multiprocessors)
+        rows = {name: n for name, n in term.dims.items() if name in TOKENS}
+        tokens = held(Term("", Role.ACTIVATION, rows, 1.0), plain)
+        weight = [name for name in term.dims if name not in TOKENS]
+        back = weight[-1] == "hidden"
+        whole = term.dims[weight[-1 if back else 0]]  # one side of every weight is never cut
+        other = flops / (term.unit * tokens * whole)
+        groups: Quantity = 1
+        if "routed" in rows and self.job.model.experts:  # each expert on the GPU has its part of them
+            number = {"experts": self.job.model.experts.num_experts}
+            groups = held(Term("", Role.FLOPS, number, 1.0), plain)
+        sides = (other, whole) if back else (whole, other)
+        forward, inputs, weights = passes(tokens / groups, *sides, self.multiprocessors, groups)
         return third * forward, third * inputs, third * weights
 
     def _attention(self, term: Term, flops: Quantity) -> tuple[Quantity, Quantity, Quantity]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from planner.model import Block, ModelSpec
+from planner.model import Block, Experts, ModelSpec
 from planner.specs import TrainingSpec
 from planner.stacks.base import (
     ALWAYS,
@@ -77,6 +77,11 @@ def features(
     }
     if block:
         words |= {f"mixer:{block.mixer}", f"mlp:{block.mlp}"}
+        chosen["gated"] = model.gated_mlp and block.mlp != "none"
+        chosen["latent"] = model.latent is not None and block.mixer in ("full", "window")
+        chosen["query_rank"] = bool(chosen["latent"] and model.latent and model.latent.q_lora_rank)
+        shared = bool(model.experts and model.experts.shared_intermediate_size)
+        chosen["shared"] = block.mlp == "experts" and shared
     return frozenset(words | {word for word, holds in chosen.items() if holds})
 
 
@@ -87,12 +92,59 @@ forward, four backward; flash skips the causal half and runs five products backw
 half of 4 + 10 (Dao 2023, arXiv:2307.08691, section 4.1)."""
 
 
+def pairs_per_query(kind: Block, seq_length: int, window: int | None) -> float:
+    """Keys that a fused kernel has for a query, in units of those that a causal one has: ``s / 2`` of ``s``.
+
+    A window of ``w`` leaves ``s w - w^2 / 2`` pairs of ``s^2 / 2``; without a mask there are twice as many.
+    """
+    if kind.mixer == "bidirectional":
+        return 2 * seq_length
+    if kind.mixer == "window" and window and window < seq_length:
+        return 2 * window - window**2 / seq_length
+    return seq_length
+
+
+def routed(experts: Experts, training: TrainingSpec, expert_parallel: Quantity) -> Quantity:
+    """How many copies of a token the experts of the fullest GPU have, over the tokens that it sends.
+
+    Padded to a capacity (``expert_capacity_factor``) all experts have equally many; else, where they lie on
+    several GPUs, the fullest has ``expert_imbalance`` times the average.
+    """
+    copies = experts.num_experts_per_tok
+    if training.expert_capacity_factor:
+        return copies * training.expert_capacity_factor
+    return copies * (1 + (training.expert_imbalance - 1) * (expert_parallel > 1))
+
+
+def part_lengths(model: ModelSpec) -> dict[str, Quantity]:
+    """Lengths of a mixture's, and of latent attention's, dimensions."""
+    found: dict[str, Quantity] = {}
+    if experts := model.experts:
+        found |= {
+            "experts": experts.num_experts,
+            "router": experts.num_experts,
+            "expert_ffn": experts.intermediate_size,
+            "width": model.hidden_size,
+            "shared_ffn": experts.shared_intermediate_size,
+        }
+    if latent := model.latent:
+        found |= {
+            "q_rank": latent.q_lora_rank or 0,
+            "kv_rank": latent.kv_lora_rank,
+            "rope_dim": latent.qk_rope_head_dim,
+            "qk_dim": latent.qk_nope_head_dim + latent.qk_rope_head_dim,
+            "kv_dim": latent.qk_nope_head_dim + latent.v_head_dim,
+            "v_dim": latent.v_head_dim,
+        }
+    return found
+
+
 class Builder:
     """Turns weights and a stack's rows into terms, for given micro-batches and degrees.
 
-    ``batch``, ``tensor_parallel``, ``pipeline_parallel`` and ``context_heads`` (does context parallelism hand
-    out heads? 0 or 1) may be arrays: one bill for a family of layouts. The vocabulary is padded to the
-    stack's multiple times ``tensor_parallel``.
+    ``batch``, ``tensor_parallel``, ``pipeline_parallel``, ``context_heads`` (does context parallelism hand
+    out heads? 0 or 1) and ``expert_parallel`` may be arrays: one bill for a family of layouts. The vocabulary
+    is padded to the stack's multiple times ``tensor_parallel``.
     """
 
     def __init__(
@@ -105,6 +157,7 @@ class Builder:
         tensor_parallel: Quantity = 1,
         pipeline_parallel: Quantity = 1,
         context_heads: Quantity = 0,
+        expert_parallel: Quantity = 1,
     ) -> None:
         self.model, self.training, self.stack, self.recipe = model, training, stack, recipe
         multiple = stack.vocabulary_multiple * tensor_parallel
@@ -124,7 +177,10 @@ class Builder:
             "vocab": self.vocab,
             "tensor_group": (tensor_parallel > 1) * 1,
             "tied": model.tie_word_embeddings * (1 - self.copies),
+            **part_lengths(model),
         }
+        if model.experts:
+            self.dims["routed"] = routed(model.experts, training, expert_parallel)
         self.width = {COMPUTE: recipe.compute, GRADIENT: stack.autograd_bytes(recipe), FP32: 4.0, BYTE: 1.0}
         self.width[INT64] = 8.0
         self.kinds = model.block_kinds
@@ -139,9 +195,41 @@ class Builder:
         yield Term(weight.name, Role.OPTIMIZER, weight.dims, states)
 
     def product(self, name: str, dims: dict[str, Quantity], kept_by: tuple[str, ...]) -> Term:
-        """FLOPs of a matrix product with every token: 2 forward, 4 backward."""
+        """FLOPs of a matrix product with every token: 2 forward, 4 backward.
+
+        An expert's is with the tokens that are sent to it: all together have each token ``routed`` times.
+        """
         tokens = {"batch": self.dims["batch"], "seq": self.dims["seq"]}
+        if "experts" in dims:
+            tokens["routed"] = self.dims["routed"]
+            dims = {name: length for name, length in dims.items() if name != "experts"}
         return Term(name, Role.FLOPS, tokens | dims, 6.0, kept_by)
+
+    def attention(self, kind: Block) -> Iterator[Term]:
+        """FLOPs of the attention core, and what context parallelism sends of it."""
+        names = ("batch", "seq", "heads", "head_dim")
+        core = {name: self.dims[name] for name in names}
+        if latent := self.model.latent:
+            # Queries and keys are of one width, values of another: two products, of the average.
+            core["head_dim"] = (latent.qk_nope_head_dim + latent.qk_rope_head_dim + latent.v_head_dim) / 2
+        per_pair = ATTENTION_FLOPS[str(self.training.attention)]
+        kept = self.stack.rerun.get("attention core", UNTIL_FULL)
+        keys: float = self.training.seq_length or 0
+        if per_pair != UNFUSED:
+            keys = pairs_per_query(kind, keys, self.model.sliding_window)
+        yield Term("attention core", Role.FLOPS, core | {"seq_k": keys}, per_pair, kept)
+        yield from self.sent_by_attention(kept)
+
+    def crossings(self, kind: Block) -> int:
+        """How often a block's residual stream goes into and out of a tensor-parallel region.
+
+        Routed experts are no such region: tokens are sent to them.
+        """
+        experts = self.model.experts
+        dense = kind.mlp == "dense" or (
+            kind.mlp == "experts" and experts and experts.shared_intermediate_size
+        )
+        return 2 * (kind.mixer != "none") + 2 * bool(dense)
 
     def rows(self, rows: tuple[Row, ...], words: frozenset[str] | None = None) -> Iterator[Term]:
         """The rows that apply, with lengths in place of names."""
@@ -182,15 +270,13 @@ class Builder:
             if weight.matrix:
                 kept = self.stack.rerun.get(weight.name, UNTIL_FULL)
                 terms.append(self.product(weight.name, weight.dims, kept))
-        names = ("batch", "seq", "seq_k", "heads", "head_dim")
-        core = {name: self.dims[name] for name in names}
-        per_pair = ATTENTION_FLOPS[str(self.training.attention)]
-        kept = self.stack.rerun.get("attention core", UNTIL_FULL)
-        terms.append(Term("attention core", Role.FLOPS, core, per_pair, kept))
-        terms += self.rows(self.stack.rows["block"], features(self.model, self.training, self.stack, kind))
-        terms.append(self.regions(4, UNTIL_FULL))
         if kind.mixer in ("full", "window", "bidirectional"):
-            terms += self.sent_by_attention(kept)
+            terms += self.attention(kind)
+        terms += self.rows(self.stack.rows["block"], features(self.model, self.training, self.stack, kind))
+        terms.append(self.regions(self.crossings(kind), UNTIL_FULL))
+        if kind.mlp == "experts":
+            dims = {name: self.dims[name] for name in ("batch", "seq", "routed", "width")}
+            terms.append(Term("tokens sent to experts", Role.MESSAGE, dims, self.recipe.compute, UNTIL_FULL))
         name = "block" if len(self.kinds) == 1 else f"{kind.mixer} {kind.mlp} block"
         return Layer(name, tuple(terms), self.model.blocks.count(kind), STEPS["block"])
 

@@ -16,8 +16,8 @@ from strategies.base import Quantity
 TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
 
 
-def busy(rows: Quantity, columns: Quantity, multiprocessors: int) -> Quantity:
-    """The part of the best rate at which a result of that shape is computed: above 0, at most 1.
+def busy(rows: Quantity, columns: Quantity, multiprocessors: int, groups: Quantity = 1) -> Quantity:
+    """The part of the best rate at which ``groups`` results of that shape are computed: above 0, at most 1.
 
     The guide's example, on 108 multiprocessors: 1,792 x 1,792 is 98 tiles and one wave.
 
@@ -26,9 +26,9 @@ def busy(rows: Quantity, columns: Quantity, multiprocessors: int) -> Quantity:
     """
     best: Quantity = 0.0
     for high, wide in TILES:
-        tiles = np.ceil(rows / high) * np.ceil(columns / wide)
+        tiles = np.ceil(rows / high) * np.ceil(columns / wide) * groups
         area = np.ceil(tiles / multiprocessors) * multiprocessors * high * wide
-        best = np.maximum(best, rows * columns / area * (reuse(high, wide) / reuse(*TILES[0])))
+        best = np.maximum(best, rows * columns * groups / area * (reuse(high, wide) / reuse(*TILES[0])))
     return best
 
 
@@ -38,13 +38,14 @@ def reuse(high: int, wide: int) -> float:
 
 
 def passes(
-    tokens: Quantity, inner: Quantity, outer: Quantity, multiprocessors: int
+    tokens: Quantity, inner: Quantity, outer: Quantity, multiprocessors: int, groups: Quantity = 1
 ) -> tuple[Quantity, Quantity, Quantity]:
     """Time of a weight's product, of the gradient of its input and of its own, over that at the best rate.
 
+    Of ``groups`` weights of that shape, each with as many tokens, at once (a grouped product).
     The weight has ``inner`` x ``outer`` elements on a GPU. Its forward makes tokens x outer elements, its
     backward tokens x inner for the input and inner x outer for the weight: three products of equal work.
     """
     sides = ((tokens, outer), (tokens, inner), (inner, outer))
-    forward, inputs, weights = (1 / busy(rows, columns, multiprocessors) for rows, columns in sides)
+    forward, inputs, weights = (1 / busy(rows, columns, multiprocessors, groups) for rows, columns in sides)
     return forward, inputs, weights

@@ -229,7 +229,8 @@ class TrainingSpec(BaseModel):
     ``tokens`` is what the whole training sees, for its duration. ``options`` are the framework's own
     choices of kernels and buffers (``loss``, ``norm`` ..., each stack's table lists them);
     ``attention`` and ``swiglu`` are two of them with a name of their own. ``profile`` replaces
-    the framework's overheads by measured ones.
+    the framework's overheads by measured ones. ``expert_imbalance`` is how many tokens the fullest GPU's
+    experts get over the average; with ``expert_capacity_factor`` all are padded to as many.
     """
 
     model_config = FROZEN
@@ -245,6 +246,8 @@ class TrainingSpec(BaseModel):
     gradient_dtype: Literal["fp32", "bf16", "fp16"] | None = None
     optimizer_dtype: Literal["fp32", "bf16"] | None = None
     master_weights: bool | None = None
+    expert_imbalance: float = Field(1.0, ge=1, le=1000)
+    expert_capacity_factor: float | None = Field(None, gt=0, le=1000)
     tokens: float | None = Field(None, gt=0, le=1e18)
     options: dict[str, str] = Field(default_factory=dict, max_length=50)
     profile: Profile | None = None

@@ -82,6 +82,7 @@ class Prices:
             batch=layout.micro_batch_size,
             tensor_parallel=layout.tensor_parallel,
             pipeline_parallel=layout.pipeline_parallel,
+            expert_parallel=layout.expert_parallel,
             context_heads=layout.hands_out_heads,
         )
         self.layers, self.once = builder.layers(), builder.stage()

@@ -27,7 +27,7 @@ def _reasons(model: ModelSpec) -> Iterator[str]:
         yield f"{model.name}: multi-head latent attention {needed}"
     if model.state_space is not None or model.delta is not None:
         yield f"{model.name}: a state space {needed}"
-    if len(model.block_kinds) > 1:
+    if len(model.block_kinds) > 1 and not {block.mixer for block in model.block_kinds} <= {"full", "window"}:
         kinds = " and ".join(_name(block) for block in model.block_kinds)
         yield f"{model.name}: a model of unlike blocks ({kinds}) {needed}"
     if model.norm_placement != "pre" or model.norm_vectors is not None:

@@ -16,7 +16,7 @@ from strategies.base import (
     Term,
 )
 
-CUT = frozenset(("heads", "kv_heads", "ffn", "vocab"))
+CUT = frozenset(("heads", "kv_heads", "ffn", "shared_ffn", "vocab"))
 """The dimensions that tensor parallelism cuts."""
 
 

@@ -21,7 +21,7 @@ def gpt2(config: Config) -> Fields:
         sizes(config, hidden, config.integer("n_head", "num_attention_heads"))
         | BIASED
         | {
-            "num_hidden_layers": config.integer("n_layer", "num_hidden_layers"),
+            "num_hidden_layers": config.blocks("n_layer", "num_hidden_layers"),
             "intermediate_size": config.get("n_inner", 4 * hidden),
             "max_position_embeddings": config.integer("n_positions", "max_position_embeddings"),
             "tie_word_embeddings": config.flag("tie_word_embeddings", True),
@@ -38,7 +38,7 @@ def gptj(config: Config) -> Fields:
     hidden = config.integer("n_embd", "hidden_size")
     heads = config.integer("n_head", "num_attention_heads")
     return sizes(config, hidden, heads) | {
-        "num_hidden_layers": config.integer("n_layer", "num_hidden_layers"),
+        "num_hidden_layers": config.blocks("n_layer", "num_hidden_layers"),
         "intermediate_size": config.get("n_inner", 4 * hidden),
         "max_position_embeddings": config.integer("n_positions", "max_position_embeddings", default=2048),
         "tie_word_embeddings": config.flag("tie_word_embeddings"),
@@ -58,11 +58,11 @@ def gptj(config: Config) -> Fields:
 def gpt_neo(config: Config) -> Fields:
     """``gpt_neo``: ``local`` blocks see a window; no biases of queries, keys and values."""
     hidden = config.integer("hidden_size")
-    layers = config.integer("num_layers", "num_hidden_layers")
+    layers = config.blocks("num_layers", "num_hidden_layers")
     mixers: list[str] = []
     pattern = config.get("attention_types", [[["global", "local"], 12]])
     try:
-        for kinds, times in pattern:
+        for kinds, times in pattern[:layers]:
             mixers += [{"global": "full", "local": "window"}[kind] for kind in kinds] * min(times, layers)
     except (KeyError, TypeError, ValueError):
         raise config.error("attention_types is not modelled; write [[['global', 'local'], 12]]") from None
@@ -92,12 +92,12 @@ def gpt_neox(config: Config) -> Fields:
         sizes(config, hidden, config.integer("num_attention_heads"))
         | BIASED
         | {
-            "num_hidden_layers": config.integer("num_hidden_layers"),
+            "num_hidden_layers": config.blocks(),
             "intermediate_size": config.integer("intermediate_size"),
             "max_position_embeddings": config.get("max_position_embeddings", 2048),
             "tie_word_embeddings": config.flag("tie_word_embeddings"),
             "hidden_act": config.get("hidden_act", "gelu"),
-            "parallel_residual": config.get("use_parallel_residual", True),
+            "parallel_residual": config.flag("use_parallel_residual", True),
             "rotary_fraction": config.get("rotary_pct", 0.25),
             "dropout": config.get("hidden_dropout", 0.0),
             "attention_dropout": config.get("attention_dropout", 0.0),
@@ -119,7 +119,7 @@ def opt(config: Config) -> Fields:
         sizes(config, hidden, config.integer("num_attention_heads"))
         | BIASED
         | {
-            "num_hidden_layers": config.integer("num_hidden_layers"),
+            "num_hidden_layers": config.blocks(),
             "intermediate_size": config.integer("ffn_dim"),
             "max_position_embeddings": config.integer("max_position_embeddings"),
             "tie_word_embeddings": config.flag("tie_word_embeddings", True),
@@ -139,7 +139,7 @@ def bloom(config: Config) -> Fields:
         sizes(config, hidden, config.integer("n_head", "num_attention_heads"))
         | BIASED
         | {
-            "num_hidden_layers": config.integer("n_layer", "num_hidden_layers"),
+            "num_hidden_layers": config.blocks("n_layer", "num_hidden_layers"),
             "intermediate_size": 4 * hidden,
             "max_position_embeddings": config.get("seq_length", 2048),
             "tie_word_embeddings": config.flag("tie_word_embeddings", True),
@@ -170,7 +170,7 @@ def falcon(config: Config) -> Fields:
     else:
         kv = 1 if config.flag("multi_query", True) else heads
     return sizes(config, hidden, heads) | {
-        "num_hidden_layers": config.integer("num_hidden_layers", "n_layer"),
+        "num_hidden_layers": config.blocks("num_hidden_layers", "n_layer"),
         "num_key_value_heads": kv,
         "head_dim": hidden // heads,
         "intermediate_size": config.get("ffn_hidden_size", 4 * hidden),

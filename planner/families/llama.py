@@ -28,7 +28,7 @@ def ministral(config: Config) -> Fields:
 def qwen_windows(config: Config) -> Fields:
     """Windows of the Qwen family: switched off unless it says otherwise, then from some block on."""
     window = config.get("sliding_window", 4096) if config.flag("use_sliding_window") else None
-    first = config.get("max_window_layers", 28)
+    first = config.integer("max_window_layers", default=28, least=0)
     return windows(config, lambda block: block >= first, window)
 
 

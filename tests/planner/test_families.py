@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,27 @@ def test_what_is_not_modelled_is_refused_by_its_key(case: str) -> None:
     with pytest.raises(InputError, match=r"config\.json") as caught:
         model_from_config(LLAMA | changed, "config.json")
     assert named in str(caught.value)
+
+
+JUNK: list[Any] = ["x", -1, 0, 1.5, 10**30, 10**9, True, None, [], {}, [1], ["x"], [[1]], [None], {"a": 1}]
+JUNK += [float("nan"), float("inf"), "7", [["full_attention"]], [True] * 9, "gated-x-y", "M" * 20_000]
+
+
+def test_no_value_of_any_key_makes_more_than_an_error() -> None:
+    """Each key of each small configuration, and those that it leaves out, with what it cannot be."""
+    draw, keys = random.Random(5), sorted({key for row in SMALL for key in row["config"]} - {"model_type"})
+    longest = 0
+    for row in SMALL:
+        for key in keys:
+            config = row["config"] | {key: draw.choice(JUNK)}
+            try:
+                model = model_from_config(config, "config.json")
+            except InputError as error:
+                longest = max(longest, len(str(error)))
+                continue
+            assert model.num_parameters >= model.num_active_parameters > 0
+            assert model.flops_per_token(128) > 0
+    assert 0 < longest < 700
 
 
 def test_weights_published_in_eight_bits_are_read_as_a_shape() -> None:

@@ -62,6 +62,8 @@ class Compute:
         reach = {name: figure.value for name, figure in gpu.achievable.items()}
         self.peak = gpu.peak_flops.get(job.recipe.unit, gpu.peak_flops["fp32"])
         self.products = self.peak * reach["matmul"] * reach["sustained"]
+        half = gpu.peak_flops.get("bf16", gpu.peak_flops.get("fp16", self.peak))
+        self.half_products = half * reach["matmul"] * reach["sustained"]
         self.unaligned = gpu.peak_flops["fp32"] * reach["matmul"]
         self.bandwidth = gpu.hbm_bytes_per_s * reach["memory"]
         self.kernels = self.bandwidth * reach["kernels"]

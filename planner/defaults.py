@@ -8,6 +8,7 @@ from typing import Any
 
 from planner.catalog import step_time
 from planner.errors import InputError
+from planner.optimizers import OPTIMIZERS, shardings_of
 from planner.specs import ClusterSpec, ModelSpec, Profile, TrainingSpec
 from planner.stacks import STACKS, stack_named
 from planner.stacks.base import WIDTHS, Recipe, Stack
@@ -222,6 +223,8 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
             raise InputError(f"gradient_dtype=fp32 in {stack.name} takes precision=bf16")
         recipe = replace(recipe, gradient=4 + recipe.compute)
     stack = replace(stack, shardings=stack.takes(stack.shardings, recipe))
+    shardings = shardings_of(stack, training.optimizer, model, cluster.num_gpus, options)
+    stack = replace(stack, shardings=shardings)
 
     given_fields = training.model_dump(exclude_none=True)
     if "seq_length" not in given_fields:
@@ -240,6 +243,8 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     notes.append(", ".join(f"{name} {value}" for name, value in shown.items()))
     if precision in stack.notes:
         notes.append(stack.notes[precision])
+    if note := OPTIMIZERS[training.optimizer].note:
+        notes.append(note)
     notes.append("MFU counts attention in full, as if it were not causal")
     low, high, tie = (step_time(name).value for name in ("least", "most", "tie"))
     notes.append(

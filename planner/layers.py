@@ -7,9 +7,13 @@ listed in :mod:`planner.weights`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from math import prod
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from planner.optimizers import in_backward, optimizer_named, tensor_of
 from planner.specs import ModelSpec, TrainingSpec
 from planner.stacks.base import (
     ALWAYS,
@@ -37,8 +41,6 @@ STEPS = {
 """The steps of a layer's backward, in order: of a block the down product, the activation function, the
 up (and gate) products, the second norm, the attention output product, the attention core, the query, key
 and value products, the first norm. A block with parallel residuals runs the same steps."""
-MOMENTS = {"adamw": 2, "adam": 2, "momentum": 1, "sgd": 0}
-"""Optimizer states per parameter, besides a master copy."""
 
 
 def features(model: ModelSpec, training: TrainingSpec, stack: Stack) -> frozenset[str]:
@@ -95,6 +97,7 @@ class Builder:
         batch: Quantity = 1,
         tensor_parallel: Quantity = 1,
         pipeline_parallel: Quantity = 1,
+        data_shards: Quantity = 1,
     ) -> None:
         self.model, self.training, self.stack, self.recipe = model, training, stack, recipe
         multiple = stack.vocabulary_multiple * tensor_parallel
@@ -117,14 +120,28 @@ class Builder:
         self.width = {COMPUTE: recipe.compute, GRADIENT: stack.autograd_bytes(recipe), FP32: 4.0, BYTE: 1.0}
         self.width[INT64] = 8.0
         self.features = features(model, training, stack)
+        self.optimizer, self.shards = optimizer_named(training.optimizer), data_shards
+        self.in_backward = in_backward(training.optimizer, training.options)
 
     def states(self, weight: Weight) -> Iterator[Term]:
         """Parameter, gradient and optimizer states of one weight."""
         recipe = self.recipe
         yield Term(weight.name, Role.PARAMETER, weight.dims, recipe.weight)
-        yield Term(weight.name, Role.GRADIENT, weight.dims, recipe.gradient, steps=(weight.step,))
-        states = recipe.master + recipe.moment * MOMENTS[self.training.optimizer]
-        yield Term(weight.name, Role.OPTIMIZER, weight.dims, states)
+        if not self.in_backward:
+            yield Term(weight.name, Role.GRADIENT, weight.dims, recipe.gradient, steps=(weight.step,))
+        states = self.optimizer.per_element(tensor_of(weight, self.model), recipe, self.shards)
+        yield Term(weight.name, Role.OPTIMIZER, weight.dims, recipe.master + states)
+
+    def passing_gradients(self, weights: Sequence[Weight]) -> Iterator[Term]:
+        """Where each is used and freed as it arises: the largest gradient of every step."""
+        if not self.in_backward:
+            return
+        for step in dict.fromkeys(weight.step for weight in weights):
+            largest = max(
+                ({name: n for name, n in w.dims.items() if name != "pair"} for w in weights if w.step == step),
+                key=lambda dims: float(np.max(prod(dims.values()))),
+            )
+            yield Term("gradient, until its update", Role.TRANSIENT, largest, self.recipe.gradient, steps=(step,))
 
     def product(self, name: str, dims: dict[str, Quantity], kept_by: tuple[str, ...]) -> Term:
         """FLOPs of a matrix product with every token: 2 forward, 4 backward."""
@@ -150,8 +167,9 @@ class Builder:
 
     def block(self) -> Layer:
         """One transformer block."""
-        terms: list[Term] = []
-        for weight in block_weights(self.model, self.model.blocks[0]):
+        weights = list(block_weights(self.model, self.model.blocks[0]))
+        terms: list[Term] = [*self.passing_gradients(weights)]
+        for weight in weights:
             terms += self.states(weight)
             if weight.matrix:
                 kept = self.stack.rerun.get(weight.name, UNTIL_FULL)
@@ -167,14 +185,15 @@ class Builder:
 
     def embedding(self) -> Layer:
         """Word and position embedding."""
-        terms = [t for w in embedding_weights(self.model, self.vocab) for t in self.states(w)]
+        weights = list(embedding_weights(self.model, self.vocab))
+        terms = [*self.passing_gradients(weights), *(t for w in weights for t in self.states(w))]
         terms += self.rows(self.stack.rows["embedding"])
         return Layer("embedding", (*terms, self.regions(1)), steps=STEPS["embedding"])
 
     def head(self) -> Layer:
         """Final norm, head and loss."""
-        weights = head_weights(self.model, self.vocab, self.copies)
-        terms = [t for w in weights for t in self.states(w)]
+        weights = list(head_weights(self.model, self.vocab, self.copies))
+        terms = [*self.passing_gradients(weights), *(t for w in weights for t in self.states(w))]
         dims = {"vocab": self.vocab, "hidden": self.model.hidden_size}
         terms.append(self.product("head weight", dims, ALWAYS))
         terms += self.rows(self.stack.rows["head"])

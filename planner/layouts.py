@@ -18,6 +18,7 @@ from planner.defaults import Job
 from planner.errors import InputError
 from planner.layers import Builder
 from planner.network import Network, group
+from planner.optimizers import in_backward
 from planner.stacks import STACKS
 from planner.stacks.base import Stack
 from strategies.base import Layer
@@ -173,7 +174,7 @@ def enumerate_layouts(job: Job, choices: Choices = Choices()) -> Space:
     space = Space()
     layers = Builder(job.model, job.training, job.stack, job.recipe).layers()
     depth, batch = job.model.num_hidden_layers, job.global_batch_size
-    gpus = job.cluster.num_gpus
+    gpus, within = job.cluster.num_gpus, in_backward(job.training.optimizer, job.training.options)
     rows: dict[tuple[str, bool, bool, str], list[tuple[int, ...]]] = defaultdict(list)
     for tensor in _tensor_degrees(job, choices, layers, space):
         sequence_parallel = tensor > 1 and choices.sequence_parallel
@@ -197,6 +198,9 @@ def enumerate_layouts(job: Job, choices: Choices = Choices()) -> Space:
                 ] += 1
             for micro in sizes:
                 accum = batch // data // micro
+                if accum > 1 and within:
+                    space.refused["optimizer step within the backward: grad_accum is more than 1"] += 1
+                    continue
                 for schedule, chunks in schedules:
                     if refusal := _schedule_refusal(job, choices, schedule, pipeline, accum):
                         space.refused[refusal] += 1
@@ -288,6 +292,11 @@ def _layout_problems(job: Job, layout: Layout) -> Iterator[str]:
         yield (
             f"data_parallel={data} x micro_batch_size={layout.micro_batch_size} x grad_accum="
             f"{layout.grad_accum} is not global_batch_size={batch}: use grad_accum {batch // once}"
+        )
+    if layout.grad_accum > 1 and in_backward(job.training.optimizer, job.training.options):
+        yield (
+            f"grad_accum={layout.grad_accum}: an optimizer step within the backward takes one micro-batch: "
+            f"use micro_batch_size {batch // data}"
         )
     if layout.sharding == "fsdp" and data % layout.data_shards:
         fits = ", ".join(map(str, divisors(data)))

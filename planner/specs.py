@@ -236,14 +236,14 @@ class TrainingSpec(BaseModel):
 
     seq_length: int | None = Field(None, ge=1, le=100_000_000)
     global_batch_size: int | None = Field(None, ge=1, le=100_000_000)
-    precision: Literal["bf16", "fp16", "fp32", "pure-bf16"] | None = None
-    optimizer: Literal["adamw", "adam", "momentum", "sgd"] = "adamw"
+    precision: str | None = Field(None, max_length=100)
+    optimizer: str = Field("adamw", max_length=100)
     framework: str = "megatron"
     attention: Literal["flash", "sdpa", "eager", "flash1"] | None = None
     swiglu: Literal["fused", "unfused", "recomputed"] | None = None
     dropout: float | None = Field(None, ge=0, lt=1)
     gradient_dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    optimizer_dtype: Literal["fp32", "bf16"] | None = None
+    optimizer_dtype: Literal["fp32", "bf16", "fp16", "fp8"] | None = None
     master_weights: bool | None = None
     tokens: float | None = Field(None, gt=0, le=1e18)
     options: dict[str, str] = Field(default_factory=dict, max_length=50)

@@ -244,7 +244,8 @@ HF = Stack(
         "attention": ("sdpa", "flash", "eager"),
         "loss": ("eager", "fused", "chunked"),
         "compile": ("off", "on"),
-        "optimizer_step": ("fused", "foreach"),
+        # in_backward: register_post_accumulate_grad_hook, as torchtune's optimizer_in_bwd
+        "optimizer_step": ("fused", "foreach", "in_backward"),
         "gradient_view": ("off", "on"),
     },
     launches=(48, 87),  # under autocast (tests/data/traced_traffic.json)

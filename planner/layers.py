@@ -45,7 +45,7 @@ and value products, the first norm. A block with parallel residuals runs the sam
 
 def features(model: ModelSpec, training: TrainingSpec, stack: Stack) -> frozenset[str]:
     """The words that rows of a stack are selected by."""
-    words = set(stack.words) | {
+    words = {*stack.words, *stack.precision_words} | {
         model.norm,
         model.model_type,
         f"act:{model.hidden_act}",
@@ -56,7 +56,7 @@ def features(model: ModelSpec, training: TrainingSpec, stack: Stack) -> frozense
     attention_dropout = model.attention_dropout if training.dropout is None else training.dropout
     chosen = {
         "autocast": training.precision in stack.autocast,
-        "fp32": training.precision == "fp32",
+        "fp32": training.precision in ("fp32", "tf32"),
         "qk_norm": model.qk_norm,
         "gated": model.gated_mlp,
         "biases": model.mlp_bias,
@@ -138,10 +138,16 @@ class Builder:
             return
         for step in dict.fromkeys(weight.step for weight in weights):
             largest = max(
-                ({name: n for name, n in w.dims.items() if name != "pair"} for w in weights if w.step == step),
+                (
+                    {name: n for name, n in w.dims.items() if name != "pair"}
+                    for w in weights
+                    if w.step == step
+                ),
                 key=lambda dims: float(np.max(prod(dims.values()))),
             )
-            yield Term("gradient, until its update", Role.TRANSIENT, largest, self.recipe.gradient, steps=(step,))
+            yield Term(
+                "gradient, until its update", Role.TRANSIENT, largest, self.recipe.gradient, steps=(step,)
+            )
 
     def product(self, name: str, dims: dict[str, Quantity], kept_by: tuple[str, ...]) -> Term:
         """FLOPs of a matrix product with every token: 2 forward, 4 backward."""

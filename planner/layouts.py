@@ -198,8 +198,10 @@ def enumerate_layouts(job: Job, choices: Choices = Choices()) -> Space:
                 ] += 1
             for micro in sizes:
                 accum = batch // data // micro
-                if accum > 1 and within:
-                    space.refused["optimizer step within the backward: grad_accum is more than 1"] += 1
+                if within and (accum > 1 or data > 1):
+                    space.refused[
+                        "optimizer step within the backward: several micro-batches or replicas"
+                    ] += 1
                     continue
                 for schedule, chunks in schedules:
                     if refusal := _schedule_refusal(job, choices, schedule, pipeline, accum):
@@ -293,10 +295,11 @@ def _layout_problems(job: Job, layout: Layout) -> Iterator[str]:
             f"data_parallel={data} x micro_batch_size={layout.micro_batch_size} x grad_accum="
             f"{layout.grad_accum} is not global_batch_size={batch}: use grad_accum {batch // once}"
         )
-    if layout.grad_accum > 1 and in_backward(job.training.optimizer, job.training.options):
+    if layout.grad_accum * data > 1 and in_backward(job.training.optimizer, job.training.options):
         yield (
-            f"grad_accum={layout.grad_accum}: an optimizer step within the backward takes one micro-batch: "
-            f"use micro_batch_size {batch // data}"
+            f"grad_accum={layout.grad_accum}, data_parallel={data}: an optimizer step within the backward "
+            f"takes one micro-batch of one replica: use 1 GPU and micro_batch_size {batch}, or "
+            "optimizer_step=fused"
         )
     if layout.sharding == "fsdp" and data % layout.data_shards:
         fits = ", ".join(map(str, divisors(data)))

@@ -16,7 +16,8 @@ import numpy as np
 
 from planner.errors import InputError, nearest_names
 from planner.model import ModelSpec
-from planner.stacks.base import Recipe, Stack
+from planner.specs import TrainingSpec
+from planner.stacks.base import WIDTHS, Recipe, Stack
 from planner.weights import Weight, block_weights, embedding_weights, head_weights
 from strategies.base import Quantity
 
@@ -64,7 +65,7 @@ def whole_precision(count: int) -> PER_ELEMENT:
 def blockwise(count: int) -> PER_ELEMENT:
     """A byte for each of ``count`` moments and an fp32 maximum a block; small tensors in fp32.
 
-    Dettmers et al. 2021, arXiv:2110.02861, section 2; bitsandbytes 0.50.2, optim/optimizer.py, ``init_state``.
+    Dettmers et al. 2021, arXiv:2110.02861, section 2; bitsandbytes 0.50.2, optim/optimizer.py.
     The tables of quantised values, 1 KiB each, are shared by all tensors.
     """
 
@@ -111,8 +112,8 @@ def factored_fp32(tensor: Tensor, recipe: Recipe, shards: Quantity) -> Quantity:
 def muon_state(tensor: Tensor, recipe: Recipe, shards: Quantity) -> Quantity:
     """A momentum of a block's matrices, AdamW's two moments of embedding, head, norms and biases.
 
-    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv:2502.16982, section 2;
-    torch.optim.Muon, ``_init_group``.
+    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv:2502.16982,
+    section 2; torch.optim.Muon, ``_init_group``.
     """
     return recipe.moment * (1 if tensor.hidden else 2)
 
@@ -139,10 +140,11 @@ def newton_schulz_flops(tensor: Tensor) -> Quantity:
 def newton_schulz_room(tensors: Sequence[Tensor], recipe: Recipe) -> float:
     """Bytes while the largest matrix is orthogonalised, one at a time.
 
-    The update in the weights' type (Nesterov's), the bf16 matrix before and after an iteration, and two of m x
-    m; where the weights are in bf16 too the update is the first of the matrices, and is kept.
+    The update in the weights' type (Nesterov's), the bf16 matrix before and after an iteration, and two of
+    m x m; where the weights are in bf16 too the update is the first of the matrices, and is kept.
     """
-    return max((recipe.weight + 4) * t.elements + 4 * min(t.shape) ** 2 for t in tensors if t.hidden)
+    sizes = ((recipe.weight + 4) * t.elements + 4 * min(t.shape) ** 2 for t in tensors if t.hidden)
+    return float(max(sizes))
 
 
 def factored_room(tensors: Sequence[Tensor], recipe: Recipe) -> float:
@@ -177,6 +179,7 @@ class Optimizer:
     room: Callable[[Sequence[Tensor], Recipe], float] | None = None
     flops: Callable[[Tensor], Quantity] | None = None
     in_backward: bool = True
+    typed: bool = True  # are its moments of the recipe's type?
     needs: str = ""
     note: str = ""
 
@@ -200,37 +203,42 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
     # foreach: the momentum's product 2 and sum 3, the update 3.
     "momentum": Optimizer(moments(1), f"{TORCH}.SGD, _multi_tensor_sgd", None, 8.0),
     "sgd": Optimizer(moments(0), f"{TORCH}.SGD, _multi_tensor_sgd", None, 3.0),
-    "adamw8bit": Optimizer(blockwise(2), BITSANDBYTES, ONE_GPU),
-    "adam8bit": Optimizer(blockwise(2), BITSANDBYTES, ONE_GPU),
-    "paged-adamw8bit": Optimizer(blockwise(2), BITSANDBYTES, ONE_GPU, note=PAGED),
-    "paged-adamw": Optimizer(whole_precision(2), BITSANDBYTES, ONE_GPU, note=PAGED),
+    "adamw8bit": Optimizer(blockwise(2), BITSANDBYTES, ONE_GPU, typed=False),
+    "adam8bit": Optimizer(blockwise(2), BITSANDBYTES, ONE_GPU, typed=False),
+    "paged-adamw8bit": Optimizer(blockwise(2), BITSANDBYTES, ONE_GPU, typed=False, note=PAGED),
+    "paged-adamw": Optimizer(whole_precision(2), BITSANDBYTES, ONE_GPU, typed=False, note=PAGED),
     "lion": Optimizer(
         whole_precision(1),
         "Chen et al. 2023, arXiv:2302.06675; bitsandbytes' lion_32bit, DeepSpeed's FusedLion",
         ONE_GPU | {"deepspeed": ("ddp", "zero1", "zero2", "zero3")},
+        typed=False,
     ),
-    "lion8bit": Optimizer(blockwise(1), BITSANDBYTES, ONE_GPU),
-    "torchao-adamw8bit": Optimizer(torchao(8, 256, 1024), "torchao 0.18, optim/adam.py", OWN_PART),
-    "torchao-adamw4bit": Optimizer(torchao(4, 128, 64), "torchao 0.18, optim/adam.py", OWN_PART),
-    "torchao-adamwfp8": Optimizer(torchao(8, 256, 0), "torchao 0.18, optim/adam.py", OWN_PART),
+    "lion8bit": Optimizer(blockwise(1), BITSANDBYTES, ONE_GPU, typed=False),
+    "torchao-adamw8bit": Optimizer(
+        torchao(8, 256, 1024), "torchao 0.18, optim/adam.py", OWN_PART, typed=False
+    ),
+    "torchao-adamw4bit": Optimizer(torchao(4, 128, 64), "torchao 0.18, optim/adam.py", OWN_PART, typed=False),
+    "torchao-adamwfp8": Optimizer(torchao(8, 256, 0), "torchao 0.18, optim/adam.py", OWN_PART, typed=False),
     "adafactor": Optimizer(
         factored,
         "Shazeer and Stern 2018, arXiv:1804.04235; torch.optim.Adafactor, not transformers' (fp32 factors)",
         ONE_GPU,
-        # Norms of rows and columns 2, the estimate 1 + 2, clamp and root 4, the product 3, norms 2, the update 3.
+        # Norms of rows and columns 2, the estimate 3, clamp and root 4, the product 3, norms 2, the update 3.
         accesses=lambda recipe: 17 * recipe.weight,
         room=factored_room,
         in_backward=False,
+        typed=False,
         needs="factors of rows and columns are of whole matrices",
     ),
     "transformers-adafactor": Optimizer(
         factored_fp32,
         "Shazeer and Stern 2018, arXiv:1804.04235; transformers 5.23, optimization.py, Adafactor",
         ONE_GPU,
-        # The square and its sum 5, means 2, the estimate 3, the product 3, norms 2, scaled 4, negated 2, added 3.
+        # Square and sum 5, means 2, the estimate 3, the product 3, norms 2, scaled 4, negated 2, added 3.
         accesses=lambda recipe: 24 * 4.0,
         room=factored_fp32_room,
         in_backward=False,
+        typed=False,
         needs="factors of rows and columns are of whole matrices",
     ),
     "muon": Optimizer(
@@ -242,10 +250,12 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
         room=newton_schulz_room,
         flops=newton_schulz_flops,
         in_backward=False,
-        needs="Newton-Schulz iterations take whole matrices, which sharded frameworks gather in their own ways",
+        needs="Newton-Schulz iterations take whole matrices, which are gathered in many ways",
     ),
     "lomo": Optimizer(
-        moments(0), "Lv et al. 2023, arXiv:2306.09782: SGD within the backward, without a norm to clip", ONE_GPU
+        moments(0),
+        "Lv et al. 2023, arXiv:2306.09782: SGD within the backward, without a norm to clip",
+        ONE_GPU,
     ),
 }
 
@@ -266,7 +276,9 @@ def optimizer_named(name: str) -> Optimizer:
     1.0
     """
     if name in REFUSED:
-        raise InputError(f"optimizer={name} is not planned: {REFUSED[name]}; use {' or '.join(('adamw', 'muon'))}")
+        raise InputError(
+            f"optimizer={name} is not planned: {REFUSED[name]}; use {' or '.join(('adamw', 'muon'))}"
+        )
     if name not in OPTIMIZERS:
         raise InputError(f"optimizer={name[:40]!r} is not known: {nearest_names(name, OPTIMIZERS)}")
     return OPTIMIZERS[name]
@@ -326,9 +338,36 @@ def step_flops(name: str, model: ModelSpec) -> float:
     )
 
 
-def shardings_of(
-    stack: Stack, name: str, model: ModelSpec, num_gpus: int, options: Mapping[str, str]
-) -> dict[str, bool]:
+def unscaled(recipe: Recipe) -> float:
+    """Bytes per parameter of 8-bit moments in fp32, of all parameters at once, while they are updated.
+
+    Transformer Engine, pytorch/optimizers/fused_adam.py, ``step``: ``unscaled_lists``.
+    """
+    return 2 * 4.0 * (recipe.moment == 1)
+
+
+def check_states(stack: Stack, training: TrainingSpec, recipe: Recipe) -> None:
+    """Raises InputError for types of gradients, moments and master copies that do not go together."""
+    gradient, moment, name = training.gradient_dtype, training.optimizer_dtype, training.optimizer
+    if gradient and stack.gradients_as_weights and WIDTHS[gradient] != recipe.weight:
+        raise InputError(
+            f"gradient_dtype={gradient}: under {stack.name} gradients are of the weights' type, of "
+            f"{recipe.weight:g} bytes: leave it out, or choose precision pure-bf16 or fp32"
+        )
+    if moment and moment not in stack.moment_types:
+        allowed = " or ".join(stack.moment_types)
+        raise InputError(f"optimizer_dtype={moment} is not planned under {stack.name}: use {allowed}")
+    if moment and not optimizer_named(name).typed:
+        raise InputError(f"optimizer_dtype={moment}: {name} has moments of its own type: leave it out")
+    if moment == "fp8" and name not in ("adam", "adamw"):
+        raise InputError(f"optimizer_dtype=fp8 is Adam's, not {name}'s: use optimizer adamw")
+    if moment == "fp8" and recipe.compute == 4:
+        raise InputError("optimizer_dtype=fp8 belongs to weights in half precision: use precision bf16")
+    if training.precision == "bf16-kahan" and training.master_weights is not None:
+        raise InputError("precision=bf16-kahan has a compensation in place of master weights: leave them out")
+
+
+def shardings_of(stack: Stack, name: str, model: ModelSpec, options: Mapping[str, str]) -> dict[str, bool]:
     """The shardings of a stack that an optimizer is planned in. Raises InputError where there are none."""
     optimizer = optimizer_named(name)
     shardings = dict(stack.shardings)
@@ -345,12 +384,6 @@ def shardings_of(
     step = options.get("optimizer_step")
     if step == FOREACH and not optimizer.foreach:
         raise InputError(f"optimizer={name} has no foreach step: use optimizer_step=fused, or adamw")
-    if in_backward(name, options):
-        if num_gpus > 1:
-            raise InputError(
-                "an optimizer step within the backward is planned on one GPU, where no gradient waits for a "
-                f"reduction: use 1 GPU of the {num_gpus}, or optimizer_step=fused"
-            )
-        if not optimizer.in_backward:
-            raise InputError(f"optimizer={name} is not planned within the backward: use optimizer_step=fused")
+    if in_backward(name, options) and not optimizer.in_backward:
+        raise InputError(f"optimizer={name} is not planned within the backward: use optimizer_step=fused")
     return shardings

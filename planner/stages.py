@@ -30,7 +30,7 @@ from planner.compute import Compute
 from planner.defaults import Job
 from planner.layer_price import LayerPrice, StepPrice, highest, role_sum, working_set
 from planner.layers import Builder
-from planner.optimizers import FOREACH, moved, step_flops, tensors_of
+from planner.optimizers import FOREACH, moved, step_flops, tensors_of, unscaled
 from planner.overheads import tensor_capacity
 from planner.residence import Residence, residence_of
 from planner.spans import SPANS_OF
@@ -247,7 +247,7 @@ class Prices:
         recipe = self.job.recipe
         foreach = self.optimizer.foreach_room * (self.job.training.options.get("optimizer_step") == FOREACH)
         beside = (recipe.gradient if self.resident.engine else 4) * self.flat_copies
-        unit = 4 * self.copied + max(beside, recipe.moment * foreach)
+        unit = 4 * self.copied + max(beside, recipe.moment * foreach) + unscaled(recipe)
         if not unit:
             return 0.0
         one = [Term(t.name, t.role, t.dims, unit) for t in layer.by_role[Role.OPTIMIZER]]

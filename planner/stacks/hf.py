@@ -233,10 +233,14 @@ HF = Stack(
         # accelerate keeps fp32 weights under mixed precision; pure-bf16 is a model loaded in bf16.
         "bf16": Recipe(4, 4, 0, 4),
         "fp16": Recipe(4, 4, 0, 4, unit="fp16"),
-        "fp32": Recipe(4, 4, 0, 4, compute=4, unit="tf32"),
+        "fp32": Recipe(4, 4, 0, 4, compute=4, unit="fp32"),
+        "tf32": Recipe(4, 4, 0, 4, compute=4, unit="tf32"),
         "pure-bf16": Recipe(2, 2, 0, 2),
+        # What rounding lost of each weight is kept in bf16: optimi's kahan_sum, in place of a master copy.
+        "bf16-kahan": Recipe(2, 2, 2, 2),
     },
     autocast=("bf16", "fp16"),
+    gradients_as_weights=True,
     shardings={"ddp": False},
     sharding_notes={"ddp": "DistributedDataParallel"},
     schedules=("1f1b",),

@@ -34,8 +34,9 @@ REFUSED: Mapping[str, str] = {
 """Precisions that are known by name but not planned, and what to use."""
 
 EIGHT_BITS = (
-    "8-bit products: those of the blocks run at the FP8 peak, head and attention at bf16's; MFU is of the FP8 "
-    "peak; step times are less sure: 19 published runs took 0.68 to 1.98 times as long (docs/precision.md)"
+    "8-bit products: those of the blocks run at the FP8 peak, head and attention at bf16's; MFU is of "
+    "the FP8 peak; step times are less sure: 19 published runs took 0.68 to 1.98 times as long "
+    "(docs/precision.md)"
 )
 """What to know of a plan in 8 bits."""
 

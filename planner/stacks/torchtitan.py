@@ -160,8 +160,8 @@ TRAFFIC = traffic.always_rerun(
 )
 
 # Casts of a product's operands: read for the maximum, read again, written in a byte; of inputs and weights
-# once forward and once backward, of outputs' gradients once (torchao, float8/float8_linear.py). All products of
-# an input share a cast.
+# once forward and once backward, of outputs' gradients once (torchao, float8/float8_linear.py). All products
+# of an input share a cast.
 FP8_TRAFFIC = tuple(
     traffic.row(f"casts to fp8: {name}", dims, 2.5 * count, f"fp8 {when}".strip())
     for name, dims, count, when in (

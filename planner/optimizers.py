@@ -329,13 +329,12 @@ def step_flops(name: str, model: ModelSpec) -> float:
     flops = optimizer_named(name).flops
     if flops is None:
         return 0.0
-    return float(
-        sum(
-            count * weight.dims.get("pair", 1) * flops(tensor_of(weight, model))
-            for block, count in model.runs
-            for weight in block_weights(model, block)
-        )
-    )
+    total = 0.0
+    for block, count in model.runs:
+        for weight in block_weights(model, block):
+            tensor = tensor_of(weight, model)  # of which the weight is a part, or there are two
+            total += count * prod(weight.dims.values()) / tensor.elements * flops(tensor)
+    return total
 
 
 def unscaled(recipe: Recipe) -> float:

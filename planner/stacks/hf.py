@@ -240,7 +240,6 @@ HF = Stack(
         "bf16-kahan": Recipe(2, 2, 2, 2),
     },
     autocast=("bf16", "fp16"),
-    gradients_as_weights=True,
     shardings={"ddp": False},
     sharding_notes={"ddp": "DistributedDataParallel"},
     schedules=("1f1b",),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from planner.optimizers import in_backward, optimizer_named, tensor_of
+from planner.optimizers import in_backward, optimizer_named, resident, tensor_of
 from planner.specs import ModelSpec, TrainingSpec
 from planner.stacks.base import (
     ALWAYS,
@@ -129,7 +129,7 @@ class Builder:
         yield Term(weight.name, Role.PARAMETER, weight.dims, recipe.weight)
         if not self.in_backward:
             yield Term(weight.name, Role.GRADIENT, weight.dims, recipe.gradient, steps=(weight.step,))
-        states = self.optimizer.per_element(tensor_of(weight, self.model), recipe, self.shards)
+        states = resident(self.optimizer, tensor_of(weight, self.model), recipe, self.shards)
         yield Term(weight.name, Role.OPTIMIZER, weight.dims, recipe.master + states)
 
     def passing_gradients(self, weights: Sequence[Weight]) -> Iterator[Term]:

@@ -179,6 +179,7 @@ class Optimizer:
     room: Callable[[Sequence[Tensor], Recipe], float] | None = None
     flops: Callable[[Tensor], Quantity] | None = None
     in_backward: bool = True
+    paged: float = 0.0  # bytes per parameter of states that may be evicted to the host
     typed: bool = True  # are its moments of the recipe's type?
     needs: str = ""
     note: str = ""
@@ -188,9 +189,11 @@ ONE_GPU = {"hf": ("ddp",)}
 TORCH = "torch.optim"
 BITSANDBYTES = "bitsandbytes 0.50.2, optim/optimizer.py"
 OWN_PART = {"hf": ("ddp",), "fsdp": ("fsdp",)}
+LEAST_PAGED = 1e5
+"""Elements from which bitsandbytes pages a tensor's states (optim/optimizer.py, ``get_state_buffer``)."""
 PAGED = (
-    "paged optimizer states are counted on the GPU, where they are as long as they fit; they lie in managed "
-    "memory, outside PyTorch's allocator, and may be evicted to the host"
+    "paged optimizer states are left out of the GPU's memory: they lie in managed memory, outside PyTorch's "
+    "allocator, on the GPU where there is room, else on the host; fetching them from there is not timed"
 )
 
 ADAM_FOREACH = 20
@@ -205,8 +208,10 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
     "sgd": Optimizer(moments(0), f"{TORCH}.SGD, _multi_tensor_sgd", None, 3.0),
     "adamw8bit": Optimizer(blockwise(2), BITSANDBYTES, ONE_GPU, typed=False),
     "adam8bit": Optimizer(blockwise(2), BITSANDBYTES, ONE_GPU, typed=False),
-    "paged-adamw8bit": Optimizer(blockwise(2), BITSANDBYTES, ONE_GPU, typed=False, note=PAGED),
-    "paged-adamw": Optimizer(whole_precision(2), BITSANDBYTES, ONE_GPU, typed=False, note=PAGED),
+    "paged-adamw8bit": Optimizer(
+        blockwise(2), BITSANDBYTES, ONE_GPU, paged=2 * (1 + 4 / BLOCK), typed=False, note=PAGED
+    ),
+    "paged-adamw": Optimizer(whole_precision(2), BITSANDBYTES, ONE_GPU, paged=8.0, typed=False, note=PAGED),
     "lion": Optimizer(
         whole_precision(1),
         "Chen et al. 2023, arXiv:2302.06675; bitsandbytes' lion_32bit, DeepSpeed's FusedLion",
@@ -301,6 +306,12 @@ def tensor_of(weight: Weight, model: ModelSpec) -> Tensor:
     return Tensor(shape, weight.matrix and len(shape) == 2)
 
 
+def resident(optimizer: Optimizer, tensor: Tensor, recipe: Recipe, shards: Quantity) -> Quantity:
+    """Bytes of state per element of a tensor that the GPU must hold: all, but for what may be evicted."""
+    states = optimizer.per_element(tensor, recipe, shards)
+    return np.where(tensor.elements < LEAST_PAGED, states, 0.0) if optimizer.paged else states
+
+
 def tensors_of(model: ModelSpec) -> list[Tensor]:
     """Tensors in the order of the model, one of each kind of block."""
     weights: list[Weight] = [*embedding_weights(model, model.vocab_size)]
@@ -321,7 +332,7 @@ def moved(optimizer: Optimizer, recipe: Recipe, step: str | None, states: Quanti
         return optimizer.foreach * recipe.moment
     if optimizer.accesses:
         return optimizer.accesses(recipe)
-    return 2 * states + recipe.gradient + recipe.weight
+    return 2 * (states + optimizer.paged) + recipe.gradient + recipe.weight
 
 
 def step_flops(name: str, model: ModelSpec) -> float:

@@ -61,6 +61,20 @@ FP8_WEIGHTS = (
     *_fp8_copies("down weight", "ffn hidden", 1),
 )
 
+# Gradients are cast for both products of the backward.
+FP8_GRADIENTS = tuple(
+    Row(f"{name}{beside}", dims, count, BYTE, when=f"{word} {when}", role=TRANSIENT, steps=step)
+    for name, dims, count, step, when in (
+        ("gradient of the block's output in fp8", H, 1, "down", ""),
+        ("gradients of gate and up in fp8", F, 2, "up", "gated"),
+        ("gradient of up in fp8", F, 1, "up", "!gated"),
+        ("gradient of the attention product's output in fp8", H, 1, "out", ""),
+        ("gradient of the query in fp8", AD, 1, "qkv", ""),
+        ("gradients of key and value in fp8", KD, 2, "qkv", ""),
+    )
+    for word, beside in (("fp8", ""), ("fp8_transposed", ", transposed"))
+)
+
 BLOCK = (
     Row("block input", H, 1, COMPUTE, ALWAYS, steps="norm1"),
     Row("norm statistics", "batch seq residual:1", 2, FP32, UNTIL_FULL, "rmsnorm", steps="norm1 norm2"),
@@ -100,13 +114,7 @@ BLOCK = (
     Row("scales of the norms' outputs in fp8", H, 2 / 32, BYTE, UNTIL_FULL, "fp8_scales", steps="qkv up"),
     Row("scales of the second product's input", F, 1 / 32, BYTE, UNTIL_FULL, "fp8_scales", steps="down"),
     *FP8_WEIGHTS,
-    # Gradients are cast for both products of the backward.
-    Row("gradient of an output in fp8", H, 2, BYTE, when="fp8", role=TRANSIENT, steps="down"),
-    Row("gradient of an output in fp8, transposed", H, 2, BYTE, when="fp8", role=TRANSIENT, steps="out"),
-    Row("gradients of gate and up in fp8", F, 4, BYTE, when="fp8 gated", role=TRANSIENT, steps="up"),
-    Row("gradient of up in fp8", F, 2, BYTE, when="fp8 !gated", role=TRANSIENT, steps="up"),
-    Row("gradient of the query in fp8", AD, 2, BYTE, when="fp8", role=TRANSIENT, steps="qkv"),
-    Row("gradients of key and value in fp8", KD, 4, BYTE, when="fp8", role=TRANSIENT, steps="qkv"),
+    *FP8_GRADIENTS,
     Row("gradient of the block's output", H, 8, role=TRANSIENT, steps="down act up norm2 out core qkv norm1"),
     Row("gradient of the second product's input", F, 2, role=TRANSIENT, steps="down act"),
     Row("gradients of gate and up", F, 4, when="gated", role=TRANSIENT, steps="act up"),

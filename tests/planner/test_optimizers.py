@@ -47,6 +47,19 @@ def total(prices: Prices, what: str) -> float:
     return ends + prices.job.model.num_hidden_layers * float(of(prices.plain))
 
 
+def paged(job: Job) -> float:
+    """Bytes of states that may lie on the host: those of tensors of 100,000 elements or more."""
+    optimizer, model = OPTIMIZERS[job.training.optimizer], job.model
+    if not optimizer.paged:
+        return 0.0
+    sizes = 0.0
+    for layer, count in zip(priced(job).layers, (1, model.num_hidden_layers, 1), strict=True):
+        for term in layer.by_role[Role.OPTIMIZER]:
+            each = float(term.elements) / term.dims.get("pair", 1)
+            sizes += count * float(term.elements) * (2 * (1 + 4 / 256) if each >= 1e5 else 0)
+    return sizes
+
+
 def temporaries(prices: Prices) -> float:
     buffers = [b.size for b in prices.buffers(True, True) if b.span == "optimizer step"]
     return total(prices, "room") + sum(buffers)
@@ -55,7 +68,7 @@ def temporaries(prices: Prices) -> float:
 @pytest.mark.parametrize("row", DATA["rows"], ids=[row["id"] for row in DATA["rows"]])
 def test_states_are_those_of_the_real_optimizer(row: dict[str, Any]) -> None:
     job = job_of(row["model"], step=row["step"], optimizer=row["optimizer"], precision=row["precision"])
-    found = total(priced(job), "states")
+    found = total(priced(job), "states") + paged(job)
     if row["optimizer"].endswith("8bit"):  # to the byte
         assert found == row["state_bytes"]
     else:
@@ -121,6 +134,15 @@ def test_muon_takes_longer_by_its_products() -> None:
     seconds = step_flops("muon", adamw.job.model) / muon.compute.half_products
     assert float(muon.step_seconds) > seconds > 0
     assert float(muon.step_seconds) > float(adamw.step_seconds)
+
+
+def test_paged_states_need_no_room_but_those_of_small_tensors() -> None:
+    job = job_of(optimizer="paged-adamw8bit")
+    norms = (2 * job.model.num_hidden_layers + 1) * job.model.hidden_size
+    assert total(priced(job), "states") == 8 * norms
+    assert any("paged optimizer states are left out" in note for note in job.assumptions)
+    plain = job_of(optimizer="adamw8bit")
+    assert total(priced(job), "moved") == pytest.approx(total(priced(plain), "moved"), rel=1e-3)
 
 
 def test_sgd_in_operations_makes_no_copy_and_adam_one() -> None:

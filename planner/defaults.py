@@ -233,8 +233,11 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     notes.append(", ".join(f"{name} {value}" for name, value in shown.items()))
     if precision in stack.notes:
         notes.append(stack.notes[precision])
-    if note := OPTIMIZERS[training.optimizer].note:
-        notes.append(note)
+    chosen = OPTIMIZERS[training.optimizer]
+    if training.optimizer != "adamw":
+        notes.append(f"optimizer {training.optimizer}: {chosen.source}")
+    if chosen.note:
+        notes.append(chosen.note)
     if recipe.rest:
         notes.append(EIGHT_BITS)
     notes.append("MFU counts attention in full, as if it were not causal")

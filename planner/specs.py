@@ -225,6 +225,7 @@ class Profile(BaseModel):
 class TrainingSpec(BaseModel):
     """How a model is trained. None means: the usual value, which the plan lists as assumed.
 
+    ``precision`` and ``optimizer`` are names of planner/precision.py and planner/optimizers.py.
     ``gradient_dtype``, ``master_weights`` and ``optimizer_dtype`` change the precision's recipe;
     ``tokens`` is what the whole training sees, for its duration. ``options`` are the framework's own
     choices of kernels and buffers (``loss``, ``norm`` ..., each stack's table lists them);

@@ -52,9 +52,10 @@ def precision_of(wanted: str | None, stack: Stack, gpu: Gpu) -> str:
     if wanted in REFUSED:
         raise InputError(f"precision={wanted} is not planned: {REFUSED[wanted]}")
     if wanted not in stack.recipes:
-        known = _known()
+        known, has = _known(), f"{stack.name} has {', '.join(stack.recipes)}"
         if wanted not in known:
-            raise InputError(f"precision={wanted[:40]!r} is not known: {nearest_names(wanted, known)}")
+            near = nearest_names(wanted, known)
+            raise InputError(f"precision={wanted[:40]!r} is not known: {near} {has}")
         raise InputError(
             f"precision={wanted} has no recipe in {stack.name}: use {' or '.join(stack.recipes)}"
         )

@@ -83,6 +83,21 @@ def test_the_steps_temporaries_are_those_of_the_real_optimizer(row: dict[str, An
     assert temporaries(priced(job)) == pytest.approx(row["temporary_bytes"], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "row", [r for r in DATA["rows"] if "peak_bytes" in r], ids=lambda row: str(row["id"])
+)
+def test_the_peak_of_a_whole_step_is_the_traced_one(row: dict[str, Any]) -> None:
+    names = ("optimizer", "precision", "batch")
+    job = job_of(row["model"], step=row["step"], seq_length=row["seq"], **{name: row[name] for name in names})
+    prices = priced(job, micro_batch_size=row["batch"])
+    moments = {
+        name: job.model.num_hidden_layers * rows[0] + fixed + working[0]
+        for name, (rows, fixed, working) in prices.spread().stages[0].moments.items()
+    }
+    assert moments["optimizer step"] == pytest.approx(row["step_bytes"], rel=2e-4)
+    assert max(moments.values()) == pytest.approx(row["peak_bytes"], rel=1e-3)
+
+
 @pytest.mark.parametrize("row", DATA["steps"]["rows"], ids=str)
 def test_a_matrix_takes_the_temporaries_that_it_took(row: dict[str, Any]) -> None:
     width = 4.0 if row["precision"] == "fp32" else 2.0

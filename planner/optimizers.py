@@ -37,10 +37,12 @@ and AdamFp8. torchao's 4-bit Adam has blocks of 128."""
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor of parameters as the modules have it: its lengths, and is it a matrix of a block?"""
+    """One tensor of parameters as the modules have it: its lengths, and is it a matrix of a block, or an
+    embedding's?"""
 
     shape: tuple[Quantity, ...]
     hidden: bool = False
+    embedding: bool = False
 
     @property
     def elements(self) -> Quantity:
@@ -62,17 +64,19 @@ def whole_precision(count: int) -> PER_ELEMENT:
     return lambda tensor, recipe, shards: 4.0 * count
 
 
-def blockwise(count: int) -> PER_ELEMENT:
+def blockwise(count: int, whole_embeddings: bool = False) -> PER_ELEMENT:
     """A byte for each of ``count`` moments and an fp32 maximum a block; small tensors in fp32.
 
     Dettmers et al. 2021, arXiv:2110.02861, section 2; bitsandbytes 0.50.2, optim/optimizer.py.
-    The tables of quantised values, 1 KiB each, are shared by all tensors.
+    The tables of quantised values, 1 KiB each, are shared by all tensors. transformers' Trainer keeps what
+    belongs to embeddings in fp32 too (trainer.py, ``register_module_override``).
     """
 
     def per_element(tensor: Tensor, recipe: Recipe, shards: Quantity) -> Quantity:
         n = tensor.elements
         blocks = np.ceil(n / BLOCK)
-        return np.where(n < LEAST_8BIT, 4.0 * count, count * (1 + 4 * blocks / n))
+        whole = (n < LEAST_8BIT) | (whole_embeddings and tensor.embedding)
+        return np.where(whole, 4.0 * count, count * (1 + 4 * blocks / n))
 
     return per_element
 
@@ -208,6 +212,18 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
     "sgd": Optimizer(moments(0), f"{TORCH}.SGD, _multi_tensor_sgd", None, 3.0),
     "adamw8bit": Optimizer(blockwise(2), BITSANDBYTES, ONE_GPU, typed=False),
     "adam8bit": Optimizer(blockwise(2), BITSANDBYTES, ONE_GPU, typed=False),
+    "trainer-adamw8bit": Optimizer(
+        blockwise(2, whole_embeddings=True),
+        f"{BITSANDBYTES}; transformers 5.23, trainer.py",
+        ONE_GPU,
+        typed=False,
+    ),
+    "trainer-lion8bit": Optimizer(
+        blockwise(1, whole_embeddings=True),
+        f"{BITSANDBYTES}; transformers 5.23, trainer.py",
+        ONE_GPU,
+        typed=False,
+    ),
     "paged-adamw8bit": Optimizer(
         blockwise(2), BITSANDBYTES, ONE_GPU, paged=2 * (1 + 4 / BLOCK), typed=False, note=PAGED
     ),
@@ -289,6 +305,10 @@ def optimizer_named(name: str) -> Optimizer:
     return OPTIMIZERS[name]
 
 
+EMBEDDINGS = ("word embedding", "position embedding")
+"""Weights of look-ups."""
+
+
 def tensor_of(weight: Weight, model: ModelSpec) -> Tensor:
     """The tensor that a weight is, or is a part of: GPT-2, GPT-NeoX and BLOOM keep q, k and v in one.
 
@@ -303,7 +323,7 @@ def tensor_of(weight: Weight, model: ModelSpec) -> Tensor:
     others: tuple[Quantity, ...] = (prod(dims.values()),) if dims else ()
     lengths = (experts, hidden) if experts is not None else (hidden,)
     shape = (*(n for n in lengths if n is not None), *others)
-    return Tensor(shape, weight.matrix and len(shape) == 2)
+    return Tensor(shape, weight.matrix and len(shape) == 2, weight.name in EMBEDDINGS)
 
 
 def resident(optimizer: Optimizer, tensor: Tensor, recipe: Recipe, shards: Quantity) -> Quantity:

@@ -151,6 +151,13 @@ def test_muon_takes_longer_by_its_products() -> None:
     assert float(muon.step_seconds) > float(adamw.step_seconds)
 
 
+@pytest.mark.parametrize(("name", "count"), [("adamw8bit", 2), ("lion8bit", 1)])
+def test_transformers_trainer_keeps_embeddings_states_in_fp32(name: str, count: int) -> None:
+    own, trainers = (total(priced(job_of(optimizer=one)), "states") for one in (name, f"trainer-{name}"))
+    embedding = 128256 * 2048
+    assert trainers - own == pytest.approx(count * (4 - (1 + 4 / 256)) * embedding, rel=1e-12)
+
+
 def test_paged_states_need_no_room_but_those_of_small_tensors() -> None:
     job = job_of(optimizer="paged-adamw8bit")
     norms = (2 * job.model.num_hidden_layers + 1) * job.model.hidden_size

@@ -27,6 +27,9 @@ IN_BACKWARD = "in_backward"
 as its gradient is there, which is then freed (``register_post_accumulate_grad_hook``; torchtune's
 ``optimizer_in_bwd``; LOMO: Lv et al. 2023, arXiv:2306.09782, section 3.1)."""
 
+TEMPORARIES = "temporaries of the optimizer step"
+"""The buffer of a step that goes tensor by tensor."""
+
 LEAST_8BIT = 4096
 """Elements below which a tensor's moments are not quantised (bitsandbytes 0.50.2, optim/optimizer.py,
 ``min_8bit_size``; torchao 0.18, optim/adam.py, ``_new_buffer``)."""

@@ -30,7 +30,7 @@ from planner.compute import Compute
 from planner.defaults import Job
 from planner.layer_price import LayerPrice, StepPrice, highest, role_sum, working_set
 from planner.layers import Builder
-from planner.optimizers import FOREACH, moved, step_flops, tensors_of, unscaled
+from planner.optimizers import FOREACH, TEMPORARIES, moved, step_flops, tensors_of, unscaled
 from planner.overheads import tensor_capacity
 from planner.residence import Residence, residence_of
 from planner.spans import SPANS_OF
@@ -333,7 +333,7 @@ class Prices:
             found.append(Buffer("what the pipeline receives, all micro-batches", size))
         if self.optimizer.room:
             size = self.optimizer.room(tensors_of(self.job.model), self.job.recipe)
-            found.append(Buffer("temporaries of the optimizer step", size, "optimizer step"))
+            found.append(Buffer(TEMPORARIES, size, "optimizer step"))
         return found
 
     def state_bytes(self, price: LayerPrice, pipeline: PipelineParallel, gradients: Quantity) -> Quantity:

@@ -8,10 +8,14 @@ listed in :mod:`planner.weights`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from math import prod
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from planner.model import Block, Experts, ModelSpec
+from planner.optimizers import in_backward, optimizer_named, resident, tensor_of
 from planner.specs import TrainingSpec
 from planner.stacks.base import (
     ALWAYS,
@@ -39,15 +43,13 @@ STEPS = {
 """The steps of a layer's backward, in order: of a block the down product, the activation function, the
 up (and gate) products, the second norm, the attention output product, the attention core, the query, key
 and value products, the first norm. A block with parallel residuals runs the same steps."""
-MOMENTS = {"adamw": 2, "adam": 2, "momentum": 1, "sgd": 0}
-"""Optimizer states per parameter, besides a master copy."""
 
 
 def features(
     model: ModelSpec, training: TrainingSpec, stack: Stack, block: Block | None = None
 ) -> frozenset[str]:
     """The words that rows of a stack are selected by, for one kind of block or what lies around them."""
-    words = set(stack.words) | {
+    words = {*stack.words, *stack.precision_words} | {
         model.norm,
         model.model_type,
         f"act:{model.hidden_act}",
@@ -60,7 +62,7 @@ def features(
     windowed = model.sliding_window if local else None
     chosen = {
         "autocast": training.precision in stack.autocast,
-        "fp32": training.precision == "fp32",
+        "fp32": training.precision in ("fp32", "tf32"),
         "qk_norm": model.qk_norm,
         "gated": model.gated_mlp,
         "biases": model.mlp_bias,
@@ -158,6 +160,7 @@ class Builder:
         pipeline_parallel: Quantity = 1,
         context_heads: Quantity = 0,
         expert_parallel: Quantity = 1,
+        data_shards: Quantity = 1,
     ) -> None:
         self.model, self.training, self.stack, self.recipe = model, training, stack, recipe
         multiple = stack.vocabulary_multiple * tensor_parallel
@@ -185,14 +188,34 @@ class Builder:
         self.width[INT64] = 8.0
         self.kinds = model.block_kinds
         self.features = features(model, training, stack)
+        self.optimizer, self.shards = optimizer_named(training.optimizer), data_shards
+        self.in_backward = in_backward(training.optimizer, training.options)
 
     def states(self, weight: Weight) -> Iterator[Term]:
         """Parameter, gradient and optimizer states of one weight."""
         recipe = self.recipe
         yield Term(weight.name, Role.PARAMETER, weight.dims, recipe.weight)
-        yield Term(weight.name, Role.GRADIENT, weight.dims, recipe.gradient, steps=(weight.step,))
-        states = recipe.master + recipe.moment * MOMENTS[self.training.optimizer]
-        yield Term(weight.name, Role.OPTIMIZER, weight.dims, states)
+        if not self.in_backward:
+            yield Term(weight.name, Role.GRADIENT, weight.dims, recipe.gradient, steps=(weight.step,))
+        states = resident(self.optimizer, tensor_of(weight, self.model), recipe, self.shards)
+        yield Term(weight.name, Role.OPTIMIZER, weight.dims, recipe.master + states)
+
+    def passing_gradients(self, weights: Sequence[Weight]) -> Iterator[Term]:
+        """Where each is used and freed as it arises: the largest gradient of every step."""
+        if not self.in_backward:
+            return
+        for step in dict.fromkeys(weight.step for weight in weights):
+            largest = max(
+                (
+                    {name: n for name, n in w.dims.items() if name != "pair"}
+                    for w in weights
+                    if w.step == step
+                ),
+                key=lambda dims: float(np.max(prod(dims.values()))),
+            )
+            yield Term(
+                "gradient, until its update", Role.TRANSIENT, largest, self.recipe.gradient, steps=(step,)
+            )
 
     def product(self, name: str, dims: dict[str, Quantity], kept_by: tuple[str, ...]) -> Term:
         """FLOPs of a matrix product with every token: 2 forward, 4 backward.
@@ -264,8 +287,9 @@ class Builder:
     def block(self, kind: Block | None = None) -> Layer:
         """One transformer block of a kind, the first if not said."""
         kind = kind or self.kinds[0]
-        terms: list[Term] = []
-        for weight in block_weights(self.model, kind):
+        weights = list(block_weights(self.model, kind))
+        terms: list[Term] = [*self.passing_gradients(weights)]
+        for weight in weights:
             terms += self.states(weight)
             if weight.matrix:
                 kept = self.stack.rerun.get(weight.name, UNTIL_FULL)
@@ -282,14 +306,15 @@ class Builder:
 
     def embedding(self) -> Layer:
         """Word and position embedding."""
-        terms = [t for w in embedding_weights(self.model, self.vocab) for t in self.states(w)]
+        weights = list(embedding_weights(self.model, self.vocab))
+        terms = [*self.passing_gradients(weights), *(t for w in weights for t in self.states(w))]
         terms += self.rows(self.stack.rows["embedding"])
         return Layer("embedding", (*terms, self.regions(1)), steps=STEPS["embedding"])
 
     def head(self) -> Layer:
         """Final norm, head and loss."""
-        weights = head_weights(self.model, self.vocab, self.copies)
-        terms = [t for w in weights for t in self.states(w)]
+        weights = list(head_weights(self.model, self.vocab, self.copies))
+        terms = [*self.passing_gradients(weights), *(t for w in weights for t in self.states(w))]
         dims = {"vocab": self.vocab, "hidden": self.model.hidden_size}
         terms.append(self.product("head weight", dims, ALWAYS))
         terms += self.rows(self.stack.rows["head"])

@@ -25,6 +25,7 @@ from planner.defaults import Job
 from planner.errors import InputError
 from planner.layers import Builder
 from planner.network import Network, group
+from planner.optimizers import in_backward
 from planner.stacks import STACKS
 from planner.stacks.base import Stack
 from strategies.base import Layer
@@ -242,7 +243,7 @@ def enumerate_layouts(job: Job, choices: Choices = Choices()) -> Space:
     space = Space()
     layers = Builder(job.model, job.training, job.stack, job.recipe).layers()
     depth, batch = job.model.num_hidden_layers, job.global_batch_size
-    gpus = job.cluster.num_gpus
+    gpus, within = job.cluster.num_gpus, in_backward(job.training.optimizer, job.training.options)
     rows: dict[tuple[str, bool, bool, str, str, int], list[tuple[int, ...]]] = defaultdict(list)
     unlike = len(job.model.block_kinds) > 1  # then each number of chunks makes rows of its own
     for tensor in _tensor_degrees(job, choices, layers, space):
@@ -286,6 +287,11 @@ def enumerate_layouts(job: Job, choices: Choices = Choices()) -> Space:
                     space.refused[f"{reason} of a replica"] += 1
                 for micro in sizes:
                     accum = batch // data // micro
+                    if within and (accum > 1 or data * context > 1):
+                        space.refused[
+                            "optimizer step within the backward: several micro-batches or replicas"
+                        ] += 1
+                        continue
                     for schedule, chunks in schedules:
                         if refusal := _schedule_refusal(job, choices, schedule, pipeline, accum):
                             space.refused[refusal] += 1
@@ -396,6 +402,12 @@ def _layout_problems(job: Job, layout: Layout) -> Iterator[str]:
         yield (
             f"data_parallel={data} x micro_batch_size={layout.micro_batch_size} x grad_accum="
             f"{layout.grad_accum} is not global_batch_size={batch}: use grad_accum {batch // once}"
+        )
+    if layout.grad_accum * data > 1 and in_backward(job.training.optimizer, job.training.options):
+        yield (
+            f"grad_accum={layout.grad_accum}, data_parallel={data}: an optimizer step within the backward "
+            f"takes one micro-batch of one replica: use 1 GPU and micro_batch_size {batch}, or "
+            "optimizer_step=fused"
         )
     if layout.sharding == "fsdp" and data % layout.data_shards:
         fits = ", ".join(map(str, divisors(data)))

@@ -223,7 +223,11 @@ def _run(values: Mapping[str, Any], job: Job, layout: Layout, recompute: str) ->
                 "seq_length below the model's sliding window"
             )
     training = job.training
-    precision = PRECISIONS[str(training.precision)]
+    if training.precision not in PRECISIONS:
+        raise InputError(f"precision={training.precision} cannot be measured: use {' or '.join(PRECISIONS)}")
+    if training.optimizer != "adamw" or training.options.get("optimizer_step") == "in_backward":
+        raise InputError("the optimizer step is measured with AdamW, fused or foreach: use optimizer=adamw")
+    precision = PRECISIONS[training.precision]
     if job.stack.name == "fsdp" and precision == "bf16" and parallel in ("none", "ddp"):
         raise InputError("FSDP's mixed precision takes a group of GPUs that it shards over: use 2 or more")
     if (loss := training.options.get("loss", "eager")) != "eager":

@@ -41,13 +41,17 @@ Choice = Annotated[
 Profile = Annotated[
     str | None, option("--profile", help="Measured overheads: a file that planner calibrate wrote.")
 ]
-Precision = Annotated[str | None, option("--precision", help="bf16, fp16, fp32, or pure-bf16 (hf, fsdp).")]
-Optimizer = Annotated[str, option("--optimizer", help="adamw, adam, momentum or sgd.")]
+Precision = Annotated[
+    str | None, option("--precision", help="bf16, fp16, fp32, tf32, pure-bf16 ...: docs/precision.md.")
+]
+Optimizer = Annotated[
+    str, option("--optimizer", help="adamw, muon, adamw8bit, lion ...: docs/optimizers.md.")
+]
 Attention = Annotated[str | None, option("--attention", help="flash, sdpa or eager.")]
 Swiglu = Annotated[str | None, option("--swiglu", help="fused, unfused or recomputed.")]
 Dropout = Annotated[float | None, option("--dropout", help="Dropout, if not the model's own.")]
 GradientType = Annotated[str | None, option("--gradient-dtype", help="fp32, bf16 or fp16.")]
-OptimizerType = Annotated[str | None, option("--optimizer-dtype", help="fp32 or bf16.")]
+OptimizerType = Annotated[str | None, option("--optimizer-dtype", help="fp32, bf16, or fp8 (megatron).")]
 Master = Annotated[
     bool | None, option("--master-weights/--no-master-weights", help="An fp32 copy of the weights.")
 ]

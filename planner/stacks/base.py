@@ -23,7 +23,7 @@ COMPUTE, GRADIENT, FP32, BYTE, INT64 = "compute", "gradient", "fp32", "byte", "i
 """Element types of a row; ``compute`` is the precision that the matrix products run in, ``gradient``
 that in which autograd makes the gradients of the weights."""
 
-WIDTHS = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0}
+WIDTHS = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0}
 """Bytes of an element."""
 
 ALWAYS = POLICIES
@@ -65,7 +65,8 @@ class Recipe:
     master: float
     moment: float
     compute: float = 2.0  # bytes of an element in the matrix products and on the wire
-    unit: str = "bf16"  # which of the GPU's peaks the matrix products run at
+    unit: str = "bf16"  # which of the GPU's peaks the blocks' matrix products run at
+    rest: str = ""  # which the head and attention do, if another
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +135,11 @@ class Stack:
     rank_orders: Mapping[str, str] = field(default_factory=lambda: {"tp-dp-pp": ""})
     """Rank orders that it runs, innermost axis first, and how each is asked for; the default first."""
     words: tuple[str, ...] = ()  # feature words of its own
+    precision_words: tuple[str, ...] = ()  # of a job's precision on its GPU (planner/precision.py)
     alone: Mapping[str, str] = field(default_factory=dict)  # options' defaults on a single GPU
     notes: Mapping[str, str] = field(default_factory=dict)  # precision -> what to know of it
+    gradients_as_weights: bool = False  # gradients are of the weights' type, as autograd makes them
+    moment_types: tuple[str, ...] = ("fp32", "bf16")  # those that --optimizer-dtype may ask for
     autocast: tuple[str, ...] = ()  # precisions that run fp32 weights under torch.autocast
     vocabulary_multiple: int = 1  # the vocabulary is padded to a multiple of this times t
     gradients_resident: bool = False  # one buffer for the whole step

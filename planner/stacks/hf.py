@@ -233,8 +233,11 @@ HF = Stack(
         # accelerate keeps fp32 weights under mixed precision; pure-bf16 is a model loaded in bf16.
         "bf16": Recipe(4, 4, 0, 4),
         "fp16": Recipe(4, 4, 0, 4, unit="fp16"),
-        "fp32": Recipe(4, 4, 0, 4, compute=4, unit="tf32"),
+        "fp32": Recipe(4, 4, 0, 4, compute=4, unit="fp32"),
+        "tf32": Recipe(4, 4, 0, 4, compute=4, unit="tf32"),
         "pure-bf16": Recipe(2, 2, 0, 2),
+        # What rounding lost of each weight is kept in bf16: optimi's kahan_sum, in place of a master copy.
+        "bf16-kahan": Recipe(2, 2, 2, 2),
     },
     autocast=("bf16", "fp16"),
     shardings={"ddp": False},
@@ -244,7 +247,8 @@ HF = Stack(
         "attention": ("sdpa", "flash", "eager"),
         "loss": ("eager", "fused", "chunked"),
         "compile": ("off", "on"),
-        "optimizer_step": ("fused", "foreach"),
+        # in_backward: register_post_accumulate_grad_hook, as torchtune's optimizer_in_bwd
+        "optimizer_step": ("fused", "foreach", "in_backward"),
         "gradient_view": ("off", "on"),
     },
     launches=(48, 87),  # under autocast (tests/data/traced_traffic.json)

@@ -167,8 +167,7 @@ def tensor_entries(prices: Prices, stage: StageView, now: Snapshot) -> Iterator[
             yield _plain("workspace", "copies of gradients, or a foreach optimizer's updates", room)
     for buffer in prices.buffers(stage.first, stage.last):
         if buffer.span in SPANS_OF[now.place] and float(buffer.size):
-            own = buffer.name == TEMPORARIES
-            kind = "workspace" if own else "communication_buffers"
+            kind = "workspace" if buffer.name == TEMPORARIES else "communication_buffers"
             yield _plain(kind, buffer.name, float(buffer.size))
 
 

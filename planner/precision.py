@@ -63,6 +63,10 @@ def precision_of(wanted: str | None, stack: Stack, gpu: Gpu) -> str:
         unit = UNITS.get(stack.recipes[wanted].unit, wanted)
         raise InputError(f"precision={wanted}: {gpu.name} has no {unit} units: use {usable[0]}")
     capability = gpu.compute_capability
+    if stack.recipes[wanted].unit == "fp8" and gpu.vendor != "NVIDIA":
+        raise InputError(
+            f"precision={wanted} is planned on NVIDIA's GPUs, not on {gpu.name}: use {usable[0]}"
+        )
     if wanted == "mxfp8" and not (capability and capability >= 10):
         raise InputError(
             f"precision=mxfp8 is Blackwell's, {gpu.name} has no block scales: use fp8-tensorwise"

@@ -160,6 +160,7 @@ def test_precisions_that_are_not_known_well_enough_are_refused_by_name(name: str
         ("pure-bf16", {}, "has no recipe in megatron: use bf16 or fp16"),
         ("fp8-delayed", {"gpus": "8xA100"}, "A100-SXM-80GB has no FP8 units: use bf16"),
         ("tf32", {"gpus": "8xV100"}, "has no TF32 units"),
+        ("fp8-delayed", {"gpus": "8xMI300X"}, "planned on NVIDIA's GPUs, not on MI300X"),
         ("mxfp8", {}, "mxfp8 is Blackwell's.*use fp8-tensorwise"),
         ("fp8-blockwise", {"gpus": "8xB200"}, "fp8-blockwise is planned on Hopper"),
         ("fp8-delayed", {"options": {"norm": "recomputed"}}, "norm=recomputed is not planned .*norm=kept"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -186,16 +187,15 @@ def _expert_degrees(
         space.refused[problems[0]] += 1
 
 
-def _shardings(
-    job: Job, choices: Choices, ranks: int, data: int, pipeline: int, space: Space
-) -> Iterator[tuple[str, int, bool]]:
-    """Sharding, shards and reshard_after_forward of replicas that have so many data and context ranks."""
+def _shardings(job: Job, choices: Choices, place: Layout, space: Space) -> Iterator[tuple[str, int, bool]]:
+    """Sharding, shards and reshard_after_forward that such data, context and pipeline degrees can have."""
+    data, pipeline = place.data_parallel, place.pipeline_parallel
     for name, with_pipeline in job.stack.shardings.items():
         if not _allowed(name, choices.sharding):
             continue
         if pipeline > 1 and not with_pipeline:
             space.refused[f"{job.stack.name} runs {name} without a pipeline only"] += 1
-        elif ranks == 1 and name != next(iter(job.stack.shardings)) and choices.sharding is None:
+        elif place.data_ranks == 1 and name != next(iter(job.stack.shardings)) and choices.sharding is None:
             continue  # one replica shares nothing out: the same layout under another name
         elif name == "fsdp":
             for shards in divisors(data)[1:] or [1]:
@@ -238,68 +238,73 @@ def _schedule_refusal(job: Job, choices: Choices, schedule: str, pipeline: int, 
     return ""
 
 
-def enumerate_layouts(job: Job, choices: Choices = Choices()) -> Space:
-    """All layouts of the cluster's GPUs that the stack can run and the batch divides over."""
-    space = Space()
-    layers = Builder(job.model, job.training, job.stack, job.recipe).layers()
-    depth, batch = job.model.num_hidden_layers, job.global_batch_size
-    gpus, within = job.cluster.num_gpus, in_backward(job.training.optimizer, job.training.options)
-    rows: dict[tuple[str, bool, bool, str, str, int], list[tuple[int, ...]]] = defaultdict(list)
-    unlike = len(job.model.block_kinds) > 1  # then each number of chunks makes rows of its own
+def _places(job: Job, choices: Choices, layers: list[Layer], space: Space) -> Iterator[Layout]:
+    """Tensor, pipeline, context and data degrees that multiply to the GPUs and divide the batch."""
+    depth, batch, gpus = job.model.num_hidden_layers, job.global_batch_size, job.cluster.num_gpus
     for tensor in _tensor_degrees(job, choices, layers, space):
-        sequence_parallel = tensor > 1 and choices.sequence_parallel
         contexts = _context_degrees(job, choices, tensor, layers, space)
         for pipeline in divisors(gpus // tensor):
-            if not _allowed(pipeline, choices.pipeline_parallel):
-                continue
             left = gpus // tensor // pipeline
-            places = [
+            several = [
                 (left // context, context, comm)
                 for context, comm in contexts
                 if left % context == 0 and _allowed(left // context, choices.data_parallel)
             ]
-            if places and any(PipelineParallel(pipeline).objections(layers)):
+            if not (several and _allowed(pipeline, choices.pipeline_parallel)):
+                continue
+            if any(PipelineParallel(pipeline).objections(layers)):
                 space.refused[f"pipeline_parallel is more than the {depth} layers"] += 1
                 continue
-            schedules = list(_schedules(job, choices, pipeline, depth))
-            for data, context, comm in places:
+            for data, context, comm in several:
                 if batch % data:
                     space.refused[f"data_parallel does not divide global_batch_size={batch}"] += 1
                     continue
-                one = Layout(
+                yield Layout(
                     data_parallel=data,
                     tensor_parallel=tensor,
                     pipeline_parallel=pipeline,
+                    sequence_parallel=tensor > 1 and choices.sequence_parallel,
                     context_parallel=context,
-                    sequence_parallel=sequence_parallel,
+                    context_comm=comm,
                 )
-                shardings = [
-                    (*found, *experts)
-                    for found in _shardings(job, choices, data * context, data, pipeline, space)
-                    for experts in _expert_degrees(
-                        job, choices, replace(one, sharding=found[0], data_shards=found[1]), layers, space
-                    )
-                ]
-                sizes = _micro_batches(batch // data, choices)
-                if not sizes:
-                    asked = ", ".join(map(str, choices.micro_batch_size or ()))
-                    reason = f"micro_batch_size={asked} does not divide the {batch // data} sequences"
-                    space.refused[f"{reason} of a replica"] += 1
-                for micro in sizes:
-                    accum = batch // data // micro
-                    if within and (accum > 1 or data * context > 1):
-                        space.refused[
-                            "optimizer step within the backward: several micro-batches or replicas"
-                        ] += 1
-                        continue
-                    for schedule, chunks in schedules:
-                        if refusal := _schedule_refusal(job, choices, schedule, pipeline, accum):
-                            space.refused[refusal] += 1
-                            continue
-                        for sharding, shards, reshard, *experts in shardings:
-                            row = (data, tensor, pipeline, chunks, micro, accum, shards, context, *experts)
-                            alike = (sharding, reshard, sequence_parallel, schedule, comm, unlike * chunks)
-                            rows[alike].append(row)
+
+
+def enumerate_layouts(job: Job, choices: Choices = Choices()) -> Space:
+    """All layouts of the cluster's GPUs that the stack can run and the batch divides over."""
+    space = Space()
+    layers = Builder(job.model, job.training, job.stack, job.recipe).layers()
+    depth = job.model.num_hidden_layers
+    rows: dict[tuple[str, bool, bool, str, str, int], list[tuple[int, ...]]] = defaultdict(list)
+    unlike = len(job.model.block_kinds) > 1  # then each number of chunks makes rows of its own
+    within = in_backward(job.training.optimizer, job.training.options)
+    for place in _places(job, choices, layers, space):
+        data, pipeline, context = place.data_parallel, place.pipeline_parallel, place.context_parallel
+        shardings = [
+            (*found, *experts)
+            for found in _shardings(job, choices, place, space)
+            for experts in _expert_degrees(
+                job, choices, replace(place, sharding=found[0], data_shards=found[1]), layers, space
+            )
+        ]
+        per_replica = job.global_batch_size // data
+        sizes = _micro_batches(per_replica, choices)
+        if not sizes:
+            asked = ", ".join(map(str, choices.micro_batch_size or ()))
+            reason = f"micro_batch_size={asked} does not divide the {per_replica} sequences of a replica"
+            space.refused[reason] += 1
+        schedules = list(_schedules(job, choices, pipeline, depth))
+        for micro, (schedule, chunks) in product(sizes, schedules):
+            accum = per_replica // micro
+            if within and (accum > 1 or data * context > 1):
+                space.refused["optimizer step within the backward: several micro-batches or replicas"] += 1
+                continue
+            if refusal := _schedule_refusal(job, choices, schedule, pipeline, accum):
+                space.refused[refusal] += 1
+                continue
+            for sharding, shards, reshard, *experts in shardings:
+                alike = sharding, reshard, place.sequence_parallel, schedule, place.context_comm
+                row = data, place.tensor_parallel, pipeline, chunks, micro, accum, shards, context, *experts
+                rows[*alike, unlike * chunks].append(row)
     for (sharding, reshard, sequence_parallel, schedule, comm, _), numbers in rows.items():
         columns: dict[str, Any] = dict(zip(NUMBERS, np.array(numbers, dtype=np.int64).T, strict=True))
         columns |= {name: 1 for name in OFTEN_ONE if (columns[name] == 1).all()}

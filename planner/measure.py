@@ -203,6 +203,8 @@ def _run(values: Mapping[str, Any], job: Job, layout: Layout, recompute: str) ->
 
     if layout.pipeline_parallel > 1 or layout.grad_accum > 1:
         raise InputError("pipelines and accumulated gradients cannot be measured: use one of each")
+    if layout.context_parallel * layout.expert_parallel * layout.expert_tensor_parallel > 1:
+        raise InputError("context and expert parallelism cannot be measured: use one of each")
     if layout.data_shards != layout.data_parallel:
         raise InputError("hybrid sharding cannot be measured: leave data_shards out")
     if layout.sharding not in ("ddp", "fsdp"):

@@ -287,6 +287,12 @@ def test_context_parallelism_of_other_mixers_is_refused_by_name(mixer: str) -> N
         estimate(model, NODE, long(batch=4), Layout(4, context_parallel=2, sharding="zero1"))
 
 
+def test_attention_with_alibi_is_refused_by_name() -> None:
+    model = LLAMA.model_copy(update={"position_embedding": "alibi"})
+    with pytest.raises(InputError, match="attention with ALiBi is not planned"):
+        estimate(model, NODE, long(batch=4), Layout(4, context_parallel=2, sharding="zero1"))
+
+
 # --- Experts: hand-made layers, as a mixture's rows have them --------------------------------------
 
 

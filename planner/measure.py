@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from planner.defaults import Job, resolve
 from planner.errors import InputError
+from planner.given import check_layout, unsupported
 from planner.layers import features
-from planner.layouts import check_layout, unsupported
 from planner.ledger import Entry, tensor_entries, view
 from planner.replay import StageReplay
 from planner.specs import ClusterSpec, ModelSpec, TrainingSpec

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict
 
 from planner.catalog import step_time
 from planner.defaults import Job, profile_notes
+from planner.given import beyond_node
 from planner.layer_price import LayerPrice
-from planner.layouts import beyond_node
 from planner.ledger import components, entries, view
 from planner.overheads import device_bytes, library_bytes, reserved_bytes
 from planner.program import Solution

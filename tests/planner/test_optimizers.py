@@ -10,7 +10,8 @@ import pytest
 
 from planner import ClusterSpec, InputError, ModelSpec, TrainingSpec
 from planner.defaults import Job, resolve
-from planner.layouts import Choices, check_layout, enumerate_layouts
+from planner.given import check_layout
+from planner.layouts import Choices, enumerate_layouts
 from planner.optimizers import OPTIMIZERS, REFUSED, Tensor, newton_schulz_flops, step_flops, tensors_of
 from planner.stacks.base import Recipe
 from planner.stages import Prices, price

@@ -8,7 +8,10 @@ from planner.model import Block, ModelSpec
 
 TRACED = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "opt", "bloom")
 """Families whose blocks the stacks' rows were tested against."""
-COUNTED = ("ministral", "phi3", "granite", "stablelm", "nemotron", "gemma", "gpt_neo", "starcoder2", "falcon")
+COUNTED = (
+    *("ministral", "phi3", "granite", "smollm3", "seed_oss", "arcee", "stablelm", "nemotron", "gemma"),
+    *("gpt_bigcode", "gpt_neo", "starcoder2", "falcon"),
+)
 """Others that have blocks of the same parts: what their modules keep was not traced."""
 
 

@@ -33,6 +33,13 @@ def gpt2(config: Config) -> Fields:
     )
 
 
+def gpt_bigcode(config: Config) -> Fields:
+    """``gpt_bigcode``: GPT-2 with one key and value head, unless it says otherwise."""
+    one = config.flag("multi_query", True)
+    fields = gpt2(config) | {"hidden_act": config.get("activation_function", "gelu_pytorch_tanh")}
+    return fields | ({"num_key_value_heads": 1} if one else {})
+
+
 def gptj(config: Config) -> Fields:
     """``gptj``: parallel residuals behind one norm, biases of MLP and head only."""
     hidden = config.integer("n_embd", "hidden_size")
@@ -203,6 +210,34 @@ def phi(config: Config) -> Fields:
             "dropout": config.get("resid_pdrop", 0.0),
         }
     )
+
+
+def mpt(config: Config) -> Fields:
+    """``mpt``: ALiBi, and no biases, of norms neither."""
+    config.refuse_unless("no_bias", (True,), True)
+    config.refuse_unless("expansion_ratio", (4,), 4)
+    attention = config.get("attn_config", {})
+    if not isinstance(attention, dict):
+        raise config.error("attn_config must be an object")
+    inner = Config({"model_type": "mpt"} | attention, config.origin)
+    inner.refuse_unless("attn_type", ("multihead_attention",), "multihead_attention")
+    inner.refuse_unless("qk_ln", (False,), False)
+    inner.refuse_unless("alibi", (True,), True)
+    hidden = config.integer("d_model", "hidden_size")
+    heads = config.integer("n_heads", "num_attention_heads")
+    return sizes(config, hidden, heads) | {
+        "num_hidden_layers": config.blocks("n_layers", "num_hidden_layers"),
+        "intermediate_size": 4 * hidden,
+        "max_position_embeddings": config.integer("max_seq_len", default=2048),
+        "tie_word_embeddings": config.flag("tie_word_embeddings", True),
+        "hidden_act": "gelu",
+        "position_embedding": "alibi",
+        "gated_mlp": False,
+        "norm": "layernorm",
+        "norm_vectors": 1,
+        "dropout": config.get("resid_pdrop", 0.0),
+        "attention_dropout": inner.get("attn_pdrop", 0.0),
+    }
 
 
 def starcoder2(config: Config) -> Fields:

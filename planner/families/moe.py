@@ -34,6 +34,17 @@ def granitemoe(config: Config) -> Fields:
     return fields | {"experts": _experts(config, "num_local_experts", 8, 2, fields["intermediate_size"])}
 
 
+def phimoe(config: Config) -> Fields:
+    """``phimoe``: Mixtral with LayerNorm, with biases where it says so."""
+    fields = decoder(config, positions=131072, kv_heads=8) | attention_biases(config)
+    return fields | {
+        "norm": "layernorm",
+        "head_bias": config.flag("lm_head_bias"),
+        "sliding_window": config.get("sliding_window", None),
+        "experts": _experts(config, "num_local_experts", 16, 2, fields["intermediate_size"]),
+    }
+
+
 def olmoe(config: Config) -> Fields:
     """``olmoe``: experts in all blocks; queries and keys are normalised over all heads."""
     fields = decoder(config, positions=4096) | attention_biases(config)

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from planner import ClusterSpec, InputError, Layout, ModelSpec, Plan, TrainingSpec, estimate, explain, search
@@ -17,13 +19,17 @@ from planner.cli import app
 from planner.defaults import Job, resolve
 from planner.layers import Builder
 from planner.layouts import NUMBERS, Choices, enumerate_layouts
+from planner.ledger import tensor_entries, view
 from planner.model import Experts
 from planner.network import group, size_of
 from planner.overheads import groups
+from planner.replay import StageReplay
 from planner.stages import price
 from planner.units import GIB
 from strategies.base import STATES, Layer, Role, Term
+from strategies.context_parallel import COMMS
 from strategies.layout import RANK_ORDERS
+from tests.planner.cases import cases, splits
 
 LLAMA = ModelSpec.from_catalog("llama-3.1-8b")
 NODE, FOUR = ClusterSpec.parse("8xH100"), ClusterSpec.parse("32xH100")
@@ -464,3 +470,43 @@ def test_the_command_line_refuses_what_cannot_be(arguments: tuple[str, ...], sai
     result = CliRunner().invoke(app, [*job, *arguments])
     assert result.exit_code == 2
     assert said in " ".join(result.output.split())
+
+
+# --- Any layout with context parallelism ------------------------------------------------------------
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=60)
+def test_the_replay_and_the_ledger_agree_with_the_closed_form(data: st.DataObject) -> None:
+    case = data.draw(cases(schedules=("1f1b", "interleaved", "gpipe")))
+    comm = data.draw(st.sampled_from(COMMS))
+    layout = replace(case.layout, context_parallel=data.draw(st.sampled_from([2, 4])), context_comm=comm)
+    prices = price(case.job, layout)
+    candidate = prices.spread()
+    rows = data.draw(splits(candidate))
+    for index, own in enumerate(rows):
+        timeline = StageReplay(prices, index, own).run()
+        assert candidate.peak(index, own)[0] >= timeline.pools * (1 - 1e-9)
+        for moment, (snapshot, size) in timeline.peaks().items():
+            held = sum(one.held for one in tensor_entries(prices, view(candidate, rows, index), snapshot))
+            assert held == pytest.approx(size, rel=1e-9), (index, moment)
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=40)
+def test_a_part_of_the_sequence_takes_what_a_sequence_of_its_length_takes(data: st.DataObject) -> None:
+    # Activations and states: but for c times the positions, what a GPU holds is that of a shorter sequence.
+    case = data.draw(cases(frameworks=("megatron",), schedules=("1f1b", "gpipe")))
+    assume(case.training.options["attention"] == "flash")
+    c = data.draw(st.sampled_from([2, 3]))
+    shards = case.layout.data_shards
+    more = replace(case.layout, data_parallel=case.layout.data_parallel * c, data_shards=shards * c)
+    short = price(case.job, more)
+    length = int(case.training.seq_length or 0) * c
+    model = case.model.model_copy(update={"max_position_embeddings": length})
+    longer = case.training.model_copy(update={"seq_length": length})
+    whole = price(resolve(model, case.cluster, longer), replace(case.layout, context_parallel=c))
+    for own, other in zip(whole.blocks, short.blocks, strict=True):
+        assert float(own.saved) == pytest.approx(float(other.saved), rel=1e-12)
+        for role in STATES:
+            assert float(own.states[role]) == pytest.approx(float(other.states[role]), rel=1e-12)

@@ -130,22 +130,24 @@ class Compute:
             if term.role is Role.TRAFFIC:
                 third = amount / self.kernels / 3
                 self.memo[key] = third, 2 * third, 0.0
-            elif "hidden" in term.dims:
+            elif "hidden" in term.dims or "rank" in term.dims:
                 self.memo[key] = self._product(term, amount)
             else:
                 self.memo[key] = self._attention(term, amount)
         return self.memo[key]
 
     def _product(self, term: Term, flops: Quantity) -> tuple[Quantity, Quantity, Quantity]:
-        """A weight's product with every token, the gradient of its input and its own: equal work."""
-        third = flops / self.products / 3
+        """A weight's product with every token, the gradient of its input and, trained, its own: equal work."""
+        trained = term.unit == 6  # FLOPs of each element, 2 for each product
+        third = flops / self.products / (term.unit / 2)
         if not self.multiprocessors:
-            return third, third, third
-        tokens, hidden = term.dims["batch"] * term.dims["seq"], term.dims["hidden"]
+            return third, third, third * trained
+        side = "rank" if "rank" in term.dims else "hidden"
+        tokens, hidden = term.dims["batch"] * term.dims["seq"], term.dims[side]
         other = flops / (term.unit * tokens * hidden)  # one side of every weight is never cut
-        sides = (other, hidden) if list(term.dims)[-1] == "hidden" else (hidden, other)
+        sides = (other, hidden) if list(term.dims)[-1] == side else (hidden, other)
         forward, inputs, weights = passes(tokens, *sides, self.multiprocessors)
-        return third * forward, third * inputs, third * weights
+        return third * forward, third * inputs, third * weights * trained
 
     def _attention(self, term: Term, flops: Quantity) -> tuple[Quantity, Quantity, Quantity]:
         """The attention core: fused, at its kernel's rate; else products that move the scores."""

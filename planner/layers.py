@@ -7,9 +7,10 @@ listed in :mod:`planner.weights`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from planner.adapters import Tuning
 from planner.specs import ModelSpec, TrainingSpec
 from planner.stacks.base import (
     ALWAYS,
@@ -53,7 +54,8 @@ def features(model: ModelSpec, training: TrainingSpec, stack: Stack) -> frozense
     dropout = model.dropout if training.dropout is None else training.dropout
     attention_dropout = model.attention_dropout if training.dropout is None else training.dropout
     chosen = {
-        "autocast": training.precision in stack.autocast,
+        # Under adapters the frozen weights are in half precision, and autocast has nothing to cast.
+        "autocast": training.precision in stack.autocast and not training.adapters,
         "fp32": training.precision == "fp32",
         "qk_norm": model.qk_norm,
         "gated": model.gated_mlp,
@@ -117,21 +119,28 @@ class Builder:
         self.width = {COMPUTE: recipe.compute, GRADIENT: stack.autograd_bytes(recipe), FP32: 4.0, BYTE: 1.0}
         self.width[INT64] = 8.0
         self.features = features(model, training, stack)
+        self.tuning = Tuning(model, training, stack, recipe)
+        if training.adapters or training.frozen.embeddings:
+            self.dims["tied"] = 0  # whose head has no gradient
 
     def states(self, weight: Weight) -> Iterator[Term]:
         """Parameter, gradient and optimizer states of one weight."""
-        recipe = self.recipe
+        if self.tuning.freezes(weight):
+            yield Term(weight.name, Role.PARAMETER, weight.dims, self.tuning.frozen_bytes(weight))
+            return
+        recipe = self.tuning.trained_recipe
         yield Term(weight.name, Role.PARAMETER, weight.dims, recipe.weight)
         yield Term(weight.name, Role.GRADIENT, weight.dims, recipe.gradient, steps=(weight.step,))
         states = recipe.master + recipe.moment * MOMENTS[self.training.optimizer]
         yield Term(weight.name, Role.OPTIMIZER, weight.dims, states)
 
-    def product(self, name: str, dims: dict[str, Quantity], kept_by: tuple[str, ...]) -> Term:
-        """FLOPs of a matrix product with every token: 2 forward, 4 backward."""
+    def product(self, weight: Weight, kept_by: tuple[str, ...]) -> Term:
+        """FLOPs of a matrix product with every token: 2 forward, 2 for its input's gradient and 2 for its own."""
+        flops = 4.0 if self.tuning.freezes(weight) else 6.0
         tokens = {"batch": self.dims["batch"], "seq": self.dims["seq"]}
-        return Term(name, Role.FLOPS, tokens | dims, 6.0, kept_by)
+        return Term(weight.name, Role.FLOPS, tokens | weight.dims, flops, kept_by)
 
-    def rows(self, rows: tuple[Row, ...]) -> Iterator[Term]:
+    def rows(self, rows: Iterable[Row]) -> Iterator[Term]:
         """The rows that apply, with lengths in place of names."""
         for row in rows:
             if row.applies(self.features):
@@ -151,24 +160,26 @@ class Builder:
     def block(self) -> Layer:
         """One transformer block."""
         terms: list[Term] = []
-        for weight in block_weights(self.model, self.model.blocks[0]):
+        for weight in (*block_weights(self.model, self.model.blocks[0]), *self.tuning.weights()):
             terms += self.states(weight)
             if weight.matrix:
                 kept = self.stack.rerun.get(weight.name, UNTIL_FULL)
-                terms.append(self.product(weight.name, weight.dims, kept))
+                terms.append(self.product(weight, kept))
         names = ("batch", "seq", "seq_k", "heads", "head_dim")
         core = {name: self.dims[name] for name in names}
         per_pair = ATTENTION_FLOPS[str(self.training.attention)]
         kept = self.stack.rerun.get("attention core", UNTIL_FULL)
         terms.append(Term("attention core", Role.FLOPS, core, per_pair, kept))
-        terms += self.rows(self.stack.rows["block"])
+        terms += self.rows(self.tuning.rows("block", self.stack.rows["block"]))
+        if self.training.adapters:
+            terms += self.rows(self.tuning.adapter_rows())
         terms.append(self.regions(4, UNTIL_FULL))
         return Layer("block", tuple(terms), self.model.num_hidden_layers, STEPS["block"])
 
     def embedding(self) -> Layer:
         """Word and position embedding."""
         terms = [t for w in embedding_weights(self.model, self.vocab) for t in self.states(w)]
-        terms += self.rows(self.stack.rows["embedding"])
+        terms += self.rows(self.tuning.rows("embedding", self.stack.rows["embedding"]))
         return Layer("embedding", (*terms, self.regions(1)), steps=STEPS["embedding"])
 
     def head(self) -> Layer:
@@ -176,13 +187,13 @@ class Builder:
         weights = head_weights(self.model, self.vocab, self.copies)
         terms = [t for w in weights for t in self.states(w)]
         dims = {"vocab": self.vocab, "hidden": self.model.hidden_size}
-        terms.append(self.product("head weight", dims, ALWAYS))
-        terms += self.rows(self.stack.rows["head"])
+        terms.append(self.product(Weight("head weight", dims, "head"), ALWAYS))
+        terms += self.rows(self.tuning.rows("head", self.stack.rows["head"]))
         return Layer("head", (*terms, self.regions(1)), steps=STEPS["head"])
 
     def stage(self) -> Layer:
         """What a stage holds once, however many layers it has."""
-        return Layer("stage", tuple(self.rows(self.stack.rows.get("stage", ()))))
+        return Layer("stage", tuple(self.rows(self.tuning.rows("stage", self.stack.rows.get("stage", ())))))
 
     def graph(self) -> nx.DiGraph[str]:
         """The layers in the order in which a token meets them."""

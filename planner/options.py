@@ -48,6 +48,11 @@ OptimizerType = Annotated[str | None, option("--optimizer-dtype", help="fp32 or 
 Master = Annotated[
     bool | None, option("--master-weights/--no-master-weights", help="An fp32 copy of the weights.")
 ]
+Lora = Annotated[
+    str | None, option("--lora", help="Adapters: 16, or rank=16,targets=q+v,dropout=0.05,dtype=fp32,double.")
+]
+Quantize = Annotated[str | None, option("--quantize", help="nf4: the frozen matrices in 4 bits (QLoRA).")]
+Freeze = Annotated[str | None, option("--freeze", help="embeddings: they are not trained.")]
 
 # One layout.
 TP = Annotated[int, option("--tensor-parallel", "-tp", help="Tensor-parallel degree.")]

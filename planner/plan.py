@@ -91,6 +91,7 @@ class Plan(BaseModel):
     schema_version: str = SCHEMA
     model: str
     num_parameters: int
+    num_trained_parameters: int
     gpu: str
     num_gpus: int
     training: TrainingSpec
@@ -254,6 +255,7 @@ def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
     return Plan(
         model=job.model.name,
         num_parameters=job.model.num_parameters,
+        num_trained_parameters=job.trained_parameters,
         gpu=job.cluster.gpu.name,
         num_gpus=job.cluster.num_gpus,
         training=job.training,

@@ -87,6 +87,12 @@ def read_training(given: dict[str, Any]) -> TrainingSpec:
         values["profile"] = read_profile(values["profile"])
     if "tokens" in values:
         values["tokens"] = read_count(values["tokens"])
+    from planner import adapters
+
+    if lora := adapters.read(given.get("lora"), given.get("quantize")):
+        values["adapters"] = lora
+    if given.get("freeze"):
+        values["frozen"] = {part: True for part in given["freeze"].lower().split(",")}
     try:
         return TrainingSpec(**values)
     except ValidationError as error:

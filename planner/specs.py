@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from planner.adapters import Adapters, Frozen
 from planner.errors import InputError
 from planner.model import FROZEN
 from planner.model import ModelSpec as ModelSpec
@@ -229,7 +230,8 @@ class TrainingSpec(BaseModel):
     ``tokens`` is what the whole training sees, for its duration. ``options`` are the framework's own
     choices of kernels and buffers (``loss``, ``norm`` ..., each stack's table lists them);
     ``attention`` and ``swiglu`` are two of them with a name of their own. ``profile`` replaces
-    the framework's overheads by measured ones.
+    the framework's overheads by measured ones. ``adapters`` are trained in place of the weights, which
+    are frozen; else those that ``frozen`` names.
     """
 
     model_config = FROZEN
@@ -245,6 +247,8 @@ class TrainingSpec(BaseModel):
     gradient_dtype: Literal["fp32", "bf16", "fp16"] | None = None
     optimizer_dtype: Literal["fp32", "bf16"] | None = None
     master_weights: bool | None = None
+    adapters: Adapters | None = None
+    frozen: Frozen = Frozen()
     tokens: float | None = Field(None, gt=0, le=1e18)
     options: dict[str, str] = Field(default_factory=dict, max_length=50)
     profile: Profile | None = None

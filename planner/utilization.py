@@ -1,7 +1,8 @@
 """How much of the GPUs a step uses, in the literature's several definitions.
 
 - *Model FLOPs* of a token: ``6 N + 12 L s a d`` (:meth:`planner.specs.ModelSpec.flops_per_token`), nothing
-  recomputed, attention as if it were not causal: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
+  recomputed, attention as if it were not causal: Chowdhery et al. 2022, arXiv:2204.02311, appendix B;
+  of frozen weights ``4 N``, as nobody makes their gradients (:mod:`planner.adapters`).
   **MFU** is model FLOPs per second over the peak of all GPUs.
 - **MFU, causal**: the same with half of the attention, which is what causal kernels compute.
 - *Hardware FLOPs* add what recomputation runs again, at the same count: Korthikanti et al. 2022,
@@ -34,7 +35,7 @@ class Utilization(NamedTuple):
 def utilization(prices: Prices, rows: Sequence[Sequence[int]], tokens_per_s: float) -> Utilization:
     """Of a layout that has ``rows[stage][policy]`` rows of layers, at that many tokens a second."""
     job, chunks = prices.job, int(prices.layout.chunks)
-    model = job.model.flops_per_token(job.seq_length)
+    model = job.flops_per_token
     attention = job.model.attention_flops_per_token(job.seq_length)
     layers = [chunks * sum(stage[r] for stage in rows) for r in range(len(prices.policies))]
     repeated = sum(

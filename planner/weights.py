@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from planner.model import Block, ModelSpec
@@ -13,13 +13,15 @@ from strategies.base import Quantity
 class Weight:
     """One kind of weight of a layer; a ``matrix`` is multiplied with every token.
 
-    ``step`` is the step of the layer's backward in which its gradient arises.
+    ``step`` is the step of the layer's backward in which its gradient arises; ``of`` names the products that
+    it is an adapter of (planner/adapters.py).
     """
 
     name: str
     dims: dict[str, Quantity]
     step: str
     matrix: bool = False
+    of: str = ""
 
 
 def block_weights(model: ModelSpec, block: Block) -> Iterator[Weight]:
@@ -68,7 +70,8 @@ def head_weights(model: ModelSpec, vocab: Quantity, copies: Quantity) -> Iterato
     yield Weight("head weight", dims | {"copies": copies} if model.tie_word_embeddings else dims, "head")
 
 
-def _elements(weights: Iterator[Weight], matrices_only: bool = False) -> int:
+def elements(weights: Iterable[Weight], matrices_only: bool = False) -> int:
+    """Parameters of those weights, or of the matrices among them."""
     total = 0
     for weight in weights:
         if weight.matrix or not matrices_only:
@@ -81,12 +84,12 @@ def _elements(weights: Iterator[Weight], matrices_only: bool = False) -> int:
 
 def count_parameters(model: ModelSpec) -> int:
     """Parameters of the whole model: ``L(12h^2 + 13h) + Vh`` and its relatives, exactly."""
-    around = _elements(embedding_weights(model, model.vocab_size))
-    around += _elements(head_weights(model, model.vocab_size, copies=0))
-    return sum(n * _elements(block_weights(model, block)) for block, n in model.runs) + around
+    around = elements(embedding_weights(model, model.vocab_size))
+    around += elements(head_weights(model, model.vocab_size, copies=0))
+    return sum(n * elements(block_weights(model, block)) for block, n in model.runs) + around
 
 
 def count_matrix_parameters(model: ModelSpec) -> int:
     """Parameters that every token is multiplied with: the blocks' matrices and the head."""
-    blocks = sum(n * _elements(block_weights(model, block), matrices_only=True) for block, n in model.runs)
+    blocks = sum(n * elements(block_weights(model, block), matrices_only=True) for block, n in model.runs)
     return blocks + model.vocab_size * model.hidden_size

@@ -49,7 +49,7 @@ class Zero1(AbstractStrategy):
 
     def collectives(self, layer: Layer, size: Size) -> Iterable[Collective]:
         gradients = sum(size(term) for term in layer.by_role[Role.GRADIENT])
-        parameters = sum(size(term) for term in layer.by_role[Role.PARAMETER])
+        parameters = sum(size(term) for term in layer.trained)
         yield Collective("reduce_scatter", self.axis, gradients, per="step", behind="backward")
         yield Collective("all_gather", self.axis, parameters, per="step", behind="forward")
 
@@ -63,7 +63,7 @@ class Zero1(AbstractStrategy):
         bucket, always, before = self.bucket_bytes, self.accumulates, 1 - self.pipelined
         if not bucket:
             return
-        whole = sum(layer.count * size(t) for layer in layers for t in layer.by_role[Role.PARAMETER])
+        whole = sum(layer.count * size(t) for layer in layers for t in layer.trained)
         if self.lasting:
             yield Buffer("gradients in half precision, to be reduced", whole, "reduction")
             return

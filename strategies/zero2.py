@@ -49,6 +49,6 @@ class Zero2(Zero1):
 
     def collectives(self, layer: Layer, size: Size) -> Iterable[Collective]:
         gradients = sum(size(term) for term in layer.by_role[Role.GRADIENT])
-        parameters = sum(size(term) for term in layer.by_role[Role.PARAMETER])
+        parameters = sum(size(term) for term in layer.trained)
         yield Collective("reduce_scatter", self.axis, gradients, behind="layer")
         yield Collective("all_gather", self.axis, parameters, per="step", behind="forward")

@@ -147,8 +147,11 @@ class Tuning:
     def rows(self, kind: str, rows: tuple[Row, ...]) -> Iterator[Row]:
         """The rows of a layer that are left: what only gradients of frozen weights need is not kept.
 
-        Nothing below the first trained weight is kept or made, frozen embeddings least of all.
+        Nothing below the first trained weight is kept or made: of the ``first block`` not what its first norm
+        keeps, of frozen embeddings nothing.
         """
+        if kind == "first block":
+            rows = tuple(self._above_first_norm(rows))
         if not self.adapters and not self.training.frozen.embeddings:
             yield from rows
             return
@@ -162,6 +165,15 @@ class Tuning:
                 continue
             steps = [step for step, read in zip(row.steps.split(), alive, strict=True) if read]
             yield replace(row, count=row.count * len(steps) / len(alive), steps=" ".join(steps))
+
+    def _above_first_norm(self, rows: tuple[Row, ...]) -> Iterator[Row]:
+        for row in rows:
+            steps = row.steps.split()
+            if row.role != "activation" or "norm1" not in steps or row.kept_by == ("full",):
+                yield row
+            elif len(steps) > 1:
+                left = [step for step in steps if step != "norm1"]
+                yield replace(row, count=row.count * len(left) / len(steps), steps=" ".join(left))
 
     def _reads(self, reader: str, row: Row) -> bool:
         """Is a row needed for the gradients of the norms, the head, or the products of a step?"""
@@ -234,7 +246,8 @@ class Tuning:
 
         Read off peft 0.21's modules on tensors without storage (tests/data/traced_adapters.json): the
         input if it is not the product's own (cast, dropped out with its mask, or gathered), ``A x``, and under
-        autocast both weights in half precision.
+        autocast both weights in half precision. In its backward two gradients of its input are there at a
+        time: 2 bytes each, or in fp32 before and after the dropout or beside their cast.
         """
         from planner.stacks.base import BYTE, COMPUTE, FP32, UNTIL_FULL, Row
         from strategies.base import Role
@@ -244,11 +257,13 @@ class Tuning:
         words = {"q": "batch seq residual", "o": "batch seq heads head_dim", "down": "batch seq ffn"}
         outs = {"q": "heads head_dim", "k": "kv_heads head_dim", "v": "kv_heads head_dim", "gate": "ffn"}
         rank = f"rank:{self.adapters.rank}"
+        steps: dict[str, str] = {}
         for module in self.modules():
             name, step = "-".join(module), STEP[module[0]]
             dims = words.get(module[0], words["q"])
             low = f"batch seq low_rank:{self.adapters.rank}"
             whole = dims.replace("residual", "hidden") if self.gathers_inputs else dims
+            steps[step] = whole
 
             def row(label: str, over: str, count: float, dtype: str, *role: Role) -> Row:
                 return Row(
@@ -263,7 +278,6 @@ class Tuning:
 
             if self.own_inputs or (self.gathers_inputs and step in ("qkv", "up", "down")):
                 yield row("input", whole, 1, wide)
-                yield row("gradient of the input", whole, 1, wide, Role.TRANSIENT)
             if self.adapters.dropout:
                 yield row("dropout mask", whole, 1, BYTE)
             yield row("A x", low, 1, wide)
@@ -280,6 +294,12 @@ class Tuning:
                 yield row(
                     f"reads and writes of {one}'s output", f"batch seq {out}", 10, COMPUTE, Role.TRAFFIC
                 )
+        passing = 2 + 4 * bool(self.casts) + 2 * bool(self.adapters.dropout)
+        for step, dims in steps.items():  # one adapter at a time
+            yield Row("gradients of an adapter's input", dims, passing, BYTE, role=Role.TRANSIENT, steps=step)
+        # As the last product of a block is run again: its result, its adapter's, this one scaled; the MLP's input.
+        if self.casts and "down" in steps:
+            yield Row("outputs beside an adapter", words["q"], 4, COMPUTE, role=Role.TRANSIENT, steps="down")
         if self.adapters.quantize:
             yield from self._dequantized()
 

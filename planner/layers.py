@@ -157,8 +157,8 @@ class Builder:
         name = "residual stream across regions"
         return Term(name, Role.MESSAGE, dims | {"crossings": crossings}, self.recipe.compute, kept_by)
 
-    def block(self) -> Layer:
-        """One transformer block."""
+    def block(self, first: bool = False) -> Layer:
+        """One transformer block; of frozen weights the ``first`` keeps less."""
         terms: list[Term] = []
         for weight in (*block_weights(self.model, self.model.blocks[0]), *self.tuning.weights()):
             terms += self.states(weight)
@@ -170,7 +170,7 @@ class Builder:
         per_pair = ATTENTION_FLOPS[str(self.training.attention)]
         kept = self.stack.rerun.get("attention core", UNTIL_FULL)
         terms.append(Term("attention core", Role.FLOPS, core, per_pair, kept))
-        terms += self.rows(self.tuning.rows("block", self.stack.rows["block"]))
+        terms += self.rows(self.tuning.rows("first block" if first else "block", self.stack.rows["block"]))
         if self.training.adapters:
             terms += self.rows(self.tuning.adapter_rows())
         terms.append(self.regions(4, UNTIL_FULL))

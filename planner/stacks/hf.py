@@ -260,6 +260,7 @@ HEAD = (
     Row("logits of a chunk, in fp32", V, 3 / 8, FP32, when="loss:chunked", role=TRANSIENT, steps="loss"),
     Row("gradient of the logits, cast", V, 1, when="!loss:chunked", role=TRANSIENT, steps="head"),
     Row("gradient of the head's input", H, 2, role=TRANSIENT, steps="head norm"),
+    Row("temporaries of the final norm's backward", H, 5, FP32, when="rmsnorm", role=TRANSIENT, steps="norm"),
     Row("gradient of the tied head", "vocab hidden tied", 2, GRADIENT, role=TRANSIENT, steps="head norm"),
 )
 

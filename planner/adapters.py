@@ -54,6 +54,7 @@ class Adapters(BaseModel):
     dora: bool = False
     quantize: Literal["nf4"] | None = None
     double: bool = False
+    keeps_inputs: bool = False  # of quantised products, as bitsandbytes 0.41 does; 0.49 does not
 
     @field_validator("targets")
     @classmethod
@@ -179,6 +180,8 @@ class Tuning:
         """Is a row needed for the gradients of the norms, the head, or the products of a step?"""
         if not self.adapters:
             return reader != "head" or not self.model.tie_word_embeddings
+        if self.adapters.quantize and self.adapters.keeps_inputs and row.role == "activation":
+            return reader in STEP.values()
         shared = row.role == "activation" and not self.own_inputs and not self.gathers_inputs
         return shared and reader in {STEP[one] for one in self.adapters.products(self.model)}
 

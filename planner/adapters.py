@@ -29,7 +29,7 @@ GROUPS = {"all-linear": TARGETS, "attention": TARGETS[:4], "mlp": TARGETS[4:]}
 """Words for several of them; ``all-linear`` is peft's, without the head."""
 STEP = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "out", "gate": "up", "up": "up", "down": "down"}
 """The step of a block's backward that a product belongs to (planner/layers.py)."""
-FUSED = (("q", "k", "v"), ("gate", "up"))
+FUSED: tuple[tuple[str, ...], ...] = (("q", "k", "v"), ("gate", "up"))
 """Products that Megatron-core makes in one, and so with one adapter."""
 LAUNCHES = (5.0, 9.0)
 """Kernels of an adapter's forward: two products, the scaling, the addition, a cast or dropout; and of its
@@ -71,8 +71,8 @@ class Adapters(BaseModel):
 
         Dettmers et al. 2023, section 3: 0.5 and 0.127 bits of constants for each parameter.
 
-        >>> Adapters(rank=8).quantized_bytes, round(8 * (Adapters(rank=8, double=True).quantized_bytes - .5), 3)
-        (0.5625, 0.127)
+        >>> round(8 * (Adapters(rank=8, double=True).quantized_bytes - 0.5), 3)
+        0.127
         """
         return 0.5 + (1 / 64 + 4 / (64 * 256) if self.double else 4 / 64)
 
@@ -190,14 +190,23 @@ class Tuning:
         """Adapters of Megatron Bridge keep inputs that sequence parallelism would cut, gathered."""
         return "mcore" in self.stack.words
 
+    @property
+    def crossings(self) -> int:
+        """How often adapters gather the residual stream over a tensor-parallel group: for o and for down.
+
+        Megatron Bridge cuts ``B`` beside a row-parallel product by columns and gathers its output.
+        """
+        adapted = self.adapters.products(self.model) if self.adapters else ()
+        return sum(one in adapted for one in ("o", "down")) * self.gathers_inputs
+
     def modules(self) -> list[tuple[str, ...]]:
         """The adapted products, together where one adapter stands beside several."""
         if self.adapters is None:
             return []
         products = self.adapters.products(self.model)
-        together = FUSED if "mcore" in self.stack.words else ()
+        together: tuple[tuple[str, ...], ...] = FUSED if "mcore" in self.stack.words else ()
         if self.model.model_type in ("gpt2", "gpt_neox", "bloom"):
-            together = (FUSED[0],)
+            together = FUSED if together else FUSED[:1]
         modules: list[tuple[str, ...]] = []
         for one in products:
             group = next((g for g in together if one in g), (one,))
@@ -248,8 +257,8 @@ class Tuning:
         """What the adapters of a block keep, make and move.
 
         Read off peft 0.21's modules on tensors without storage (tests/data/traced_adapters.json): the
-        input if it is not the product's own (cast, dropped out with its mask, or gathered), ``A x``, and under
-        autocast both weights in half precision. In its backward two gradients of its input are there at a
+        input if it is not the product's own (cast, dropped out with its mask, or gathered), ``A x``, and
+        under autocast both weights in half precision. In its backward two gradients of its input are there at a
         time: 2 bytes each, or in fp32 before and after the dropout or beside their cast.
         """
         from planner.stacks.base import BYTE, COMPUTE, FP32, UNTIL_FULL, Row
@@ -300,7 +309,7 @@ class Tuning:
         passing = 2 + 4 * bool(self.casts) + 2 * bool(self.adapters.dropout)
         for step, dims in steps.items():  # one adapter at a time
             yield Row("gradients of an adapter's input", dims, passing, BYTE, role=Role.TRANSIENT, steps=step)
-        # As the last product of a block is run again: its result, its adapter's, this one scaled; the MLP's input.
+        # The last product of a block, run again: its result, its adapter's, this one scaled; the MLP's input.
         if self.casts and "down" in steps:
             yield Row("outputs beside an adapter", words["q"], 4, COMPUTE, role=Role.TRANSIENT, steps="down")
         if self.adapters.quantize:
@@ -332,7 +341,8 @@ def check(model: ModelSpec, training: TrainingSpec, stack: Stack) -> None:
         )
     if frozen.embeddings and not adapters and stack.name not in ("hf", "fsdp", "deepspeed"):
         raise InputError(
-            f"frozen embeddings: {stack.name} trains all weights or adapters: use --framework hf, fsdp or deepspeed"
+            f"frozen embeddings: {stack.name} trains all weights or adapters: "
+            "use --framework hf, fsdp or deepspeed"
         )
     if adapters is None:
         return
@@ -348,13 +358,13 @@ def check(model: ModelSpec, training: TrainingSpec, stack: Stack) -> None:
         raise InputError("adapters: what compiled blocks keep beside them is not known: use compile=off")
     if adapters.dora:
         raise InputError(
-            "dora: what its norms of whole weights keep and make depends on the release of peft and has not been "
-            "traced: plan LoRA of the same rank, and leave room"
+            "dora: what its norms of whole weights keep and make depends on the release of peft and has not "
+            "been traced: plan LoRA of the same rank, and leave room"
         )
     if adapters.quantize and stack.name == "megatron":
         raise InputError(
-            f"quantize={adapters.quantize}: 4-bit weights are not cut by tensor parallelism and Megatron Bridge "
-            "has none: use --framework fsdp, hf or deepspeed"
+            f"quantize={adapters.quantize}: 4-bit weights are not cut by tensor parallelism and Megatron "
+            "Bridge has none: use --framework fsdp, hf or deepspeed"
         )
     if model.block_kinds != model.blocks[:1] or model.blocks[0].mlp != "dense" or model.latent:
         raise InputError(f"adapters: {model.name}'s blocks are not all dense attention: use a dense model")
@@ -418,12 +428,12 @@ def notes(model: ModelSpec, training: TrainingSpec, stack: Stack, recipe: Recipe
     if adapters.quantize:
         twice = ", double-quantised" if adapters.double else ""
         yield (
-            f"the blocks' matrices in NF4 blocks of 64{twice}: {adapters.quantized_bytes:.4g} bytes each; embedding, "
-            "norms and head in half precision (peft's prepare_model_for_kbit_training would make them fp32)"
+            f"the blocks' matrices in NF4 blocks of 64{twice}: {adapters.quantized_bytes:.4g} bytes each; "
+            "embedding, norms and head in half precision (peft's prepare_model_for_kbit_training would make them fp32)"
         )
     else:
         yield f"frozen weights of {min(recipe.weight, recipe.compute):g} bytes each"
-    yield "the first block is taken to keep as much as any other, though nothing flows below its first adapter"
+    yield "the first block is taken to keep as much as any other, though it has nothing to send gradients to"
     if tuning.gathers_inputs:
         yield "adapters are Megatron Bridge's: their inputs gathered, both matrices cut by tensor parallelism"
 
@@ -449,7 +459,7 @@ def read(text: str | None, quantize: str | None) -> dict[str, Any] | None:
             name, value = ("rank", part) if part.isdigit() else (part, "on")
         if name not in Adapters.model_fields or name == "quantize" or name in values:
             raise InputError(
-                f"--lora {text[:60]!r}: write a rank, or rank=16,targets=q+v,dropout=0.05,dtype=fp32,dora,double"
+                f"--lora {text[:60]!r}: write a rank, or rank=16,targets=q+v,dropout=0.05,dtype=fp32,double"
             )
         values[name] = value.split("+") if name == "targets" else value
     if quantize:

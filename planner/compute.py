@@ -137,7 +137,7 @@ class Compute:
         return self.memo[key]
 
     def _product(self, term: Term, flops: Quantity) -> tuple[Quantity, Quantity, Quantity]:
-        """A weight's product with every token, the gradient of its input and, trained, its own: equal work."""
+        """A weight's product with every token, its input's gradient and, if trained, its own: equal work."""
         trained = term.unit == 6  # FLOPs of each element, 2 for each product
         third = flops / self.products / (term.unit / 2)
         if not self.multiprocessors:

@@ -135,7 +135,7 @@ class Builder:
         yield Term(weight.name, Role.OPTIMIZER, weight.dims, states)
 
     def product(self, weight: Weight, kept_by: tuple[str, ...]) -> Term:
-        """FLOPs of a matrix product with every token: 2 forward, 2 for its input's gradient and 2 for its own."""
+        """FLOPs of a matrix product with every token: 2 forward, 2 for the input's gradient, 2 for its own."""
         flops = 4.0 if self.tuning.freezes(weight) else 6.0
         tokens = {"batch": self.dims["batch"], "seq": self.dims["seq"]}
         return Term(weight.name, Role.FLOPS, tokens | weight.dims, flops, kept_by)
@@ -174,6 +174,8 @@ class Builder:
         if self.training.adapters:
             terms += self.rows(self.tuning.adapter_rows())
         terms.append(self.regions(4, UNTIL_FULL))
+        if self.tuning.crossings:
+            terms.append(self.regions(self.tuning.crossings, UNTIL_FULL))
         return Layer("block", tuple(terms), self.model.num_hidden_layers, STEPS["block"])
 
     def embedding(self) -> Layer:

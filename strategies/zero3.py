@@ -32,7 +32,7 @@ def trained(layer: Layer, size: Size) -> Quantity:
 
 
 def on_the_wire(layer: Layer, size: Size, width: float) -> Quantity:
-    """Bytes of one layer's parameters, gathered: ``width`` an element, or what they are stored in, if less."""
+    """Bytes of one layer's parameters, gathered: ``width`` an element, or as stored, if that is less."""
     return sum(size(term) / term.unit * min(term.unit, width) for term in layer.by_role[Role.PARAMETER])
 
 

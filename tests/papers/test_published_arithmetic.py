@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from planner import ModelSpec
-from planner.weights import count_matrix_parameters
 from planner.stacks.base import Recipe
+from planner.weights import count_matrix_parameters
 from strategies.base import Role
 from tests.helpers import block_of, gpt, job_of, saved
 

@@ -238,7 +238,7 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     chosen = training.model_copy(update={"precision": precision, "options": options})
     adapters.check(model, chosen, stack)
     if training.adapters:
-        stack = adapters.with_launches(model, training, stack)
+        stack = adapters.with_launches(stack)
     if "seq_length" not in given_fields:
         whole = "all" if seq == model.max_position_embeddings else f"8192 of {model.max_position_embeddings}"
         notes.append(f"sequence length {seq}: {whole} positions of the model")

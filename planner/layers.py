@@ -135,7 +135,7 @@ class Builder:
         yield Term(weight.name, Role.OPTIMIZER, weight.dims, states)
 
     def product(self, weight: Weight, kept_by: tuple[str, ...]) -> Term:
-        """FLOPs of a matrix product with every token: 2 forward, 2 for the input's gradient, 2 for its own."""
+        """FLOPs of a matrix product with every token: 2 forward, 2 for each of two gradients."""
         flops = 4.0 if self.tuning.freezes(weight) else 6.0
         tokens = {"batch": self.dims["batch"], "seq": self.dims["seq"]}
         return Term(weight.name, Role.FLOPS, tokens | weight.dims, flops, kept_by)

@@ -196,7 +196,7 @@ def test_frozen_products_make_no_gradient_of_their_weight() -> None:
 
 
 def test_model_flops_are_two_thirds_of_full_training_as_rank_goes_to_nothing() -> None:
-    """NVIDIA's recipes multiply the MFU of LoRA by 2/3 (dgxc-benchmarking, ft_llama3); attention is not cut."""
+    """NVIDIA's recipes multiply the MFU of LoRA by 2/3 (dgxc-benchmarking, ft_llama3)."""
     model = ModelSpec.from_catalog("llama-2-70b")
     full = job_of(model, "8xH100", framework="fsdp", seq_length=1).flops_per_token
     thin = job_of(model, "8xH100", framework="fsdp", seq_length=1, adapters=Adapters(rank=1)).flops_per_token
@@ -236,7 +236,7 @@ def test_rank_must_divide_over_a_tensor_parallel_group() -> None:
         estimate(
             llama(kv=8),
             ClusterSpec.parse("4xH100"),
-            TrainingSpec(seq_length=128, adapters=Adapters(rank=6)),
+            TrainingSpec(seq_length=128, global_batch_size=1, adapters=Adapters(rank=6)),
             Layout(tensor_parallel=4),
         )
 
@@ -309,9 +309,7 @@ REFUSED = {
 def test_what_is_not_modelled_is_refused_with_the_nearest_fix(name: str) -> None:
     training, fix = REFUSED[name]
     with pytest.raises(InputError, match=fix):
-        estimate(
-            llama(), ClusterSpec.parse("1xA100"), TrainingSpec(**{"seq_length": 64, **training}), Layout()
-        )
+        job_of(llama(), "1xA100", **{"seq_length": 64, **training})
 
 
 def test_adapters_are_read_from_text() -> None:
@@ -363,7 +361,7 @@ def test_runs_with_adapters_that_failed_are_not_called_fitting() -> None:
 
 
 def test_step_times_of_measured_runs_with_adapters() -> None:
-    """Within a tenth where the GPU is the limit; where the host is, at short sequences, up to 40 % too long."""
+    """Within a tenth where the GPU is the limit; up to 40 % too long where the host is, at short sequences."""
     for row in STEPS:
         run = RUNS[row["run"]]
         found = predict_step(run)

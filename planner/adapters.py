@@ -294,8 +294,8 @@ def check(model: ModelSpec, training: TrainingSpec, stack: Stack) -> None:
     causal = model.blocks[0].mixer in ("full", "window") and model.kind == "decoder" and not model.latent
     if model.block_kinds != model.blocks[:1] or model.blocks[0].mlp != "dense" or not causal:
         raise InputError(
-            f"adapters: {model.name}'s blocks are not all alike, causal attention and a dense MLP: use a model "
-            "whose blocks are"
+            f"adapters: {model.name}'s blocks are not all alike, causal attention and a dense MLP: "
+            "use a model whose blocks are"
         )
     if adapters.dtype and not (training.precision == "pure-bf16" and stack.name in ("hf", "fsdp")):
         raise InputError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,7 +32,7 @@ from planner.stacks.base import (
     Stack,
 )
 from planner.weights import Weight, block_weights, embedding_weights, head_weights
-from strategies.base import Layer, Quantity, Role, Term
+from strategies.base import Layer, Quantity, Role, Term, larger
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -144,6 +144,16 @@ def part_lengths(model: ModelSpec) -> dict[str, Quantity]:
     return found
 
 
+def there(flags: Any) -> Quantity:
+    """Which of a family of layouts has something: 1 or 0 each, or a plain 0 if none has."""
+    return flags * 1 if np.any(flags) else 0
+
+
+def nothing(length: Quantity) -> bool:
+    """Is a length zero for a whole family of layouts?"""
+    return isinstance(length, int) and length == 0
+
+
 class Builder:
     """Turns weights and a stack's rows into terms, for given micro-batches and degrees.
 
@@ -177,7 +187,9 @@ class Builder:
             "residual": model.hidden_size,
             "hidden": model.hidden_size,
             "heads": model.num_attention_heads,
-            "kv_heads": model.num_key_value_heads,
+            "kv_heads": self.key_heads(tensor_parallel),
+            "gathered_heads": model.num_attention_heads + 2 * model.num_key_value_heads,
+            "repeats": int(stack.repeats_heads) and there(tensor_parallel > model.num_key_value_heads),
             "head_dim": model.head_dim,
             "ffn": model.intermediate_size,
             "vocab": self.vocab,
@@ -196,6 +208,11 @@ class Builder:
         self.tuning = Tuning(model, training, stack, recipe)
         if training.adapters or training.frozen.embeddings:
             self.dims["tied"] = 0  # whose head has no gradient
+
+    def key_heads(self, tensor_parallel: Quantity) -> Quantity:
+        """Key and value heads of all ranks of a tensor-parallel group together: one each, at least."""
+        heads = self.model.num_key_value_heads
+        return larger(heads, tensor_parallel) if self.stack.repeats_heads else heads
 
     def states(self, weight: Weight) -> Iterator[Term]:
         """Parameter, gradient and optimizer states of one weight."""
@@ -252,6 +269,10 @@ class Builder:
         if per_pair != UNFUSED:
             keys = pairs_per_query(kind, keys, self.model.sliding_window)
         yield Term("attention core", Role.FLOPS, core | {"seq_k": keys}, per_pair, kept)
+        if not nothing(self.dims["repeats"]):
+            sent = ("batch", "seq", "gathered_heads", "head_dim", "repeats")
+            gathered = {name: self.dims[name] for name in sent}
+            yield Term("query, key and value", Role.MESSAGE, gathered, self.recipe.compute, UNTIL_FULL)
         yield from self.sent_by_attention(kept)
 
     def crossings(self, kind: Block) -> int:
@@ -270,6 +291,8 @@ class Builder:
                 for word in row.dims.split():
                     name, _, length = word.partition(":")
                     dims[name] = int(length) if length else self.dims[name]
+                if any(nothing(length) for length in dims.values()):
+                    continue
                 unit = row.count * self.width[row.dtype]
                 yield Term(row.name, row.role, dims, unit, row.kept_by, tuple(row.steps.split()))
 

@@ -173,6 +173,7 @@ class Stack:
     sizes: Mapping[str, float] = field(default_factory=dict)  # options that are numbers of elements
     bucket_fraction: float = 0.0
     eager_alibi: bool = False  # no fused attention for ALiBi models
+    repeats_heads: bool = False  # tensor parallelism may exceed the key and value heads
     overlaps_regions: bool = False  # tensor parallelism reduces gradients behind the weights' products
     launches: tuple[float, float] = (20.0, 38.0)  # kernels of a block's forward and of its backward
     attention_kernels: tuple[str, ...] = ("flash", "cudnn")  # fused ones, the preferred first
@@ -224,6 +225,7 @@ class Stack:
             lasting=4 / recipe.gradient if self.both_gradients and recipe.gradient > 4 else 0.0,
             copies=options.get("version") != "1",
             overlaps_regions=self.overlaps_regions,
+            repeats_heads=self.repeats_heads,
             separate_root=self.separate_root and options.get("root") != "one",
             keeps_last=self.keeps_last and options.get("root") == "one",
             rotated_bytes=self.rotated_bytes,

@@ -150,6 +150,13 @@ BLOCK = (
     Row("gradient of the attention output", AD, 2, role=TRANSIENT, steps="out core"),
     Row("gradient of the query", AD, 2, role=TRANSIENT, steps="core qkv"),
     Row("gradients of key and value", KD, 4, role=TRANSIENT, steps="core qkv"),
+    Row(
+        "gradient of the gathered query, key and value",
+        "batch seq gathered_heads head_dim repeats",
+        2,
+        role=TRANSIENT,
+        steps="core qkv",
+    ),
     Row("gradient of the scores", SS, 1, when="eager", role=TRANSIENT, steps="core"),
     Row("norm outputs, recomputed", H, 2, when="norm:recomputed", role=TRANSIENT, steps="qkv up"),
     Row("gated product, recomputed", F, 1, when="gated swiglu:recomputed", role=TRANSIENT, steps="down"),
@@ -313,6 +320,7 @@ MEGATRON = Stack(
         "1.01-1.09 in SimuMax's per-rank readings of Megatron-LM on B200, 1.03 in most",
         fraction=True,
     ),
+    repeats_heads=True,
     overlaps_regions=True,
     attention_kernels=("cudnn", "flash"),  # as Transformer Engine prefers them
     hidden_transfers="--overlap-grad-reduce --overlap-param-gather",

@@ -82,6 +82,7 @@ def features(
         chosen["query_rank"] = bool(chosen["latent"] and model.latent and model.latent.q_lora_rank)
         shared = bool(model.experts and model.experts.shared_intermediate_size)
         chosen["shared"] = block.mlp == "experts" and shared
+        chosen["shared_gate"] = bool(chosen["shared"] and model.experts and model.experts.shared_gate)
     return frozenset(words | {word for word, holds in chosen.items() if holds})
 
 
@@ -261,6 +262,10 @@ class Builder:
                 "attention output, by heads", Role.ACTIVATION, dims, self.recipe.compute, kept_by, ("core",)
             )
 
+    def words(self, kind: Block) -> frozenset[str]:
+        """The words of one kind of block."""
+        return features(self.model, self.training, self.stack, kind)
+
     def block(self, kind: Block | None = None) -> Layer:
         """One transformer block of a kind, the first if not said."""
         kind = kind or self.kinds[0]
@@ -272,11 +277,12 @@ class Builder:
                 terms.append(self.product(weight.name, weight.dims, kept))
         if kind.mixer in ("full", "window", "bidirectional"):
             terms += self.attention(kind)
-        terms += self.rows(self.stack.rows["block"], features(self.model, self.training, self.stack, kind))
+        terms += self.rows(self.stack.rows["block"], self.words(kind))
         terms.append(self.regions(self.crossings(kind), UNTIL_FULL))
         if kind.mlp == "experts":
             dims = {name: self.dims[name] for name in ("batch", "seq", "routed", "width")}
-            terms.append(Term("tokens sent to experts", Role.MESSAGE, dims, self.recipe.compute, UNTIL_FULL))
+            sent, kept = "tokens sent to experts", self.stack.rerun.get("tokens sent to experts", UNTIL_FULL)
+            terms.append(Term(sent, Role.MESSAGE, dims, self.recipe.compute, kept))
         name = "block" if len(self.kinds) == 1 else f"{kind.mixer} {kind.mlp} block"
         return Layer(name, tuple(terms), self.model.blocks.count(kind), STEPS["block"])
 
@@ -296,8 +302,9 @@ class Builder:
         return Layer("head", (*terms, self.regions(1)), steps=STEPS["head"])
 
     def stage(self) -> Layer:
-        """What a stage holds once, however many layers it has."""
-        return Layer("stage", tuple(self.rows(self.stack.rows.get("stage", ()))))
+        """What a stage holds once, however many layers it has, for all kinds of block together."""
+        words = self.features.union(*(self.words(kind) for kind in self.kinds))
+        return Layer("stage", tuple(self.rows(self.stack.rows.get("stage", ()), words)))
 
     def graph(self) -> nx.DiGraph[str]:
         """The kinds of layer in the order in which a token first meets them."""

@@ -7,6 +7,7 @@ attention keeps ``sbh(12 + 4k/a + 6f/h)`` plus log-sum-exp and statistics.
 
 from __future__ import annotations
 
+from planner.stacks import megatron_experts as parts
 from planner.stacks import traffic
 from planner.stacks.base import (
     ALLOCATOR,
@@ -132,9 +133,9 @@ MEGATRON = Stack(
     version="Megatron-LM core 0.16, Transformer Engine kernels",
     rows={
         "embedding": EMBEDDING + traffic.EMBEDDING,
-        "block": BLOCK + traffic.FUSED,
+        "block": (*parts.usual(BLOCK + traffic.FUSED), *parts.MIXTURE, *parts.LATENT),
         "head": HEAD + traffic.HEAD,
-        "stage": STAGE,
+        "stage": (*parts.usual(STAGE), *parts.STAND_INS),
     },
     recipes={
         "bf16": Recipe(2, 4, 4, 4),
@@ -157,7 +158,10 @@ MEGATRON = Stack(
         "loss": ("parallel", "fused"),
         "overlap": ("on", "off"),  # --overlap-grad-reduce, --overlap-param-gather
         "tp_comm_overlap": ("off", "on"),
+        **parts.OPTIONS,
     },
+    concerns=parts.CONCERNS,
+    reruns=parts.RERUNS,
     # transformer_config.py: cp_comm_type; Transformer Engine's attention has them.
     context_comms={
         "ring": "--cp-comm-type p2p",

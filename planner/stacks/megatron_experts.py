@@ -101,6 +101,12 @@ SHARED = (
     Row("second product's input of shared experts", S, 1, COMPUTE, UNTIL_FULL, "!gated", steps="norm2"),
     Row("output of shared experts before their gate", H, 1, COMPUTE, UNTIL_FULL, "shared_gate", steps="norm2"),
 )
+# MoELayer.forward holds what it sends and what arrives to its end, beside the experts' output, sorted back,
+# and what comes back of it; another one is the message's other side. Where nothing is sent there is one less.
+FORWARD = (
+    Row("routed tokens, on their way", X, 3, role=TRANSIENT, steps="forward"),
+    Row("output of shared experts", H, 1, when="shared", role=TRANSIENT, steps="forward"),
+)
 GRADIENTS = (
     # As they come back from the others, beside the message's other side; in the order of the experts; and
     # on their way out again.
@@ -124,7 +130,7 @@ MIXTURE = (
     *module("moe", "down", EXPERTS, "mlp:experts"),
     *module("moe", "down", module("moe_act", "down", ACTIVATED), "mlp:experts"),
     *module("moe", "down", module("shared_experts", "norm2", SHARED), "shared"),
-    *(replace(one, when=f"mlp:experts {one.when}".strip()) for one in GRADIENTS),
+    *(replace(one, when=f"mlp:experts {one.when}".strip()) for one in FORWARD + GRADIENTS),
     *MOVED,
 )
 """Everything but the norm before it, which stays where a dense MLP has it."""

@@ -106,9 +106,7 @@ def _options(
             raise InputError(
                 f"{name}={value}: {model.name} has no {stack.concerns[name]} that it is of: leave it out"
             )
-    usual = {
-        name: allowed[0] for name, allowed in stack.options.items() if stack.concerned(name, model)
-    }
+    usual = {name: allowed[0] for name, allowed in stack.options.items() if stack.concerned(name, model)}
     if gpus == 1:
         usual |= stack.alone
     if stack.reduces_as_weights and stack.recipes[precision].weight == 2:

@@ -36,9 +36,9 @@ STEPS = {
     "block": ("forward", "down", "act", "up", "norm2", "out", "core", "qkv", "norm1"),
     "head": ("loss", "head", "norm"),
 }
-"""The steps of a layer's backward, in order: of a block the end of its forward, which what it keeps is as
-much beside as at the start of its backward, or which is run again just then; the down product, the activation function, the
-up (and gate) products, the second norm, the attention output product, the attention core, the query, key
+"""The steps of a layer's backward, in order: of a block the end of its forward (beside which there is as
+much as at the start of its backward, or which is then run again), the down product, the activation function,
+the up (and gate) products, the second norm, the attention output product, the attention core, the query, key
 and value products, the first norm. A block with parallel residuals runs the same steps."""
 MOMENTS = {"adamw": 2, "adam": 2, "momentum": 1, "sgd": 0}
 """Optimizer states per parameter, besides a master copy."""

@@ -13,8 +13,6 @@ COUNTED = ("ministral", "phi3", "granite", "stablelm", "nemotron", "gemma", "gpt
 """Others that have blocks of the same parts: what their modules keep was not traced."""
 
 
-
-
 MEGATRON = ("mixtral", "deepseek_v2", "deepseek_v3", "qwen2_moe", "qwen3_moe", "glm4_moe", "gpt_oss")
 """Mixtures that Megatron Core runs, of parts that its rows have; Kimi K2 is of DeepSeek-V3's type."""
 MEGATRON_DENSE = ("ministral", "phi3", "stablelm", "nemotron", "gemma", "starcoder2")

@@ -35,8 +35,8 @@ BACKWARD = ("down", "act", "up", "norm2", "out", "core", "qkv", "norm1")
 def module(option: str, start: str, rows: Iterable[Row], word: str = "") -> Iterator[Row]:
     """Rows of a module of ``--recompute-modules``: kept; or, with ``option:recomputed``, made again.
 
-    What its backward makes again as it comes to the step ``start`` is there until the step that frees it. ``word`` is
-    one that selects the module.
+    What its backward makes again as it comes to the step ``start`` is there until the step that frees it.
+    ``word`` is one that selects the module.
     """
     for one in rows:
         when = f"{word} {one.when}".strip()
@@ -99,7 +99,7 @@ SHARED = (
     Row("gated product of shared experts", S, 1, COMPUTE, UNTIL_FULL, "gated", steps="norm2"),
     Row("activation's input of shared experts", S, 1, COMPUTE, UNTIL_FULL, "!gated", steps="norm2"),
     Row("second product's input of shared experts", S, 1, COMPUTE, UNTIL_FULL, "!gated", steps="norm2"),
-    Row("output of shared experts before their gate", H, 1, COMPUTE, UNTIL_FULL, "shared_gate", steps="norm2"),
+    Row("output of shared experts, ungated", H, 1, COMPUTE, UNTIL_FULL, "shared_gate", steps="norm2"),
 )
 # MoELayer.forward holds what it sends and what arrives to its end, beside the experts' output, sorted back,
 # and what comes back of it; another one is the message's other side. Where nothing is sent there is one less.

@@ -94,7 +94,7 @@ forward, four backward; flash skips the causal half and runs five products backw
 half of 4 + 10 (Dao 2023, arXiv:2307.08691, section 4.1)."""
 
 
-def pairs_per_query(kind: Block, seq_length: int, window: int | None) -> float:
+def pairs_per_query(kind: Block, seq_length: float, window: int | None) -> float:
     """Keys that a fused kernel has for a query, in units of those that a causal one has: ``s / 2`` of ``s``.
 
     A window of ``w`` leaves ``s w - w^2 / 2`` pairs of ``s^2 / 2``; without a mask there are twice as many.

@@ -13,12 +13,10 @@ COUNTED = ("ministral", "phi3", "granite", "stablelm", "nemotron", "gemma", "gpt
 """Others that have blocks of the same parts: what their modules keep was not traced."""
 
 
-MEGATRON = ("mixtral", "deepseek_v2", "deepseek_v3", "qwen2_moe", "qwen3_moe", "glm4_moe", "gpt_oss")
-"""Mixtures that Megatron Core runs, of parts that its rows have; Kimi K2 is of DeepSeek-V3's type."""
-MEGATRON_DENSE = ("ministral", "phi3", "stablelm", "nemotron", "gemma", "starcoder2")
-"""Others of ``COUNTED`` whose blocks are its usual parts: its flags choose norm, activation and biases
+MEGATRON = ("ministral", "phi3", "stablelm", "nemotron", "gemma", "starcoder2")
+"""Others of ``COUNTED`` whose blocks Megatron Core runs as its usual parts: its flags choose norm, activation and biases
 (arguments.py: --normalization, --squared-relu, --swiglu, --rotary-percent, --window-size). It has no
-multipliers of Granite's kind, no parallel residuals of Falcon's and no alternating windows of GPT-Neo's."""
+multipliers of Granite's kind, dense or with experts, no parallel residuals of Falcon's and no alternating windows of GPT-Neo's."""
 
 
 def unplanned(model: ModelSpec, stack: Stack) -> str:
@@ -31,11 +29,10 @@ def _reasons(model: ModelSpec, stack: Stack) -> Iterator[str]:
     in_megatron = stack.name == "megatron"
     if model.kind != "decoder":
         yield f"{model.name}: an {model.kind} model {needed}"
-    if model.experts is not None and not (in_megatron and model.model_type in MEGATRON):
-        kinds = f"in {stack.name} (yet)" if not in_megatron else "(yet)"
+    if model.experts is not None and (not in_megatron or model.model_type.startswith("granite")):
         yield (
-            f"{model.name}: mixtures of experts of this kind are not planned {kinds}: {model.model_type} is "
-            "counted only"
+            f"{model.name}: mixtures of experts of {model.model_type}'s kind are not planned in {stack.name} "
+            "(yet): they are counted only"
         )
     if model.latent is not None and not in_megatron:
         yield f"{model.name}: multi-head latent attention {needed} in {stack.name}"
@@ -53,7 +50,7 @@ def _reasons(model: ModelSpec, stack: Stack) -> Iterator[str]:
         yield f"{model.name}: attention with gates, sinks or capped scores {needed}"
     if model.qk_norm and model.qk_norm_weights != "shared":
         yield f"{model.name}: query and key norms of {model.model_type}'s kind: a block of them {needed}"
-    if model.model_type in COUNTED and not (in_megatron and model.model_type in MEGATRON_DENSE):
+    if model.model_type in COUNTED and not (in_megatron and model.model_type in MEGATRON):
         yield f"{model.name}: model_type={model.model_type!r} {needed}; planned are {', '.join(TRACED)}"
 
 

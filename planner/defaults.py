@@ -101,7 +101,11 @@ def _options(
         if value not in stack.options[name]:
             allowed = " or ".join(stack.options[name])
             raise InputError(f"{name}={value[:40]} is not offered by {stack.name}: use {allowed}")
-    usual = {name: allowed[0] for name, allowed in stack.options.items()}
+        if not stack.concerned(name, model):
+            raise InputError(
+                f"{name}={value}: {model.name} has no {stack.concerns[name]} that it is of: leave it out"
+            )
+    usual = {name: allowed[0] for name, allowed in stack.options.items() if stack.concerned(name, model)}
     if gpus == 1:
         usual |= stack.alone
     if stack.reduces_as_weights and stack.recipes[precision].weight == 2:
@@ -172,9 +176,9 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     for given, kind in ((model, ModelSpec), (cluster, ClusterSpec), (training, TrainingSpec)):
         if not isinstance(given, kind):
             raise InputError(f"{str(given)[:60]!r} is not a {kind.__name__}: make one, as the README shows")
-    if reason := unplanned(model):
-        raise InputError(reason)
     stack = stack_named(training.framework)
+    if reason := unplanned(model, stack):
+        raise InputError(reason)
     if stack.families and model.model_type not in stack.families:
         others = [one.name for one in STACKS.values() if not one.families or model.model_type in one.families]
         raise InputError(

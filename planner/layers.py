@@ -39,11 +39,12 @@ if TYPE_CHECKING:
 
 STEPS = {
     "embedding": ("embedding",),
-    "block": ("down", "act", "up", "norm2", "out", "core", "qkv", "norm1"),
+    "block": ("forward", "down", "act", "up", "norm2", "out", "core", "qkv", "norm1"),
     "head": ("loss", "head", "norm"),
 }
-"""The steps of a layer's backward, in order: of a block the down product, the activation function, the
-up (and gate) products, the second norm, the attention output product, the attention core, the query, key
+"""The steps of a layer's backward, in order: of a block the end of its forward (beside which there is as
+much as at the start of its backward, or which is then run again), the down product, the activation function,
+the up (and gate) products, the second norm, the attention output product, the attention core, the query, key
 and value products, the first norm. A block with parallel residuals runs the same steps."""
 
 
@@ -87,6 +88,7 @@ def features(
         chosen["query_rank"] = bool(chosen["latent"] and model.latent and model.latent.q_lora_rank)
         shared = bool(model.experts and model.experts.shared_intermediate_size)
         chosen["shared"] = block.mlp == "experts" and shared
+        chosen["shared_gate"] = bool(chosen["shared"] and model.experts and model.experts.shared_gate)
     return frozenset(words | {word for word, holds in chosen.items() if holds})
 
 
@@ -315,6 +317,10 @@ class Builder:
                 "attention output, by heads", Role.ACTIVATION, dims, self.recipe.compute, kept_by, ("core",)
             )
 
+    def words(self, kind: Block) -> frozenset[str]:
+        """The words of one kind of block."""
+        return features(self.model, self.training, self.stack, kind)
+
     def block(self, kind: Block | None = None, first: bool = False) -> Layer:
         """A block of a kind, the first if not said; of frozen weights the model's ``first`` keeps less."""
         kind = kind or self.kinds[0]
@@ -327,7 +333,7 @@ class Builder:
                 terms.append(self.product(weight, kept))
         if kind.mixer in ("full", "window", "bidirectional"):
             terms += self.attention(kind)
-        words = features(self.model, self.training, self.stack, kind)
+        words = self.words(kind)
         terms += self.rows(
             self.tuning.rows("first block" if first else "block", self.stack.rows["block"]), words
         )
@@ -338,7 +344,8 @@ class Builder:
             terms.append(self.regions(self.tuning.crossings, UNTIL_FULL))
         if kind.mlp == "experts":
             dims = {name: self.dims[name] for name in ("batch", "seq", "routed", "width")}
-            terms.append(Term("tokens sent to experts", Role.MESSAGE, dims, self.recipe.compute, UNTIL_FULL))
+            sent, kept = "tokens sent to experts", self.stack.rerun.get("tokens sent to experts", UNTIL_FULL)
+            terms.append(Term(sent, Role.MESSAGE, dims, self.recipe.compute, kept))
         name = "block" if len(self.kinds) == 1 else f"{kind.mixer} {kind.mlp} block"
         return Layer(name, tuple(terms), self.model.blocks.count(kind), STEPS["block"])
 
@@ -359,8 +366,11 @@ class Builder:
         return Layer("head", (*terms, self.regions(1)), steps=STEPS["head"])
 
     def stage(self) -> Layer:
-        """What a stage holds once, however many layers it has."""
-        return Layer("stage", tuple(self.rows(self.tuning.rows("stage", self.stack.rows.get("stage", ())))))
+        """What a stage holds once, however many layers it has, for all kinds of block together."""
+        words = self.features.union(*(self.words(kind) for kind in self.kinds))
+        return Layer(
+            "stage", tuple(self.rows(self.tuning.rows("stage", self.stack.rows.get("stage", ())), words))
+        )
 
     def graph(self) -> nx.DiGraph[str]:
         """The kinds of layer in the order in which a token first meets them."""

@@ -167,6 +167,10 @@ class Stack:
     block_policies: tuple[str, ...] = ("full",)  # those that run a whole block again before its backward
     rerun: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Products that a policy milder than ``full`` runs again: name -> policies that do not."""
+    reruns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Products that an option runs again under every policy: ``name:value`` -> their names."""
+    concerns: Mapping[str, str] = field(default_factory=dict)
+    """What a model must have for an option to mean anything: option -> a field of the model."""
     families: tuple[str, ...] = ()  # the model types it has; all, if empty
     separate_root: bool = False  # FSDP units: embedding and head each one of their own, unless root=one
     keeps_last: bool = False  # with one root unit, FSDP does not reshard the last block after its forward
@@ -187,7 +191,14 @@ class Stack:
         changed: dict[str, Any] = {}
         for name, value in options.items():
             changed |= self.variants.get(f"{name}:{value}", {})
+        again = [part for name, value in options.items() for part in self.reruns.get(f"{name}:{value}", ())]
+        if again:
+            changed["rerun"] = {**changed.get("rerun", self.rerun), **dict.fromkeys(again, ())}
         return replace(self, **changed) if changed else self
+
+    def concerned(self, option: str, model: object) -> bool:
+        """Has a model what an option is of?"""
+        return option not in self.concerns or bool(getattr(model, self.concerns[option]))
 
     @property
     def context_comm(self) -> str:

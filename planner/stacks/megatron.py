@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from planner.stacks import megatron_experts as parts
 from planner.stacks import traffic
 from planner.stacks.base import (
     ALLOCATOR,
@@ -262,9 +263,9 @@ MEGATRON = Stack(
     version="Megatron-LM core 0.16, Transformer Engine kernels",
     rows={
         "embedding": EMBEDDING + traffic.EMBEDDING,
-        "block": BLOCK + traffic.FUSED + FP8_TRAFFIC,
+        "block": (*parts.usual(BLOCK + traffic.FUSED + FP8_TRAFFIC), *parts.MIXTURE, *parts.LATENT),
         "head": HEAD + traffic.HEAD,
-        "stage": STAGE,
+        "stage": (*parts.usual(STAGE), *parts.STAND_INS),
     },
     recipes={
         "bf16": Recipe(2, 4, 4, 4),
@@ -295,7 +296,10 @@ MEGATRON = Stack(
         "loss": ("parallel", "fused"),
         "overlap": ("on", "off"),  # --overlap-grad-reduce, --overlap-param-gather
         "tp_comm_overlap": ("off", "on"),
+        **parts.OPTIONS,
     },
+    concerns=parts.CONCERNS,
+    reruns=parts.RERUNS,
     # transformer_config.py: cp_comm_type; Transformer Engine's attention has them.
     context_comms={
         "ring": "--cp-comm-type p2p",

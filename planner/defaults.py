@@ -13,7 +13,7 @@ from planner.precision import EIGHT_BITS, check_options, precision_of, words_of
 from planner.specs import ClusterSpec, ModelSpec, Profile, TrainingSpec
 from planner.stacks import STACKS, stack_named
 from planner.stacks.base import WIDTHS, Recipe, Stack
-from planner.unplanned import unplanned
+from planner.unplanned import uncounted, unplanned
 
 USUAL_TOKENS = 4 * 2**20
 """Tokens per step where none are given: LLaMA's 4M (Touvron et al. 2023, arXiv:2302.13971, 2.3)."""
@@ -161,9 +161,9 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     for given, kind in ((model, ModelSpec), (cluster, ClusterSpec), (training, TrainingSpec)):
         if not isinstance(given, kind):
             raise InputError(f"{str(given)[:60]!r} is not a {kind.__name__}: make one, as the README shows")
-    if reason := unplanned(model):
-        raise InputError(reason)
     stack = stack_named(training.framework)
+    if reason := unplanned(model, stack):
+        raise InputError(reason)
     if stack.families and model.model_type not in stack.families:
         others = [one.name for one in STACKS.values() if not one.families or model.model_type in one.families]
         raise InputError(
@@ -190,6 +190,8 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     check_options(precision, stack, options)
     stack = _with_profile(stack.under(options), training.profile)
     stack = replace(stack, precision_words=words_of(precision, stack, cluster.gpu))
+    if reason := uncounted(model, stack, options):
+        raise InputError(reason)
     if options.get("compile") == "on" and not (model.gated_mlp and model.norm == "rmsnorm"):
         raise InputError(
             "compile=on: what compiled blocks keep is known of gated MLPs with RMSNorm only, "
@@ -232,7 +234,8 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
         notes.append(f"precision {precision}")
     states = f"{recipe.weight:g} + {recipe.gradient:g} + {recipe.master:g} + moments of {recipe.moment:g}"
     notes.append(f"{stack.version}; bytes per parameter (weight, gradient, master, moments): {states}")
-    shown = {name: value for name, value in options.items() if name != "swiglu" or model.gated_mlp}
+    hidden = ["swiglu"] * (not model.gated_mlp) + ["router", "all_to_all"] * (model.experts is None)
+    shown = {name: value for name, value in options.items() if name not in hidden}
     notes.append(", ".join(f"{name} {value}" for name, value in shown.items()))
     if precision in stack.notes:
         notes.append(stack.notes[precision])

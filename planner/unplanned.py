@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from planner.model import Block, ModelSpec
+from planner.stacks.base import Stack
 
 TRACED = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "opt", "bloom")
 """Families whose blocks the stacks' rows were tested against."""
@@ -15,18 +16,34 @@ COUNTED = (
 """Others that have blocks of the same parts: what their modules keep was not traced."""
 
 
-def unplanned(model: ModelSpec) -> str:
-    """Why no memory can be said of a model, with what is missing; empty where it can be."""
-    return next(_reasons(model), "")
+def unplanned(model: ModelSpec, stack: Stack) -> str:
+    """Why no memory can be said of a model on a stack, with what is missing; empty where it can be."""
+    return next(_reasons(model, stack), "")
 
 
-def _reasons(model: ModelSpec) -> Iterator[str]:
+def uncounted(model: ModelSpec, stack: Stack, options: Mapping[str, str]) -> str:
+    """Which choice a stack's mixtures and latent attention were not counted with; empty where none."""
+    words = {*stack.precision_words, *(f"{name}:{value}" for name, value in options.items())}
+    found = [word for word in stack.parts_without if word in words]
+    if not found or not (model.experts or model.latent):
+        return ""
+    choice = found[0].replace(":", "=")
+    return (
+        f"{choice}: what blocks of {model.model_type} keep is known of framework {stack.name} without it "
+        f"only: leave out {choice.partition('=')[0]}"
+    )
+
+
+def _reasons(model: ModelSpec, stack: Stack) -> Iterator[str]:
     needed = "is counted (planner catalog models), but what its layers keep is not planned (yet)"
     if model.kind != "decoder":
         yield f"{model.name}: an {model.kind} model {needed}"
-    if model.experts is not None:
-        yield f"{model.name}: mixtures of experts are not planned (yet): {model.model_type} is counted only"
-    if model.latent is not None:
+    if model.experts is not None and "experts" not in stack.parts:
+        yield (
+            f"{model.name}: mixtures of experts are not planned (yet) with framework {stack.name}: "
+            f"{model.model_type} is counted only"
+        )
+    if model.latent is not None and "latent" not in stack.parts:
         yield f"{model.name}: multi-head latent attention {needed}"
     if model.state_space is not None or model.delta is not None:
         yield f"{model.name}: a state space {needed}"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from math import log2
 from typing import Any
 
+from planner import adapters
 from planner.catalog import step_time
 from planner.errors import InputError
 from planner.optimizers import OPTIMIZERS, check_states, shardings_of
@@ -46,6 +47,16 @@ class Job:
         """Sequences of one step."""
         assert self.training.global_batch_size is not None
         return self.training.global_batch_size
+
+    @property
+    def trained_parameters(self) -> int:
+        """Parameters that have a gradient."""
+        return adapters.trained_parameters(self.model, self.training, self.stack, self.recipe)
+
+    @property
+    def flops_per_token(self) -> float:
+        """Model FLOPs of one token, without the gradients of frozen weights."""
+        return adapters.model_flops(self.model, self.training, self.stack, self.recipe)
 
     @property
     def tokens_per_step(self) -> int:
@@ -222,6 +233,10 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     stack = replace(stack, shardings=shardings)
 
     given_fields = training.model_dump(exclude_none=True)
+    chosen = training.model_copy(update={"precision": precision, "options": options})
+    adapters.check(model, chosen, stack)
+    if training.adapters:
+        stack = adapters.with_launches(stack)
     if "seq_length" not in given_fields:
         whole = "all" if seq == model.max_position_embeddings else f"8192 of {model.max_position_embeddings}"
         notes.append(f"sequence length {seq}: {whole} positions of the model")
@@ -237,13 +252,14 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     hidden = ["swiglu"] * (not model.gated_mlp) + ["router", "all_to_all"] * (model.experts is None)
     shown = {name: value for name, value in options.items() if name not in hidden}
     notes.append(", ".join(f"{name} {value}" for name, value in shown.items()))
+    notes += adapters.notes(model, chosen, stack, recipe)
     if precision in stack.notes:
         notes.append(stack.notes[precision])
-    chosen = OPTIMIZERS[training.optimizer]
+    optimizer = OPTIMIZERS[training.optimizer]
     if training.optimizer != "adamw":
-        notes.append(f"optimizer {training.optimizer}: {chosen.source}")
-    if chosen.note:
-        notes.append(chosen.note)
+        notes.append(f"optimizer {training.optimizer}: {optimizer.source}")
+    if optimizer.note:
+        notes.append(optimizer.note)
     if recipe.rest:
         notes.append(EIGHT_BITS)
     notes.append("MFU counts attention in full, as if it were not causal")

@@ -8,12 +8,14 @@ listed in :mod:`planner.weights`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from planner.adapter_rows import adapter_rows
+from planner.adapters import Tuning
 from planner.model import Block, Experts, ModelSpec
 from planner.optimizers import in_backward, optimizer_named, resident, tensor_of
 from planner.specs import TrainingSpec
@@ -61,7 +63,8 @@ def features(
     local = block is None or not model.mixers or block.mixer == "window"
     windowed = model.sliding_window if local else None
     chosen = {
-        "autocast": training.precision in stack.autocast,
+        # Under adapters the frozen weights are in half precision, and autocast has nothing to cast.
+        "autocast": training.precision in stack.autocast and not training.adapters,
         "fp32": training.precision in ("fp32", "tf32"),
         "qk_norm": model.qk_norm,
         "gated": model.gated_mlp,
@@ -192,10 +195,16 @@ class Builder:
         self.features = features(model, training, stack)
         self.optimizer, self.shards = optimizer_named(training.optimizer), data_shards
         self.in_backward = in_backward(training.optimizer, training.options)
+        self.tuning = Tuning(model, training, stack, recipe)
+        if training.adapters or training.frozen.embeddings:
+            self.dims["tied"] = 0  # whose head has no gradient
 
     def states(self, weight: Weight) -> Iterator[Term]:
         """Parameter, gradient and optimizer states of one weight."""
-        recipe = self.recipe
+        if self.tuning.freezes(weight):
+            yield Term(weight.name, Role.PARAMETER, weight.dims, self.tuning.frozen_bytes(weight))
+            return
+        recipe = self.tuning.trained_recipe
         yield Term(weight.name, Role.PARAMETER, weight.dims, recipe.weight)
         if not self.in_backward:
             yield Term(weight.name, Role.GRADIENT, weight.dims, recipe.gradient, steps=(weight.step,))
@@ -204,6 +213,7 @@ class Builder:
 
     def passing_gradients(self, weights: Sequence[Weight]) -> Iterator[Term]:
         """Where each is used and freed as it arises: the largest gradient of every step."""
+        weights = [weight for weight in weights if not self.tuning.freezes(weight)]
         if not self.in_backward:
             return
         for step in dict.fromkeys(weight.step for weight in weights):
@@ -219,16 +229,17 @@ class Builder:
                 "gradient, until its update", Role.TRANSIENT, largest, self.recipe.gradient, steps=(step,)
             )
 
-    def product(self, name: str, dims: dict[str, Quantity], kept_by: tuple[str, ...]) -> Term:
-        """FLOPs of a matrix product with every token: 2 forward, 4 backward.
+    def product(self, weight: Weight, kept_by: tuple[str, ...]) -> Term:
+        """FLOPs of a matrix product with every token: 2 forward, 2 for each of two gradients.
 
         An expert's is with the tokens that are sent to it: all together have each token ``routed`` times.
         """
-        tokens = {"batch": self.dims["batch"], "seq": self.dims["seq"]}
+        flops = 4.0 if self.tuning.freezes(weight) else 6.0
+        tokens, dims = {"batch": self.dims["batch"], "seq": self.dims["seq"]}, weight.dims
         if "experts" in dims:
             tokens["routed"] = self.dims["routed"]
             dims = {name: length for name, length in dims.items() if name != "experts"}
-        return Term(name, Role.FLOPS, tokens | dims, 6.0, kept_by)
+        return Term(weight.name, Role.FLOPS, tokens | dims, flops, kept_by)
 
     def attention(self, kind: Block) -> Iterator[Term]:
         """FLOPs of the attention core, and what context parallelism sends of it."""
@@ -250,13 +261,10 @@ class Builder:
 
         Routed experts are no such region: tokens are sent to them.
         """
-        experts = self.model.experts
-        dense = kind.mlp == "dense" or (
-            kind.mlp == "experts" and experts and experts.shared_intermediate_size
-        )
-        return 2 * (kind.mixer != "none") + 2 * bool(dense)
+        shared = kind.mlp == "experts" and self.dims["shared_ffn"] > 0
+        return 2 * (kind.mixer != "none") + 2 * (kind.mlp == "dense" or shared)
 
-    def rows(self, rows: tuple[Row, ...], words: frozenset[str] | None = None) -> Iterator[Term]:
+    def rows(self, rows: Iterable[Row], words: frozenset[str] | None = None) -> Iterator[Term]:
         """The rows that apply, with lengths in place of names."""
         for row in rows:
             if row.applies(self.features if words is None else words):
@@ -286,20 +294,27 @@ class Builder:
                 "attention output, by heads", Role.ACTIVATION, dims, self.recipe.compute, kept_by, ("core",)
             )
 
-    def block(self, kind: Block | None = None) -> Layer:
-        """One transformer block of a kind, the first if not said."""
+    def block(self, kind: Block | None = None, first: bool = False) -> Layer:
+        """A block of a kind, the first if not said; of frozen weights the model's ``first`` keeps less."""
         kind = kind or self.kinds[0]
-        weights = list(block_weights(self.model, kind))
+        weights = [*block_weights(self.model, kind), *self.tuning.weights()]
         terms: list[Term] = [*self.passing_gradients(weights)]
         for weight in weights:
             terms += self.states(weight)
             if weight.matrix:
                 kept = self.stack.rerun.get(weight.name, UNTIL_FULL)
-                terms.append(self.product(weight.name, weight.dims, kept))
+                terms.append(self.product(weight, kept))
         if kind.mixer in ("full", "window", "bidirectional"):
             terms += self.attention(kind)
-        terms += self.rows(self.stack.rows["block"], features(self.model, self.training, self.stack, kind))
+        words = features(self.model, self.training, self.stack, kind)
+        terms += self.rows(
+            self.tuning.rows("first block" if first else "block", self.stack.rows["block"]), words
+        )
+        if self.training.adapters:
+            terms += self.rows(adapter_rows(self.tuning), words)
         terms.append(self.regions(self.crossings(kind), UNTIL_FULL))
+        if self.tuning.crossings:
+            terms.append(self.regions(self.tuning.crossings, UNTIL_FULL))
         if kind.mlp == "experts":
             dims = {name: self.dims[name] for name in ("batch", "seq", "routed", "width")}
             terms.append(Term("tokens sent to experts", Role.MESSAGE, dims, self.recipe.compute, UNTIL_FULL))
@@ -310,7 +325,7 @@ class Builder:
         """Word and position embedding."""
         weights = list(embedding_weights(self.model, self.vocab))
         terms = [*self.passing_gradients(weights), *(t for w in weights for t in self.states(w))]
-        terms += self.rows(self.stack.rows["embedding"])
+        terms += self.rows(self.tuning.rows("embedding", self.stack.rows["embedding"]))
         return Layer("embedding", (*terms, self.regions(1)), steps=STEPS["embedding"])
 
     def head(self) -> Layer:
@@ -318,13 +333,13 @@ class Builder:
         weights = list(head_weights(self.model, self.vocab, self.copies))
         terms = [*self.passing_gradients(weights), *(t for w in weights for t in self.states(w))]
         dims = {"vocab": self.vocab, "hidden": self.model.hidden_size}
-        terms.append(self.product("head weight", dims, ALWAYS))
-        terms += self.rows(self.stack.rows["head"])
+        terms.append(self.product(Weight("head weight", dims, "head"), ALWAYS))
+        terms += self.rows(self.tuning.rows("head", self.stack.rows["head"]))
         return Layer("head", (*terms, self.regions(1)), steps=STEPS["head"])
 
     def stage(self) -> Layer:
         """What a stage holds once, however many layers it has."""
-        return Layer("stage", tuple(self.rows(self.stack.rows.get("stage", ()))))
+        return Layer("stage", tuple(self.rows(self.tuning.rows("stage", self.stack.rows.get("stage", ())))))
 
     def graph(self) -> nx.DiGraph[str]:
         """The kinds of layer in the order in which a token first meets them."""

@@ -16,8 +16,9 @@ from strategies.base import (
     Term,
 )
 
-CUT = frozenset(("heads", "kv_heads", "ffn", "shared_ffn", "vocab"))
-"""The dimensions that tensor parallelism cuts."""
+CUT = frozenset(("heads", "kv_heads", "ffn", "shared_ffn", "vocab", "rank"))
+"""The dimensions that tensor parallelism cuts; the rank of adapters too, as Megatron Bridge does
+(peft/utils.py, ``ParallelLinearAdapter``)."""
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ class Row:
     ``when`` is a list of feature words that must all be present, or absent after a ``!``:
     ``rotary !eager``. ``steps`` lists the steps of the layer's backward (planner/layers.py) that the
     tensors belong to, evenly: after which an activation is freed, during which a transient lives.
+    ``read_by`` says that only gradients of weights need them, and of which: ``norms``, ``head``, or the
+    products of those steps, one for each of ``steps``.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Row:
     when: str = ""
     role: Role = Role.ACTIVATION
     steps: str = ""
+    read_by: str = ""
 
     def applies(self, features: frozenset[str]) -> bool:
         """Does this row belong to a model and job with these features?"""

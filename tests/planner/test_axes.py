@@ -326,8 +326,8 @@ def with_experts(block: Layer, tokens: dict[str, Any]) -> Layer:
 def mixture(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = Builder.block
 
-    def block(self: Builder) -> Layer:
-        return with_experts(plain(self), {name: self.dims[name] for name in ("batch", "seq")})
+    def block(self: Builder, *kind: Any) -> Layer:
+        return with_experts(plain(self, *kind), {name: self.dims[name] for name in ("batch", "seq")})
 
     monkeypatch.setattr(Builder, "block", block)
 
@@ -485,10 +485,10 @@ def test_the_replay_and_the_ledger_agree_with_the_closed_form(data: st.DataObjec
     candidate = prices.spread()
     rows = data.draw(splits(candidate))
     for index, own in enumerate(rows):
-        timeline = StageReplay(prices, index, own).run()
+        timeline = StageReplay(prices, index, rows).run()
         assert candidate.peak(index, own)[0] >= timeline.pools * (1 - 1e-9)
         for moment, (snapshot, size) in timeline.peaks().items():
-            held = sum(one.held for one in tensor_entries(prices, view(candidate, rows, index), snapshot))
+            held = sum(one.held for one in tensor_entries(prices, view(prices, rows, index), snapshot))
             assert held == pytest.approx(size, rel=1e-9), (index, moment)
 
 

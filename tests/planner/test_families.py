@@ -282,7 +282,7 @@ def test_remote_code_is_ignored() -> None:
         ("mixtral-8x7b", "mixtures of experts"),
         ("nemotron-h-8b", "state space"),
         ("mamba-codestral-7b", "state space"),
-        ("gemma-2-9b", "unlike blocks"),
+        ("gemma-2-9b", "norms of"),
         ("bert-large", "encoder"),
         ("t5-11b", "encoder-decoder"),
         ("vit-large-patch16", "vision"),

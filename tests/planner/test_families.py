@@ -18,6 +18,7 @@ from planner.families import FAMILIES, model_from_config
 from planner.model import Block
 from planner.reading import read_model
 from planner.specs import ClusterSpec, TrainingSpec
+from planner.stacks import STACKS
 from planner.unplanned import TRACED, unplanned
 from planner.weights import Weight, block_weights, embedding_weights, head_weights, mtp_weights
 
@@ -297,10 +298,11 @@ def test_what_is_counted_only_is_not_planned(name: str, named: str) -> None:
 
 def test_the_traced_families_are_planned_and_no_others() -> None:
     """None of the others' shapes either, down to the smallest that its keys allow."""
-    catalog = {m.model_type for m in map(ModelSpec.from_catalog, names("models")) if not unplanned(m)}
+    hf = STACKS["hf"]
+    catalog = {m.model_type for m in map(ModelSpec.from_catalog, names("models")) if not unplanned(m, hf)}
     models = [model_from_config(row["config"], "config.json") for row in ROWS]
     assert catalog == set(TRACED)
-    assert {model.model_type for model in models if not unplanned(model)} == set(TRACED)
+    assert {model.model_type for model in models if not unplanned(model, hf)} == set(TRACED)
 
 
 def test_a_shape_is_llamas_and_with_experts_mixtrals() -> None:

@@ -45,6 +45,7 @@ def apart(*rows: Row) -> tuple[Row, ...]:
     return tuple(replace(row, when=conditions(row).strip()) for row in rows)
 
 
+# What selective checkpointing alone keeps is used when the block is run again, before its down product.
 # Of the block's products selective checkpointing keeps every second one's output, the first one's too: with
 # a product for the queries those of queries, expansions and gate, with two for them the other ones.
 LATENT = traffic.given(
@@ -67,7 +68,7 @@ LATENT = traffic.given(
     Row("expanded keys and values", AKV, 1, COMPUTE, UNTIL_FULL, "!query_rank", steps="core"),
     Row("attention output", AV, 1, COMPUTE, UNTIL_FULL, steps="core"),
     Row("log-sum-exp of the scores", "batch seq heads", 1, FP32, UNTIL_FULL, steps="core"),
-    Row("output of the attention output product", W, 1, COMPUTE, SELECTIVE, "query_rank", steps="norm2"),
+    Row("output of the attention output product", W, 1, COMPUTE, SELECTIVE, "query_rank", steps="down"),
     Row("gradient of the attention output", AV, 2, role=TRANSIENT, steps="out core"),
     Row("gradients of query and key", AQK, 2, role=TRANSIENT, steps="core"),
     Row("gradient of the value", AV, 1, role=TRANSIENT, steps="core"),
@@ -90,7 +91,7 @@ MIXTURE = traffic.given(
     Row("scores of the experts", "batch seq router", 1, FP32, NONE, steps="up"),
     Row("numbers of the chosen experts", COPY, 1, INT64, UNTIL_FULL, "!all_to_all:rerun", steps="up"),
     Row("numbers of the chosen experts", COPY, 1, INT64, NONE, "all_to_all:rerun", steps="up"),
-    Row("scores of the chosen experts", COPY, 1, FP32, SELECTIVE, "!all_to_all:rerun", steps="up"),
+    Row("scores of the chosen experts", COPY, 1, FP32, SELECTIVE, "!all_to_all:rerun", steps="down"),
     Row("scores of the chosen experts, to be normalised", COPY, 1, FP32, NONE, "!deepseek_v2", steps="up"),
     Row("sum of the chosen experts' scores", TOKEN, 1, FP32, NONE, "!deepseek_v2", steps="up"),
     Row("order of the tokens by experts", COPY, 2, INT64, NONE, steps="act"),
@@ -108,8 +109,8 @@ MIXTURE = traffic.given(
     Row("experts' activated gate", RF, 1, COMPUTE, NONE, steps="up"),
     Row("experts' gated product", RF, 1, COMPUTE, NONE, steps="up"),
     Row("experts' results, in fp32", SENT, 1, FP32, NONE, steps="act"),
-    Row("tokens received", f"{RH} expert_group", 1, COMPUTE, SELECTIVE, "!all_to_all:rerun", steps="up"),
-    Row("results received", f"{SENT} expert_group", 1, COMPUTE, SELECTIVE, "!all_to_all:rerun", steps="act"),
+    Row("tokens received", f"{RH} expert_group", 1, COMPUTE, SELECTIVE, "!all_to_all:rerun", steps="down"),
+    Row("results received", f"{SENT} expert_group", 1, COMPUTE, SELECTIVE, "!all_to_all:rerun", steps="down"),
     # Backward, the shared experts come first (here the step of the down product), then the results' scores.
     Row("gradients of results and scores, in fp32", SENT, 3, FP32, role=TRANSIENT, steps="act"),
     Row("gradient of the experts' results", RH, 1, role=TRANSIENT, steps="up"),
@@ -122,7 +123,7 @@ MIXTURE = traffic.given(
         "shared",
         Row("shared experts' gate", SF, 1, COMPUTE, UNTIL_FULL, steps="down"),
         Row("shared experts' up, activated gate and their product", SF, 3, COMPUTE, NONE, steps="down"),
-        Row("shared experts' output", W, 1, COMPUTE, SELECTIVE, "!query_rank", steps="norm1"),
+        Row("shared experts' output", W, 1, COMPUTE, SELECTIVE, "!query_rank", steps="down"),
         Row("gradients of the shared experts' width", SF, 3, role=TRANSIENT, steps="down"),
         Row("gradients of the shared experts' gate and up", SF, 2, role=LATER),
     ),

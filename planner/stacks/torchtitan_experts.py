@@ -1,10 +1,10 @@
 """torchtitan's mixtures of experts and latent attention: what their blocks keep, besides what all blocks do.
 
 Counted in torchtitan 0.3.0 under torch 2.13 (models/common/moe.py and token_dispatcher.py,
-models/deepseek_v3/model.py). Without recompute the mixture keeps ``sb[4h + 4E + k(6h + 8F + 48)]`` for ``k``
+models/deepseek_v3/model.py). Without recompute the mixture keeps ``sb[4h + 4E + k(6h + 8F + 28)]`` for ``k``
 of ``E`` experts of width ``F`` to a token: the router's input in fp32 and its scores; the tokens as they were
 sorted and the results in fp32, both products, the activation and the gated product, and indices. Latent
-attention keeps ``sb[4a(d_qk) + 2a(d_kv + d_v) + 4a + 4r + 6d_rope]``, and with latent queries ``4q``.
+attention keeps ``sb[4a d_qk + 2a(d_kv + d_v) + 4a + 4r + 6d_rope + 4]``, and with latent queries ``4q + 4``.
 
 Selective checkpointing runs the grouped products again (they are none of PyTorch's costly operators) and
 keeps what the two all-to-alls deliver, ``4hk``. The groups of experts that DeepSeek-V3's router chooses from

@@ -101,7 +101,11 @@ def _options(
         if value not in stack.options[name]:
             allowed = " or ".join(stack.options[name])
             raise InputError(f"{name}={value[:40]} is not offered by {stack.name}: use {allowed}")
-    usual = {name: allowed[0] for name, allowed in stack.options.items()}
+        if not stack.concerned(name, model):
+            raise InputError(
+                f"{name}={value}: {model.name} has no {stack.concerns[name]} that it is of: leave it out"
+            )
+    usual = {name: allowed[0] for name, allowed in stack.options.items() if stack.concerned(name, model)}
     if gpus == 1:
         usual |= stack.alone
     if stack.reduces_as_weights and stack.recipes[precision].weight == 2:
@@ -249,8 +253,7 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
         notes.append(f"precision {precision}")
     states = f"{recipe.weight:g} + {recipe.gradient:g} + {recipe.master:g} + moments of {recipe.moment:g}"
     notes.append(f"{stack.version}; bytes per parameter (weight, gradient, master, moments): {states}")
-    hidden = ["swiglu"] * (not model.gated_mlp) + ["router", "all_to_all"] * (model.experts is None)
-    shown = {name: value for name, value in options.items() if name not in hidden}
+    shown = {name: value for name, value in options.items() if name != "swiglu" or model.gated_mlp}
     notes.append(", ".join(f"{name} {value}" for name, value in shown.items()))
     notes += adapters.notes(model, chosen, stack, recipe)
     if precision in stack.notes:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,18 +32,19 @@ from planner.stacks.base import (
     Stack,
 )
 from planner.weights import Weight, block_weights, embedding_weights, head_weights
-from strategies.base import Layer, Quantity, Role, Term
+from strategies.base import Layer, Quantity, Role, Term, larger
 
 if TYPE_CHECKING:
     import networkx as nx
 
 STEPS = {
     "embedding": ("embedding",),
-    "block": ("down", "act", "up", "norm2", "out", "core", "qkv", "norm1"),
+    "block": ("forward", "down", "act", "up", "norm2", "out", "core", "qkv", "norm1"),
     "head": ("loss", "head", "norm"),
 }
-"""The steps of a layer's backward, in order: of a block the down product, the activation function, the
-up (and gate) products, the second norm, the attention output product, the attention core, the query, key
+"""The steps of a layer's backward, in order: of a block the end of its forward (beside which there is as
+much as at the start of its backward, or which is then run again), the down product, the activation function,
+the up (and gate) products, the second norm, the attention output product, the attention core, the query, key
 and value products, the first norm. A block with parallel residuals runs the same steps."""
 
 
@@ -87,6 +88,7 @@ def features(
         chosen["query_rank"] = bool(chosen["latent"] and model.latent and model.latent.q_lora_rank)
         shared = bool(model.experts and model.experts.shared_intermediate_size)
         chosen["shared"] = block.mlp == "experts" and shared
+        chosen["shared_gate"] = bool(chosen["shared"] and model.experts and model.experts.shared_gate)
     return frozenset(words | {word for word, holds in chosen.items() if holds})
 
 
@@ -145,6 +147,16 @@ def part_lengths(model: ModelSpec) -> dict[str, Quantity]:
     return found
 
 
+def there(flags: Any) -> Quantity:
+    """Which of a family of layouts has something: 1 or 0 each, or a plain 0 if none has."""
+    return flags * 1 if np.any(flags) else 0
+
+
+def nothing(length: Quantity) -> bool:
+    """Is a length zero for a whole family of layouts?"""
+    return isinstance(length, int) and length == 0
+
+
 class Builder:
     """Turns weights and a stack's rows into terms, for given micro-batches and degrees.
 
@@ -178,7 +190,9 @@ class Builder:
             "residual": model.hidden_size,
             "hidden": model.hidden_size,
             "heads": model.num_attention_heads,
-            "kv_heads": model.num_key_value_heads,
+            "kv_heads": self.key_heads(tensor_parallel),
+            "gathered_heads": model.num_attention_heads + 2 * model.num_key_value_heads,
+            "repeats": int(stack.repeats_heads) and there(tensor_parallel > model.num_key_value_heads),
             "head_dim": model.head_dim,
             "ffn": model.intermediate_size,
             "vocab": self.vocab,
@@ -198,6 +212,11 @@ class Builder:
         self.tuning = Tuning(model, training, stack, recipe)
         if training.adapters or training.frozen.embeddings:
             self.dims["tied"] = 0  # whose head has no gradient
+
+    def key_heads(self, tensor_parallel: Quantity) -> Quantity:
+        """Key and value heads of all ranks of a tensor-parallel group together: one each, at least."""
+        heads = self.model.num_key_value_heads
+        return larger(heads, tensor_parallel) if self.stack.repeats_heads else heads
 
     def states(self, weight: Weight) -> Iterator[Term]:
         """Parameter, gradient and optimizer states of one weight."""
@@ -254,6 +273,10 @@ class Builder:
         if per_pair != UNFUSED:
             keys = pairs_per_query(kind, keys, self.model.sliding_window)
         yield Term("attention core", Role.FLOPS, core | {"seq_k": keys}, per_pair, kept)
+        if not nothing(self.dims["repeats"]):
+            sent = ("batch", "seq", "gathered_heads", "head_dim", "repeats")
+            gathered = {name: self.dims[name] for name in sent}
+            yield Term("query, key and value", Role.MESSAGE, gathered, self.recipe.compute, UNTIL_FULL)
         yield from self.sent_by_attention(kept)
 
     def crossings(self, kind: Block) -> int:
@@ -272,6 +295,8 @@ class Builder:
                 for word in row.dims.split():
                     name, _, length = word.partition(":")
                     dims[name] = int(length) if length else self.dims[name]
+                if any(nothing(length) for length in dims.values()):
+                    continue
                 unit = row.count * self.width[row.dtype]
                 yield Term(row.name, row.role, dims, unit, row.kept_by, tuple(row.steps.split()))
 
@@ -294,6 +319,10 @@ class Builder:
                 "attention output, by heads", Role.ACTIVATION, dims, self.recipe.compute, kept_by, ("core",)
             )
 
+    def words(self, kind: Block) -> frozenset[str]:
+        """The words of one kind of block."""
+        return features(self.model, self.training, self.stack, kind)
+
     def block(self, kind: Block | None = None, first: bool = False) -> Layer:
         """A block of a kind, the first if not said; of frozen weights the model's ``first`` keeps less."""
         kind = kind or self.kinds[0]
@@ -306,7 +335,7 @@ class Builder:
                 terms.append(self.product(weight, kept))
         if kind.mixer in ("full", "window", "bidirectional"):
             terms += self.attention(kind)
-        words = features(self.model, self.training, self.stack, kind)
+        words = self.words(kind)
         terms += self.rows(
             self.tuning.rows("first block" if first else "block", self.stack.rows["block"]), words
         )
@@ -317,7 +346,8 @@ class Builder:
             terms.append(self.regions(self.tuning.crossings, UNTIL_FULL))
         if kind.mlp == "experts":
             dims = {name: self.dims[name] for name in ("batch", "seq", "routed", "width")}
-            terms.append(Term("tokens sent to experts", Role.MESSAGE, dims, self.recipe.compute, UNTIL_FULL))
+            sent, kept = "tokens sent to experts", self.stack.rerun.get("tokens sent to experts", UNTIL_FULL)
+            terms.append(Term(sent, Role.MESSAGE, dims, self.recipe.compute, kept))
         name = "block" if len(self.kinds) == 1 else f"{kind.mixer} {kind.mlp} block"
         return Layer(name, tuple(terms), self.model.blocks.count(kind), STEPS["block"])
 
@@ -338,8 +368,11 @@ class Builder:
         return Layer("head", (*terms, self.regions(1)), steps=STEPS["head"])
 
     def stage(self) -> Layer:
-        """What a stage holds once, however many layers it has."""
-        return Layer("stage", tuple(self.rows(self.tuning.rows("stage", self.stack.rows.get("stage", ())))))
+        """What a stage holds once, however many layers it has, for all kinds of block together."""
+        words = self.features.union(*(self.words(kind) for kind in self.kinds))
+        return Layer(
+            "stage", tuple(self.rows(self.tuning.rows("stage", self.stack.rows.get("stage", ())), words))
+        )
 
     def graph(self) -> nx.DiGraph[str]:
         """The kinds of layer in the order in which a token first meets them."""

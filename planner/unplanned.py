@@ -16,8 +16,14 @@ COUNTED = (
 """Others that have blocks of the same parts: what their modules keep was not traced."""
 
 
+MEGATRON = ("ministral", "phi3", "stablelm", "nemotron", "gemma", "starcoder2")
+"""Others of ``COUNTED`` whose blocks Megatron Core runs as its usual parts: its flags choose norm, activation
+and biases (arguments.py: --normalization, --squared-relu, --swiglu, --rotary-percent, --window-size). It has
+no multipliers of Granite's kind, no parallel residuals of Falcon's, no alternating windows of GPT-Neo's."""
+
+
 def unplanned(model: ModelSpec, stack: Stack) -> str:
-    """Why no memory can be said of a model on a stack, with what is missing; empty where it can be."""
+    """Why no memory can be said of a model in a framework, with what is missing; empty where it can be."""
     return next(_reasons(model, stack), "")
 
 
@@ -36,15 +42,17 @@ def uncounted(model: ModelSpec, stack: Stack, options: Mapping[str, str]) -> str
 
 def _reasons(model: ModelSpec, stack: Stack) -> Iterator[str]:
     needed = "is counted (planner catalog models), but what its layers keep is not planned (yet)"
+    in_megatron = stack.name == "megatron"
     if model.kind != "decoder":
         yield f"{model.name}: an {model.kind} model {needed}"
-    if model.experts is not None and "experts" not in stack.parts:
+    parts = stack.parts if not stack.families or model.model_type in stack.families else ()
+    if model.experts is not None and ("experts" not in parts or model.model_type.startswith("granite")):
         yield (
-            f"{model.name}: mixtures of experts are not planned (yet) with framework {stack.name}: "
-            f"{model.model_type} is counted only"
+            f"{model.name}: mixtures of experts of {model.model_type}'s kind are not planned in {stack.name} "
+            "(yet): they are counted only"
         )
-    if model.latent is not None and "latent" not in stack.parts:
-        yield f"{model.name}: multi-head latent attention {needed}"
+    if model.latent is not None and "latent" not in parts:
+        yield f"{model.name}: multi-head latent attention {needed} in {stack.name}"
     if model.state_space is not None or model.delta is not None:
         yield f"{model.name}: a state space {needed}"
     if len(model.block_kinds) > 1 and not {block.mixer for block in model.block_kinds} <= {"full", "window"}:
@@ -54,11 +62,12 @@ def _reasons(model: ModelSpec, stack: Stack) -> Iterator[str]:
         yield f"{model.name}: norms of {model.model_type}'s kind and place: a block of them {needed}"
     if model.position_embedding in ("relative", "none") or model.head != "language" or model.head_bias:
         yield f"{model.name}: positions or a head of {model.model_type}'s kind: such a model {needed}"
-    if model.attention_gate or model.attention_sinks or model.attention_softcap or model.logits_softcap:
+    sinks = model.attention_sinks and not in_megatron  # its --softmax-type learnable
+    if model.attention_gate or sinks or model.attention_softcap or model.logits_softcap:
         yield f"{model.name}: attention with gates, sinks or capped scores {needed}"
     if model.qk_norm and model.qk_norm_weights != "shared":
         yield f"{model.name}: query and key norms of {model.model_type}'s kind: a block of them {needed}"
-    if model.model_type in COUNTED:
+    if model.model_type in COUNTED and not (in_megatron and model.model_type in MEGATRON):
         yield f"{model.name}: model_type={model.model_type!r} {needed}; planned are {', '.join(TRACED)}"
 
 

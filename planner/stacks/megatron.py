@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from planner.stacks import megatron_experts as parts
 from planner.stacks import traffic
 from planner.stacks.base import (
     ALLOCATOR,
@@ -150,6 +151,13 @@ BLOCK = (
     Row("gradient of the attention output", AD, 2, role=TRANSIENT, steps="out core"),
     Row("gradient of the query", AD, 2, role=TRANSIENT, steps="core qkv"),
     Row("gradients of key and value", KD, 4, role=TRANSIENT, steps="core qkv"),
+    Row(
+        "gradient of the gathered query, key and value",
+        "batch seq gathered_heads head_dim repeats",
+        2,
+        role=TRANSIENT,
+        steps="core qkv",
+    ),
     Row("gradient of the scores", SS, 1, when="eager", role=TRANSIENT, steps="core"),
     Row("norm outputs, recomputed", H, 2, when="norm:recomputed", role=TRANSIENT, steps="qkv up"),
     Row("gated product, recomputed", F, 1, when="gated swiglu:recomputed", role=TRANSIENT, steps="down"),
@@ -255,9 +263,9 @@ MEGATRON = Stack(
     version="Megatron-LM core 0.16, Transformer Engine kernels",
     rows={
         "embedding": EMBEDDING + traffic.EMBEDDING,
-        "block": BLOCK + traffic.FUSED + FP8_TRAFFIC,
+        "block": (*parts.usual(BLOCK + traffic.FUSED + FP8_TRAFFIC), *parts.MIXTURE, *parts.LATENT),
         "head": HEAD + traffic.HEAD,
-        "stage": STAGE,
+        "stage": (*parts.usual(STAGE), *parts.STAND_INS),
     },
     recipes={
         "bf16": Recipe(2, 4, 4, 4),
@@ -288,7 +296,11 @@ MEGATRON = Stack(
         "loss": ("parallel", "fused"),
         "overlap": ("on", "off"),  # --overlap-grad-reduce, --overlap-param-gather
         "tp_comm_overlap": ("off", "on"),
+        **parts.OPTIONS,
     },
+    concerns=parts.CONCERNS,
+    parts=("experts", "latent"),
+    reruns=parts.RERUNS,
     # transformer_config.py: cp_comm_type; Transformer Engine's attention has them.
     context_comms={
         "ring": "--cp-comm-type p2p",
@@ -313,6 +325,7 @@ MEGATRON = Stack(
         "1.01-1.09 in SimuMax's per-rank readings of Megatron-LM on B200, 1.03 in most",
         fraction=True,
     ),
+    repeats_heads=True,
     overlaps_regions=True,
     attention_kernels=("cudnn", "flash"),  # as Transformer Engine prefers them
     hidden_transfers="--overlap-grad-reduce --overlap-param-gather",

@@ -285,6 +285,7 @@ TORCHTITAN = Stack(
     casts_weights=True,
     receives_ahead=True,
     families=("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3"),
+    concerns={"router": "experts", "all_to_all": "experts"},
     parts=("experts", "latent"),
     parts_without=("compile:on", "fp8", AUTOCAST, "norm:eager"),
     separate_root=True,

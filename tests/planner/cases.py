@@ -150,6 +150,7 @@ def cases(
     stack = STACKS[framework]
     kernels = draw(st.sampled_from(stack.options.get("kernels", ("its own",))))
     offered = stack.under({"kernels": kernels}).options
+    offered = {name: values for name, values in offered.items() if stack.concerned(name, model)}
     options = {name: draw(st.sampled_from(offered[name])) for name in sorted(offered)}
     if "kernels" in options:
         options["kernels"] = kernels

@@ -26,7 +26,7 @@ from planner.overheads import groups
 from planner.replay import StageReplay
 from planner.stages import price
 from planner.units import GIB
-from strategies.base import STATES, Layer, Role, Term
+from strategies.base import STATES
 from strategies.context_parallel import COMMS
 from strategies.layout import RANK_ORDERS
 from tests.planner.cases import cases, splits
@@ -307,32 +307,6 @@ MIXTURE = LLAMA.model_copy(update={"experts": EXPERTS})
 WEIGHT = {"experts": 8, "hidden": 4096, "expert_ffn": 14336, "gate": 3}
 
 
-def with_experts(block: Layer, tokens: dict[str, Any]) -> Layer:
-    """A block whose MLP is routed, in the words that strategies know."""
-    own = [t for t in block.terms if "ffn" not in t.dims]
-    routed = tokens | {"routed": 2}
-    own += [
-        Term("experts", role, WEIGHT, unit, steps=("up",) if role is Role.GRADIENT else ())
-        for role, unit in zip(STATES, (2.0, 4.0, 12.0), strict=True)
-    ]
-    own.append(Term("dispatched tokens", Role.ACTIVATION, routed | {"width": 4096}, 2.0, steps=("up",)))
-    own.append(Term("gate and up", Role.ACTIVATION, routed | {"expert_ffn": 14336}, 4.0, steps=("act",)))
-    own.append(Term("experts", Role.FLOPS, routed | {"hidden": 4096, "expert_ffn": 14336, "gate": 3}, 6.0))
-    own.append(Term("routed tokens", Role.MESSAGE, routed | {"width": 4096}, 2.0))
-    return Layer("block", tuple(own), block.count, block.steps)
-
-
-@pytest.fixture
-def mixture(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Builder.block
-
-    def block(self: Builder, *kind: Any) -> Layer:
-        return with_experts(plain(self, *kind), {name: self.dims[name] for name in ("batch", "seq")})
-
-    monkeypatch.setattr(Builder, "block", block)
-
-
-@pytest.mark.usefixtures("mixture")
 def test_a_mixture_is_searched_over_the_divisors_of_its_experts() -> None:
     job = job_of(4096, FOUR, MIXTURE, batch=64)
     assert degrees(job, name="expert_parallel") == {1, 2, 4, 8}
@@ -343,7 +317,6 @@ def test_a_mixture_is_searched_over_the_divisors_of_its_experts() -> None:
         assert (shards >= 1).all()
 
 
-@pytest.mark.usefixtures("mixture")
 def test_expert_parallelism_holds_fewer_experts_and_sends_tokens_for_it() -> None:
     plans, sent = {}, {}
     for e in (1, 8):
@@ -359,7 +332,6 @@ def test_expert_parallelism_holds_fewer_experts_and_sends_tokens_for_it() -> Non
     assert sent[8]["expert"].size == 4096 * 2 * 4096 * 2
 
 
-@pytest.mark.usefixtures("mixture")
 def test_pricing_a_family_is_pricing_each_of_its_layouts() -> None:
     job = job_of(8192, FOUR, MIXTURE, batch=64)
     choices = Choices(micro_batch_size=(1,), pipeline_parallel=(1, 2), tensor_parallel=(1, 2))
@@ -386,7 +358,6 @@ def spread_rows(candidate: Any) -> list[list[int]]:
     return [[least + (j < more)] for j in range(len(candidate.stages))]
 
 
-@pytest.mark.usefixtures("mixture")
 def test_experts_have_objections_of_their_own() -> None:
     job = job_of(4096, NODE, MIXTURE)
     layers = Builder(job.model, job.training, job.stack, job.recipe).layers()
@@ -413,7 +384,6 @@ def test_replicas_of_experts_are_those_of_the_rest_where_the_pipeline_is_inside(
     assert not out_of_order(job, replace(inside, rank_order="tp-dp-pp"))
 
 
-@pytest.mark.usefixtures("mixture")
 def test_frameworks_without_expert_parallelism_refuse_it() -> None:
     layout = Layout(8, expert_parallel=2, sharding="fsdp")
     with pytest.raises(InputError, match="fsdp is planned without expert parallelism: use expert_parallel 1"):

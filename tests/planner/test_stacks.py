@@ -18,14 +18,6 @@ from tests.helpers import block_of, gpt, job_of, llama, saved, states
 from tests.planner.test_cli import run
 
 MODEL = llama(4, 1024, 8, 8, vocab_size=32000)
-MIXTURE = llama(
-    *(4, 1024, 8, 8),
-    model_type="qwen3_moe",
-    qk_norm=True,
-    experts={"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 512},
-)
-OF_MIXTURES = ("router", "all_to_all")
-"""Options that are shown only of models that have what they are about."""
 BLOCK = 4 * 1024**2 + 3 * 1024 * 3072 + 2 * 1024
 
 
@@ -63,11 +55,12 @@ def test_an_unknown_value_is_refused_with_those_there_are(framework: str) -> Non
 def test_every_option_has_its_first_value_unless_told_otherwise(framework: str) -> None:
     stack = STACKS[framework]
     job = job_of(MODEL, framework=framework, seq_length=512)
-    assert {name: job.training.options[name] for name in stack.options} == {
-        name: values[0] for name, values in stack.options.items()
+    assert {name: job.training.options[name] for name in stack.options if name not in stack.concerns} == {
+        name: values[0] for name, values in stack.options.items() if name not in stack.concerns
     }
+    mixture = ModelSpec.from_catalog("deepseek-v3")
     for name, values in stack.options.items():
-        model = MIXTURE if name in OF_MIXTURES else MODEL
+        model = mixture if name in stack.concerns else MODEL
         for value in values:
             job = job_of(model, framework=framework, seq_length=512, options={name: value})
             assert job.training.options[name] == value

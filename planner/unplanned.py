@@ -62,7 +62,7 @@ def _reasons(model: ModelSpec, stack: Stack) -> Iterator[str]:
         yield f"{model.name}: norms of {model.model_type}'s kind and place: a block of them {needed}"
     if model.position_embedding in ("relative", "none") or model.head != "language" or model.head_bias:
         yield f"{model.name}: positions or a head of {model.model_type}'s kind: such a model {needed}"
-    sinks = model.attention_sinks and not in_megatron  # its --softmax-type learnable
+    sinks = model.attention_sinks and "sinks" not in parts
     if model.attention_gate or sinks or model.attention_softcap or model.logits_softcap:
         yield f"{model.name}: attention with gates, sinks or capped scores {needed}"
     if model.qk_norm and model.qk_norm_weights != "shared":

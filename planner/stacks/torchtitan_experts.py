@@ -105,9 +105,9 @@ MIXTURE = traffic.given(
         steps="up",
     ),
     Row("tokens sent to experts", RH, 1, COMPUTE, NONE, steps="up"),
-    Row("experts' gate and up", RF, 2, COMPUTE, NONE, steps="up"),
-    Row("experts' activated gate", RF, 1, COMPUTE, NONE, steps="up"),
-    Row("experts' gated product", RF, 1, COMPUTE, NONE, steps="up"),
+    Row("experts' gate and up", RF, 2, COMPUTE, NONE, "!gpt_oss", steps="up"),
+    Row("experts' activated gate", RF, 1, COMPUTE, NONE, "!gpt_oss", steps="up"),
+    Row("experts' gated product", RF, 1, COMPUTE, NONE, "!gpt_oss", steps="up"),
     Row("experts' results, in fp32", SENT, 1, FP32, NONE, steps="act"),
     Row("tokens received", f"{RH} expert_group", 1, COMPUTE, SELECTIVE, "!all_to_all:rerun", steps="down"),
     Row("results received", f"{SENT} expert_group", 1, COMPUTE, SELECTIVE, "!all_to_all:rerun", steps="down"),
@@ -127,6 +127,23 @@ MIXTURE = traffic.given(
         Row("gradients of the shared experts' width", SF, 3, role=TRANSIENT, steps="down"),
         Row("gradients of the shared experts' gate and up", SF, 2, role=LATER),
     ),
+)
+
+# GPT-OSS: biases of every product, its gated activation clamped and written out, attention's output scaled by
+# what its sinks leave. Products with biases are all kept by selective checkpointing, not every second one.
+AD = "batch seq heads head_dim"
+SINKS = traffic.given(
+    "gpt_oss",
+    Row("experts' gate and up, with biases", RF, 2, COMPUTE, NONE, steps="up"),
+    Row("experts' gate and up, clamped", RF, 2, COMPUTE, NONE, steps="up"),
+    Row("experts' gate, through the sigmoid and times it", RF, 2, COMPUTE, NONE, steps="up"),
+    Row("experts' gated product", RF, 1, COMPUTE, NONE, steps="up"),
+    Row("experts of the tokens, for both biases", "batch seq routed", 2, INT64, NONE, steps="up"),
+    Row("attention output, scaled", AD, 1, COMPUTE, NONE, steps="out"),
+    Row("what the sinks leave, in fp32", "batch seq heads", 1, FP32, NONE, steps="core"),
+    Row("what the sinks leave", "batch seq heads", 1, COMPUTE, NONE, steps="core"),
+    Row("output of the attention output product", W, 1, COMPUTE, SELECTIVE, steps="down"),
+    Row("products of the router", "batch seq router", 1, FP32, SELECTIVE, steps="down"),
 )
 
 # Elements that kernels move, read off the same files, a copy of a token counted where it is sent from or to.
@@ -154,7 +171,7 @@ MOVED = traffic.always_rerun(
     ),
 )
 
-ROWS = LATENT + MIXTURE + MOVED
+ROWS = LATENT + MIXTURE + SINKS + MOVED
 RERUN = dict.fromkeys(
     (
         "query up weight",

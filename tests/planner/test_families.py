@@ -322,7 +322,7 @@ def test_megatron_runs_mixtures_and_latent_attention_too() -> None:
 
 
 def test_torchtitan_runs_its_own_mixtures() -> None:
-    mixtures = {"deepseek_v2", "deepseek_v3", "qwen3_moe"}
+    mixtures = {"deepseek_v2", "deepseek_v3", "qwen3_moe", "gpt_oss"}
     assert planned("torchtitan") == ({*TRACED, *mixtures}, {*TRACED, *mixtures})
 
 

@@ -119,7 +119,6 @@ def test_closed_form_is_never_below_the_replay_of_a_mixture(policy: str) -> None
         ("deepseek-v3", {"precision": "fp8-rowwise"}, "fp8: what blocks of deepseek_v3 keep"),
         ("mixtral-8x7b", {}, "mixtures of experts of mixtral's kind are not planned in torchtitan"),
         ("llama-4-scout", {}, "mixtures of experts of llama4_text's kind are not planned in torchtitan"),
-        ("gpt-oss-20b", {}, "mixtures of experts of gpt_oss's kind are not planned in torchtitan"),
     ],
 )
 def test_what_was_not_counted_is_refused_by_name(model: str, training: dict[str, Any], words: str) -> None:

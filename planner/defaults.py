@@ -14,7 +14,7 @@ from planner.precision import EIGHT_BITS, check_options, precision_of, words_of
 from planner.specs import ClusterSpec, ModelSpec, Profile, TrainingSpec
 from planner.stacks import STACKS, stack_named
 from planner.stacks.base import WIDTHS, Recipe, Stack
-from planner.unplanned import unplanned
+from planner.unplanned import uncounted, unplanned
 
 USUAL_TOKENS = 4 * 2**20
 """Tokens per step where none are given: LLaMA's 4M (Touvron et al. 2023, arXiv:2302.13971, 2.3)."""
@@ -205,6 +205,8 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     check_options(precision, stack, options)
     stack = _with_profile(stack.under(options), training.profile)
     stack = replace(stack, precision_words=words_of(precision, stack, cluster.gpu))
+    if reason := uncounted(model, stack, options):
+        raise InputError(reason)
     if options.get("compile") == "on" and not (model.gated_mlp and model.norm == "rmsnorm"):
         raise InputError(
             "compile=on: what compiled blocks keep is known of gated MLPs with RMSNorm only, "

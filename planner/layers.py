@@ -129,6 +129,7 @@ def part_lengths(model: ModelSpec) -> dict[str, Quantity]:
     if experts := model.experts:
         found |= {
             "experts": experts.num_experts,
+            "chosen": experts.num_experts_per_tok,
             "router": experts.num_experts,
             "expert_ffn": experts.intermediate_size,
             "width": model.hidden_size,
@@ -196,6 +197,7 @@ class Builder:
             "ffn": model.intermediate_size,
             "vocab": self.vocab,
             "tensor_group": (tensor_parallel > 1) * 1,
+            "expert_group": (expert_parallel > 1) * 1,
             "tied": model.tie_word_embeddings * (1 - self.copies),
             **part_lengths(model),
         }

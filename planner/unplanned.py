@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from planner.model import Block, ModelSpec
 from planner.stacks.base import Stack
@@ -27,17 +27,31 @@ def unplanned(model: ModelSpec, stack: Stack) -> str:
     return next(_reasons(model, stack), "")
 
 
+def uncounted(model: ModelSpec, stack: Stack, options: Mapping[str, str]) -> str:
+    """Which choice a stack's mixtures and latent attention were not counted with; empty where none."""
+    words = {*stack.precision_words, *(f"{name}:{value}" for name, value in options.items())}
+    found = [word for word in stack.parts_without if word in words]
+    if not found or not (model.experts or model.latent):
+        return ""
+    choice = found[0].replace(":", "=")
+    return (
+        f"{choice}: what blocks of {model.model_type} keep is known of framework {stack.name} without it "
+        f"only: leave out {choice.partition('=')[0]}"
+    )
+
+
 def _reasons(model: ModelSpec, stack: Stack) -> Iterator[str]:
     needed = "is counted (planner catalog models), but what its layers keep is not planned (yet)"
     in_megatron = stack.name == "megatron"
     if model.kind != "decoder":
         yield f"{model.name}: an {model.kind} model {needed}"
-    if model.experts is not None and (not in_megatron or model.model_type.startswith("granite")):
+    parts = stack.parts if not stack.families or model.model_type in stack.families else ()
+    if model.experts is not None and ("experts" not in parts or model.model_type.startswith("granite")):
         yield (
             f"{model.name}: mixtures of experts of {model.model_type}'s kind are not planned in {stack.name} "
             "(yet): they are counted only"
         )
-    if model.latent is not None and not in_megatron:
+    if model.latent is not None and "latent" not in parts:
         yield f"{model.name}: multi-head latent attention {needed} in {stack.name}"
     if model.state_space is not None or model.delta is not None:
         yield f"{model.name}: a state space {needed}"
@@ -48,7 +62,7 @@ def _reasons(model: ModelSpec, stack: Stack) -> Iterator[str]:
         yield f"{model.name}: norms of {model.model_type}'s kind and place: a block of them {needed}"
     if model.position_embedding in ("relative", "none") or model.head != "language" or model.head_bias:
         yield f"{model.name}: positions or a head of {model.model_type}'s kind: such a model {needed}"
-    sinks = model.attention_sinks and not in_megatron  # its --softmax-type learnable
+    sinks = model.attention_sinks and "sinks" not in parts
     if model.attention_gate or sinks or model.attention_softcap or model.logits_softcap:
         yield f"{model.name}: attention with gates, sinks or capped scores {needed}"
     if model.qk_norm and model.qk_norm_weights != "shared":

@@ -299,6 +299,7 @@ MEGATRON = Stack(
         **parts.OPTIONS,
     },
     concerns=parts.CONCERNS,
+    parts=("experts", "latent", "sinks"),  # these by --softmax-type learnable
     reruns=parts.RERUNS,
     # transformer_config.py: cp_comm_type; Transformer Engine's attention has them.
     context_comms={

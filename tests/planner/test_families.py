@@ -308,7 +308,7 @@ def planned(framework: str) -> tuple[set[str], set[str]]:
     return of_catalog, of_models
 
 
-@pytest.mark.parametrize("framework", [name for name in STACKS if name != "megatron"])
+@pytest.mark.parametrize("framework", [name for name in STACKS if not STACKS[name].parts])
 def test_the_traced_families_are_planned_and_no_others(framework: str) -> None:
     """None of the others' shapes either, down to the smallest that its keys allow."""
     assert planned(framework) == (set(TRACED), set(TRACED))
@@ -319,6 +319,11 @@ def test_megatron_runs_mixtures_and_latent_attention_too() -> None:
     of_catalog, of_models = planned("megatron")
     assert of_catalog == {*TRACED, *mixtures, *MEGATRON, "kimi_k2"} - {"qwen2_moe", "ministral"}
     assert of_models == {*TRACED, *mixtures, *MEGATRON, "kimi_k2"}
+
+
+def test_torchtitan_runs_its_own_mixtures() -> None:
+    mixtures = {"deepseek_v2", "deepseek_v3", "qwen3_moe", "gpt_oss"}
+    assert planned("torchtitan") == ({*TRACED, *mixtures}, {*TRACED, *mixtures})
 
 
 def test_a_shape_is_llamas_and_with_experts_mixtrals() -> None:

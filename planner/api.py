@@ -11,7 +11,8 @@ from planner.best_first import Found, find
 from planner.candidate import Candidate
 from planner.defaults import Job, resolve
 from planner.errors import InfeasibleError, InputError, SolverError
-from planner.layouts import CHOSEN_DEGREES, Choices, check_layout, check_supported, unsupported
+from planner.given import check_layout, check_supported, unsupported
+from planner.layouts import CHOSEN_DEGREES, Choices
 from planner.ledger import Entry, Message, entries, messages, view
 from planner.plan import Plan, make_plan
 from planner.program import Solution, settle, solve

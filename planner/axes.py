@@ -43,6 +43,8 @@ def context_problems(job: Job, layout: Layout, layers: list[Layer]) -> Iterator[
             f"{why} attention to a window of {model.sliding_window} tokens is not planned: use "
             f"seq_length {model.sliding_window} or less, or context_parallel 1"
         )
+    if model.position_embedding == "alibi":
+        yield f"{why} attention with ALiBi is not planned: use context_parallel 1"
     attention = str(job.training.attention)
     if stack.context_attention and attention not in stack.context_attention:
         able = " or ".join(stack.context_attention)

@@ -64,7 +64,14 @@ class Compute:
         gpu = job.cluster.gpu
         reach = {name: figure.value for name, figure in gpu.achievable.items()}
         self.peak = gpu.peak_flops.get(job.recipe.unit, gpu.peak_flops["fp32"])
-        self.products = self.peak * reach["matmul"] * reach["sustained"]
+        reach["fp8"] = reach.get("fp8", reach["matmul"])
+        self.products = (
+            self.peak * reach["fp8" if job.recipe.unit == "fp8" else "matmul"] * reach["sustained"]
+        )
+        self.rest = gpu.peak_flops.get(job.recipe.rest, self.peak)  # of the head and of attention
+        half = gpu.peak_flops.get("bf16", gpu.peak_flops.get("fp16", self.peak))
+        self.half_products = half * reach["matmul"] * reach["sustained"]
+        self.head_products = self.half_products if job.recipe.rest else self.products
         self.unaligned = gpu.peak_flops["fp32"] * reach["matmul"]
         self.bandwidth = gpu.hbm_bytes_per_s * reach["memory"]
         self.kernels = self.bandwidth * reach["kernels"]
@@ -134,7 +141,8 @@ class Compute:
                 third = amount / self.kernels / 3
                 self.memo[key] = third, 2 * third, 0.0
             elif "seq_k" not in term.dims:
-                self.memo[key] = self._product(term, amount, plain)
+                rate = self.head_products if layer.kind == "head" else self.products
+                self.memo[key] = self._product(term, amount, plain, rate)
             else:
                 self.memo[key] = self._attention(term, amount)
         return self.memo[key]
@@ -149,16 +157,17 @@ class Compute:
         return hidden, (seconds - hidden) / self.in_step
 
     def _product(
-        self, term: Term, flops: Quantity, plain: Sequence[AbstractStrategy]
+        self, term: Term, flops: Quantity, plain: Sequence[AbstractStrategy], rate: float
     ) -> tuple[Quantity, Quantity, Quantity]:
-        """A weight's product with every token, the gradient of its input and its own: equal work."""
-        third = flops / self.products / 3
+        """A weight's product with every token, its input's gradient and, if trained, its own: equal work."""
+        trained = term.unit == 6  # FLOPs of each element, 2 for each product
+        third = flops / rate / (term.unit / 2)
         if not self.multiprocessors:
-            return third, third, third
+            return third, third, third * trained
         rows = {name: n for name, n in term.dims.items() if name in TOKENS}
         tokens = held(Term("", Role.ACTIVATION, rows, 1.0), plain)
         weight = [name for name in term.dims if name not in TOKENS]
-        back = weight[-1] == "hidden"
+        back = weight[-1] in ("hidden", "rank")
         whole = term.dims[weight[-1 if back else 0]]  # one side of every weight is never cut
         other = flops / (term.unit * tokens * whole)
         groups: Quantity = 1
@@ -167,7 +176,7 @@ class Compute:
             groups = held(Term("", Role.FLOPS, number, 1.0), plain)
         sides = (other, whole) if back else (whole, other)
         forward, inputs, weights = passes(tokens / groups, *sides, self.multiprocessors, groups)
-        return third * forward, third * inputs, third * weights
+        return third * forward, third * inputs, third * weights * trained
 
     def _attention(self, term: Term, flops: Quantity) -> tuple[Quantity, Quantity, Quantity]:
         """The attention core: fused, at its kernel's rate; else products that move the scores."""
@@ -175,12 +184,12 @@ class Compute:
         if self.attention is None or term.unit == UNFUSED:
             aligned = width % ALIGNED == 0 or self.job.recipe.compute == 4
             moved = flops / term.unit / width * SCORES_MOVED * self.job.recipe.compute
-            rate = self.products if aligned else self.unaligned
+            rate = self.head_products if aligned else self.unaligned
             third = np.maximum(flops / rate, moved / self.kernels) / 3
             return third, 2 * third, 0.0
         forward, backward = self.attention.rates(width, self.own_length)
         # Two products forward, five backward (Dao 2023, arXiv:2307.08691, section 4.1).
-        return flops * 2 / 7 / (self.peak * forward), flops * 5 / 7 / (self.peak * backward), 0.0
+        return flops * 2 / 7 / (self.rest * forward), flops * 5 / 7 / (self.rest * backward), 0.0
 
 
 def again(term: Term, strategies: Sequence[AbstractStrategy]) -> float:

@@ -6,12 +6,15 @@ from dataclasses import dataclass, replace
 from math import log2
 from typing import Any
 
+from planner import adapters
 from planner.catalog import step_time
 from planner.errors import InputError
+from planner.optimizers import OPTIMIZERS, check_states, shardings_of
+from planner.precision import EIGHT_BITS, check_options, precision_of, words_of
 from planner.specs import ClusterSpec, ModelSpec, Profile, TrainingSpec
 from planner.stacks import STACKS, stack_named
 from planner.stacks.base import WIDTHS, Recipe, Stack
-from planner.unplanned import unplanned
+from planner.unplanned import unplanned, unplanned_with
 
 USUAL_TOKENS = 4 * 2**20
 """Tokens per step where none are given: LLaMA's 4M (Touvron et al. 2023, arXiv:2302.13971, 2.3)."""
@@ -46,6 +49,16 @@ class Job:
         return self.training.global_batch_size
 
     @property
+    def trained_parameters(self) -> int:
+        """Parameters that have a gradient."""
+        return adapters.trained_parameters(self.model, self.training, self.stack, self.recipe)
+
+    @property
+    def flops_per_token(self) -> float:
+        """Model FLOPs of one token, without the gradients of frozen weights."""
+        return adapters.model_flops(self.model, self.training, self.stack, self.recipe)
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens of one step."""
         return self.seq_length * self.global_batch_size
@@ -65,20 +78,6 @@ def usual_batch(seq_length: int, num_gpus: int) -> int:
         odd //= 2
     target = max(USUAL_TOKENS / seq_length, num_gpus / 8, 1)
     return int(odd * 2 ** max(0, round(log2(max(target / odd, 1)))))
-
-
-def _precision(job_precision: str | None, peaks: dict[str, float], stack: Stack, gpu: str) -> str:
-    # fp32 runs anywhere; half precision needs a tensor-core peak of its own.
-    usable = [p for p, recipe in stack.recipes.items() if p == "fp32" or recipe.unit in peaks]
-    if job_precision is None:
-        return usable[0]
-    if job_precision not in stack.recipes:
-        raise InputError(
-            f"precision={job_precision} has no recipe in {stack.name}: use {' or '.join(stack.recipes)}"
-        )
-    if job_precision not in usable:
-        raise InputError(f"precision={job_precision}: {gpu} has no {job_precision} units: use {usable[0]}")
-    return job_precision
 
 
 def _options(
@@ -194,7 +193,7 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     notes = list(cluster.assumptions)
     if cluster.num_gpus > cluster.domain:
         notes.append(_switches(cluster))
-    precision = _precision(training.precision, cluster.gpu.peak_flops, stack, cluster.gpu.name)
+    precision = precision_of(training.precision, stack, cluster.gpu)
     seq = training.seq_length or min(model.max_position_embeddings, 8192)
     if model.position_embedding == "learned" and seq > model.max_position_embeddings:
         raise InputError(
@@ -203,7 +202,11 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
         )
     batch = training.global_batch_size or usual_batch(seq, cluster.num_gpus)
     options = _options(stack, training, model, cluster.num_gpus, precision)
+    check_options(precision, stack, options)
+    if reason := unplanned_with(model, stack.recipes[precision].unit == "fp8", options):
+        raise InputError(reason)
     stack = _with_profile(stack.under(options), training.profile)
+    stack = replace(stack, precision_words=words_of(precision, stack, cluster.gpu))
     if options.get("compile") == "on" and not (model.gated_mlp and model.norm == "rmsnorm"):
         raise InputError(
             "compile=on: what compiled blocks keep is known of gated MLPs with RMSNorm only, "
@@ -217,6 +220,7 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     if stack.eager_alibi and model.position_embedding == "alibi" and asked is None:
         options["attention"] = "eager"  # transformers has no fused attention for ALiBi models
     recipe = stack.recipes[precision]
+    check_states(stack, training, recipe)
     if training.gradient_dtype:
         recipe = replace(recipe, gradient=WIDTHS[training.gradient_dtype])
     if training.optimizer_dtype:
@@ -229,8 +233,14 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
             raise InputError(f"gradient_dtype=fp32 in {stack.name} takes precision=bf16")
         recipe = replace(recipe, gradient=4 + recipe.compute)
     stack = replace(stack, shardings=stack.takes(stack.shardings, recipe))
+    shardings = shardings_of(stack, training.optimizer, model, options)
+    stack = replace(stack, shardings=shardings)
 
     given_fields = training.model_dump(exclude_none=True)
+    chosen = training.model_copy(update={"precision": precision, "options": options})
+    adapters.check(model, chosen, stack)
+    if training.adapters:
+        stack = adapters.with_launches(stack)
     if "seq_length" not in given_fields:
         whole = "all" if seq == model.max_position_embeddings else f"8192 of {model.max_position_embeddings}"
         notes.append(f"sequence length {seq}: {whole} positions of the model")
@@ -245,8 +255,16 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     notes.append(f"{stack.version}; bytes per parameter (weight, gradient, master, moments): {states}")
     shown = {name: value for name, value in options.items() if name != "swiglu" or model.gated_mlp}
     notes.append(", ".join(f"{name} {value}" for name, value in shown.items()))
+    notes += adapters.notes(model, chosen, stack, recipe)
     if precision in stack.notes:
         notes.append(stack.notes[precision])
+    optimizer = OPTIMIZERS[training.optimizer]
+    if training.optimizer != "adamw":
+        notes.append(f"optimizer {training.optimizer}: {optimizer.source}")
+    if optimizer.note:
+        notes.append(optimizer.note)
+    if recipe.rest:
+        notes.append(EIGHT_BITS)
     notes.append("MFU counts attention in full, as if it were not causal")
     low, high, tie = (step_time(name).value for name in ("least", "most", "tie"))
     notes.append(

@@ -10,27 +10,25 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
 
 from planner.axes import (
     context_degrees,
-    context_problems,
     expert_problems,
     out_of_order,
     unsupported_axes,
 )
 from planner.defaults import Job
-from planner.errors import InputError
 from planner.layers import Builder
 from planner.network import Network, group
-from planner.stacks import STACKS
-from planner.stacks.base import Stack
+from planner.optimizers import in_backward
 from strategies.base import Layer
 from strategies.context_parallel import COMMS
-from strategies.layout import RANK_ORDERS, SHARDINGS, Layout
-from strategies.pipeline_parallel import FOLDED, SCHEDULES, PipelineParallel
+from strategies.layout import Layout
+from strategies.pipeline_parallel import FOLDED, PipelineParallel
 from strategies.sequence_parallel import SequenceParallel
 from strategies.tensor_parallel import TensorParallel
 
@@ -135,7 +133,7 @@ def _tensor_degrees(job: Job, choices: Choices, layers: list[Layer], space: Spac
         if not choices.across_nodes and (tensor > domain or (gpus > domain and domain % tensor)):
             space.refused[f"a tensor-parallel group would leave its node of {domain} GPUs"] += 1
             continue
-        reasons = list(TensorParallel(tensor).objections(layers))
+        reasons = list(TensorParallel(tensor, repeats_heads=job.stack.repeats_heads).objections(layers))
         if tensor > 1 and choices.sequence_parallel:
             reasons += SequenceParallel(tensor).objections(layers)
         if reasons:
@@ -185,16 +183,15 @@ def _expert_degrees(
         space.refused[problems[0]] += 1
 
 
-def _shardings(
-    job: Job, choices: Choices, ranks: int, data: int, pipeline: int, space: Space
-) -> Iterator[tuple[str, int, bool]]:
-    """Sharding, shards and reshard_after_forward of replicas that have so many data and context ranks."""
+def _shardings(job: Job, choices: Choices, place: Layout, space: Space) -> Iterator[tuple[str, int, bool]]:
+    """Sharding, shards and reshard_after_forward that such data, context and pipeline degrees can have."""
+    data, pipeline = place.data_parallel, place.pipeline_parallel
     for name, with_pipeline in job.stack.shardings.items():
         if not _allowed(name, choices.sharding):
             continue
         if pipeline > 1 and not with_pipeline:
             space.refused[f"{job.stack.name} runs {name} without a pipeline only"] += 1
-        elif ranks == 1 and name != next(iter(job.stack.shardings)) and choices.sharding is None:
+        elif place.data_ranks == 1 and name != next(iter(job.stack.shardings)) and choices.sharding is None:
             continue  # one replica shares nothing out: the same layout under another name
         elif name == "fsdp":
             for shards in divisors(data)[1:] or [1]:
@@ -237,63 +234,73 @@ def _schedule_refusal(job: Job, choices: Choices, schedule: str, pipeline: int, 
     return ""
 
 
-def enumerate_layouts(job: Job, choices: Choices = Choices()) -> Space:
-    """All layouts of the cluster's GPUs that the stack can run and the batch divides over."""
-    space = Space()
-    layers = Builder(job.model, job.training, job.stack, job.recipe).layers()
-    depth, batch = job.model.num_hidden_layers, job.global_batch_size
-    gpus = job.cluster.num_gpus
-    rows: dict[tuple[str, bool, bool, str, str, int], list[tuple[int, ...]]] = defaultdict(list)
-    unlike = len(job.model.block_kinds) > 1  # then each number of chunks makes rows of its own
+def _places(job: Job, choices: Choices, layers: list[Layer], space: Space) -> Iterator[Layout]:
+    """Tensor, pipeline, context and data degrees that multiply to the GPUs and divide the batch."""
+    depth, batch, gpus = job.model.num_hidden_layers, job.global_batch_size, job.cluster.num_gpus
     for tensor in _tensor_degrees(job, choices, layers, space):
-        sequence_parallel = tensor > 1 and choices.sequence_parallel
         contexts = _context_degrees(job, choices, tensor, layers, space)
         for pipeline in divisors(gpus // tensor):
-            if not _allowed(pipeline, choices.pipeline_parallel):
-                continue
             left = gpus // tensor // pipeline
-            places = [
+            several = [
                 (left // context, context, comm)
                 for context, comm in contexts
                 if left % context == 0 and _allowed(left // context, choices.data_parallel)
             ]
-            if places and any(PipelineParallel(pipeline).objections(layers)):
+            if not (several and _allowed(pipeline, choices.pipeline_parallel)):
+                continue
+            if any(PipelineParallel(pipeline).objections(layers)):
                 space.refused[f"pipeline_parallel is more than the {depth} layers"] += 1
                 continue
-            schedules = list(_schedules(job, choices, pipeline, depth))
-            for data, context, comm in places:
+            for data, context, comm in several:
                 if batch % data:
                     space.refused[f"data_parallel does not divide global_batch_size={batch}"] += 1
                     continue
-                one = Layout(
+                yield Layout(
                     data_parallel=data,
                     tensor_parallel=tensor,
                     pipeline_parallel=pipeline,
+                    sequence_parallel=tensor > 1 and choices.sequence_parallel,
                     context_parallel=context,
-                    sequence_parallel=sequence_parallel,
+                    context_comm=comm,
                 )
-                shardings = [
-                    (*found, *experts)
-                    for found in _shardings(job, choices, data * context, data, pipeline, space)
-                    for experts in _expert_degrees(
-                        job, choices, replace(one, sharding=found[0], data_shards=found[1]), layers, space
-                    )
-                ]
-                sizes = _micro_batches(batch // data, choices)
-                if not sizes:
-                    asked = ", ".join(map(str, choices.micro_batch_size or ()))
-                    reason = f"micro_batch_size={asked} does not divide the {batch // data} sequences"
-                    space.refused[f"{reason} of a replica"] += 1
-                for micro in sizes:
-                    accum = batch // data // micro
-                    for schedule, chunks in schedules:
-                        if refusal := _schedule_refusal(job, choices, schedule, pipeline, accum):
-                            space.refused[refusal] += 1
-                            continue
-                        for sharding, shards, reshard, *experts in shardings:
-                            row = (data, tensor, pipeline, chunks, micro, accum, shards, context, *experts)
-                            alike = (sharding, reshard, sequence_parallel, schedule, comm, unlike * chunks)
-                            rows[alike].append(row)
+
+
+def enumerate_layouts(job: Job, choices: Choices = Choices()) -> Space:
+    """All layouts of the cluster's GPUs that the stack can run and the batch divides over."""
+    space = Space()
+    layers = Builder(job.model, job.training, job.stack, job.recipe).layers()
+    depth = job.model.num_hidden_layers
+    rows: dict[tuple[str, bool, bool, str, str, int], list[tuple[int, ...]]] = defaultdict(list)
+    unlike = len(job.model.block_kinds) > 1  # then each number of chunks makes rows of its own
+    within = in_backward(job.training.optimizer, job.training.options)
+    for place in _places(job, choices, layers, space):
+        data, pipeline, context = place.data_parallel, place.pipeline_parallel, place.context_parallel
+        shardings = [
+            (*found, *experts)
+            for found in _shardings(job, choices, place, space)
+            for experts in _expert_degrees(
+                job, choices, replace(place, sharding=found[0], data_shards=found[1]), layers, space
+            )
+        ]
+        per_replica = job.global_batch_size // data
+        sizes = _micro_batches(per_replica, choices)
+        if not sizes:
+            asked = ", ".join(map(str, choices.micro_batch_size or ()))
+            reason = f"micro_batch_size={asked} does not divide the {per_replica} sequences of a replica"
+            space.refused[reason] += 1
+        schedules = list(_schedules(job, choices, pipeline, depth))
+        for micro, (schedule, chunks) in product(sizes, schedules):
+            accum = per_replica // micro
+            if within and (accum > 1 or data * context > 1):
+                space.refused["optimizer step within the backward: several micro-batches or replicas"] += 1
+                continue
+            if refusal := _schedule_refusal(job, choices, schedule, pipeline, accum):
+                space.refused[refusal] += 1
+                continue
+            for sharding, shards, reshard, *experts in shardings:
+                alike = sharding, reshard, place.sequence_parallel, schedule, place.context_comm
+                row = data, place.tensor_parallel, pipeline, chunks, micro, accum, shards, context, *experts
+                rows[*alike, unlike * chunks].append(row)
     for (sharding, reshard, sequence_parallel, schedule, comm, _), numbers in rows.items():
         columns: dict[str, Any] = dict(zip(NUMBERS, np.array(numbers, dtype=np.int64).T, strict=True))
         columns |= {name: 1 for name in OFTEN_ONE if (columns[name] == 1).all()}
@@ -352,115 +359,3 @@ def _micro_batches(per_replica: int, choices: Choices) -> list[int]:
     if choices.micro_batch_size is None:
         return sizes
     return [size for size in dict.fromkeys(choices.micro_batch_size) if per_replica % size == 0]
-
-
-def check_layout(job: Job, layout: Layout) -> None:
-    """Raises InputError if a layout given by hand cannot be, with the first reason and a fix."""
-    for problem in _layout_problems(job, layout):
-        raise InputError(problem)
-
-
-def _layout_problems(job: Job, layout: Layout) -> Iterator[str]:
-    gpus, batch, depth = job.cluster.num_gpus, job.global_batch_size, job.model.num_hidden_layers
-    for name in NUMBERS:
-        value = getattr(layout, name)
-        if not isinstance(value, int) or value < 1:
-            yield f"{name}={value!r}: use a whole number, 1 or more"
-    if layout.sharding not in SHARDINGS:
-        yield f"sharding={layout.sharding!r}: use one of {', '.join(SHARDINGS)}"
-    if layout.schedule not in SCHEDULES:
-        yield f"schedule={layout.schedule!r}: use one of {', '.join(SCHEDULES)}"
-    if layout.rank_order not in RANK_ORDERS:
-        yield f"rank_order={layout.rank_order!r}: use one of {', '.join(RANK_ORDERS)}"
-    tensor, pipeline, data = layout.tensor_parallel, layout.pipeline_parallel, layout.data_parallel
-    others, context = tensor * pipeline * layout.context_parallel, layout.context_parallel
-    named = f"tensor_parallel={tensor} x pipeline_parallel={pipeline}"
-    named += f" x context_parallel={context}" if context > 1 else ""
-    if gpus % others:
-        yield (
-            f"{named} does not divide the {gpus} GPUs: "
-            f"their product must be one of {', '.join(map(str, divisors(gpus)[:12]))}"
-        )
-    if layout.world_size != gpus:
-        yield (
-            f"data_parallel={data} x {named} is "
-            f"{layout.world_size}, not the {gpus} GPUs: use data_parallel {gpus // others}"
-        )
-    once = data * layout.micro_batch_size
-    if batch % once:
-        yield (
-            f"data_parallel={data} x micro_batch_size={layout.micro_batch_size} does not divide "
-            f"global_batch_size={batch}: use a multiple of {once}"
-        )
-    elif layout.global_batch_size != batch:
-        yield (
-            f"data_parallel={data} x micro_batch_size={layout.micro_batch_size} x grad_accum="
-            f"{layout.grad_accum} is not global_batch_size={batch}: use grad_accum {batch // once}"
-        )
-    if layout.sharding == "fsdp" and data % layout.data_shards:
-        fits = ", ".join(map(str, divisors(data)))
-        yield f"data_shards={layout.data_shards} does not divide data_parallel={data}: use one of {fits}"
-    if layout.sharding != "fsdp" and not (layout.reshard_after_forward and layout.data_shards == data):
-        yield f"data_shards and reshard_after_forward belong to fsdp, not to {layout.sharding}"
-    layers = Builder(job.model, job.training, job.stack, job.recipe).layers()
-    yield from TensorParallel(tensor).objections(layers)
-    if layout.sequence_parallel:
-        yield from SequenceParallel(tensor).objections(layers)
-    yield from context_problems(job, layout, layers)
-    yield from expert_problems(job, layout, layers)
-    yield from PipelineParallel(
-        pipeline, microbatches=layout.grad_accum, chunks=layout.chunks, schedule=layout.schedule
-    ).objections(layers)
-    if layout.chunks > 1 and layout.schedule not in ("interleaved", *FOLDED):
-        yield f"chunks={layout.chunks} need the interleaved schedule, not {layout.schedule}"
-    if short_chunks(depth, layout.chunks) > 2:
-        yield f"{depth} layers do not fill {layout.chunks} equal chunks, even two layers short"
-
-
-def check_supported(job: Job, layout: Layout) -> None:
-    """Raises InputError if the job's framework is not known to run a layout, with what does."""
-    if lacking := unsupported(job.stack, layout):
-        able = [(label, stack) for label, stack in _variants(job) if not unsupported(stack, layout)]
-        # The same framework with another option, or the same modules, come nearest.
-        able.sort(key=lambda one: (one[1].name != job.stack.name, one[1].rows is not job.stack.rows))
-        raise InputError("; ".join(lacking) + (f", or {able[0][0]}" if able else ""))
-
-
-def unsupported(stack: Stack, layout: Layout) -> list[str]:
-    """What of a layout a framework is not known to run, and the nearest that it runs.
-
-    On one GPU per replica nothing is shared out: DDP is then every framework's.
-    """
-    notes: list[str] = []
-    shardings, sharding = stack.shardings, layout.sharding
-    alone = sharding == "ddp" and layout.data_ranks == 1
-    if sharding not in shardings and not alone:
-        notes.append(f"{stack.name} does not run {sharding}: use {', '.join(shardings)}")
-    elif layout.pipeline_parallel > 1 and not shardings.get(sharding, any(shardings.values())):
-        able = "".join(f", {name}" for name, pipelined in shardings.items() if pipelined)
-        notes.append(f"{stack.name} runs {sharding} without a pipeline only: use pipeline_parallel 1{able}")
-    if layout.tensor_parallel > 1 and not stack.tensor_parallel:
-        notes.append(f"{stack.name} is planned without tensor parallelism: use tensor_parallel 1")
-    return [*notes, *unsupported_axes(stack, layout)]
-
-
-def _variants(job: Job) -> Iterator[tuple[str, Stack]]:
-    """The frameworks that the model can be planned in, and how they are asked for."""
-    for name, stack in STACKS.items():
-        recipe = job.recipe if name == job.stack.name else stack.recipes.get(str(job.training.precision))
-        if recipe is None or (stack.families and job.model.model_type not in stack.families):
-            continue
-        named = {f"framework {name}": stack}
-        for variant in stack.variants:
-            option, _, value = variant.partition(":")
-            named[f"framework {name} with option {option}={value}"] = stack.under({option: value})
-        for label, one in named.items():
-            yield label, replace(one, shardings=one.takes(one.shardings, recipe))
-
-
-def beyond_node(job: Job, layout: Layout) -> str:
-    """A note where a tensor-parallel group leaves its node, which the search does not let it; else empty."""
-    if Network.of(job.cluster).place(*group("tensor", layout)).crossed[1]:
-        size, domain = layout.tensor_parallel, job.cluster.domain
-        return f"a tensor-parallel group of {size} leaves its node of {domain} GPUs"
-    return ""

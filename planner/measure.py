@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from planner.defaults import Job, resolve
 from planner.errors import InputError
+from planner.given import check_layout, unsupported
 from planner.layers import features
-from planner.layouts import check_layout, unsupported
 from planner.ledger import Entry, tensor_entries, view
 from planner.replay import StageReplay
 from planner.specs import ClusterSpec, ModelSpec, TrainingSpec
@@ -203,6 +203,8 @@ def _run(values: Mapping[str, Any], job: Job, layout: Layout, recompute: str) ->
 
     if layout.pipeline_parallel > 1 or layout.grad_accum > 1:
         raise InputError("pipelines and accumulated gradients cannot be measured: use one of each")
+    if layout.context_parallel * layout.expert_parallel * layout.expert_tensor_parallel > 1:
+        raise InputError("context and expert parallelism cannot be measured: use one of each")
     if layout.data_shards != layout.data_parallel:
         raise InputError("hybrid sharding cannot be measured: leave data_shards out")
     if layout.sharding not in ("ddp", "fsdp"):
@@ -223,7 +225,11 @@ def _run(values: Mapping[str, Any], job: Job, layout: Layout, recompute: str) ->
                 "seq_length below the model's sliding window"
             )
     training = job.training
-    precision = PRECISIONS[str(training.precision)]
+    if training.precision not in PRECISIONS:
+        raise InputError(f"precision={training.precision} cannot be measured: use {' or '.join(PRECISIONS)}")
+    if training.optimizer != "adamw" or training.options.get("optimizer_step") == "in_backward":
+        raise InputError("the optimizer step is measured with AdamW, fused or foreach: use optimizer=adamw")
+    precision = PRECISIONS[training.precision]
     if job.stack.name == "fsdp" and precision == "bf16" and parallel in ("none", "ddp"):
         raise InputError("FSDP's mixed precision takes a group of GPUs that it shards over: use 2 or more")
     if (loss := training.options.get("loss", "eager")) != "eager":

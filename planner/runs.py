@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from planner.adapters import Adapters
 from planner.errors import InputError
 from planner.files import content
 from planner.specs import ModelSpec, first_problem
@@ -100,11 +101,12 @@ class Run(BaseModel):
     gpu: RunGpu
     gpus: Degree | None = None
     framework: Text
-    precision: Literal["bf16", "fp16", "fp32", "pure-bf16"] | None = None
-    optimizer: Literal["adamw", "adam", "momentum", "sgd"] = "adamw"
+    precision: Text | None = None
+    optimizer: Text = "adamw"
     gradient_dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    optimizer_dtype: Literal["fp32", "bf16"] | None = None
+    optimizer_dtype: Literal["fp32", "bf16", "fp16", "fp8"] | None = None
     master_weights: bool | None = None
+    adapters: Adapters | None = None
     options: Annotated[dict[Text, Text], Field(max_length=50)] = Field(default_factory=dict)
     layout: RunLayout = RunLayout()
     recompute: Text | None = None

@@ -135,13 +135,6 @@ def refusals(model: ModelSpec) -> Iterator[str]:
     for mixer in dict.fromkeys(block.mixer for block in model.blocks):
         if mixer in ("bidirectional", "cross"):
             yield f"{model.name} has {mixer} attention, whose cache is not modelled: only decoders are"
-        if mixer == "window" and model.sliding_window is None:
-            yield f"{model.name} has blocks with windows: sliding_window has to say how long they are"
-
-
-def mixer_of(model: ModelSpec, block: Block) -> str:
-    """The block's mixer; a model with a window that names no mixers has it everywhere (Mistral)."""
-    return "window" if block.mixer == "full" and model.sliding_window and not model.mixers else block.mixer
 
 
 def repeated(heads: int, tensor: int) -> int:
@@ -194,7 +187,7 @@ def cache_terms(
     lies. A state space or delta net: a state whose size does not depend on the tokens, in half precision
     (vLLM's mamba_cache_dtype auto; vllm/model_executor/layers/mamba/mamba_utils.py).
     """
-    mixer = mixer_of(model, block)
+    mixer = block.mixer
     role = Role.BUFFER
     if mixer in ("full", "window"):
         pages = ceil(context / block_size)

@@ -11,7 +11,6 @@ from planner.serving import (
     HALF,
     KV_BYTES,
     cache_terms,
-    mixer_of,
     product_terms,
     sampling_terms,
     weight_terms,
@@ -55,7 +54,7 @@ class Rank:
         counts = layers_of(model.num_hidden_layers, pipeline)
         start = sum(counts[:stage])
         self.blocks = Counter(model.blocks[start : start + counts[stage]])
-        self.windows = [block for block in self.blocks if mixer_of(model, block) == "window"]
+        self.windows = [block for block in self.blocks if block.mixer == "window"]
         self.weights = sum(self.held(self.weight_terms()))
 
     def held(self, terms: Iterable[Term]) -> Iterator[float]:
@@ -85,7 +84,7 @@ class Rank:
         yield from self.ends()
         if self.model.position_embedding == "rotary":
             latent = self.model.latent
-            width = latent.qk_rope_head_dim if latent else self.model.head_dim
+            width = latent.qk_rope_head_dim if latent else self.model.head_dim * self.model.rotary_fraction
             yield HALF.of(
                 "rotary cache", {"positions": self.model.max_position_embeddings, "head_dim": width}
             )

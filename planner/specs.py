@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from planner.adapters import Adapters, Frozen
 from planner.errors import InputError
 from planner.model import FROZEN
 from planner.model import ModelSpec as ModelSpec
@@ -225,29 +226,34 @@ class Profile(BaseModel):
 class TrainingSpec(BaseModel):
     """How a model is trained. None means: the usual value, which the plan lists as assumed.
 
+    ``precision`` and ``optimizer`` are names of planner/precision.py and planner/optimizers.py.
     ``gradient_dtype``, ``master_weights`` and ``optimizer_dtype`` change the precision's recipe;
     ``tokens`` is what the whole training sees, for its duration. ``options`` are the framework's own
     choices of kernels and buffers (``loss``, ``norm`` ..., each stack's table lists them);
     ``attention`` and ``swiglu`` are two of them with a name of their own. ``profile`` replaces
     the framework's overheads by measured ones. ``expert_imbalance`` is how many tokens the fullest GPU's
     experts get over the average; with ``expert_capacity_factor`` all are padded to as many.
+    ``adapters`` are trained in place of the weights, which
+    are frozen; else those that ``frozen`` names.
     """
 
     model_config = FROZEN
 
     seq_length: int | None = Field(None, ge=1, le=100_000_000)
     global_batch_size: int | None = Field(None, ge=1, le=100_000_000)
-    precision: Literal["bf16", "fp16", "fp32", "pure-bf16"] | None = None
-    optimizer: Literal["adamw", "adam", "momentum", "sgd"] = "adamw"
+    precision: str | None = Field(None, max_length=100)
+    optimizer: str = Field("adamw", max_length=100)
     framework: str = "megatron"
     attention: Literal["flash", "sdpa", "eager", "flash1"] | None = None
     swiglu: Literal["fused", "unfused", "recomputed"] | None = None
     dropout: float | None = Field(None, ge=0, lt=1)
     gradient_dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    optimizer_dtype: Literal["fp32", "bf16"] | None = None
+    optimizer_dtype: Literal["fp32", "bf16", "fp16", "fp8"] | None = None
     master_weights: bool | None = None
     expert_imbalance: float = Field(1.0, ge=1, le=1000)
     expert_capacity_factor: float | None = Field(None, gt=0, le=1000)
+    adapters: Adapters | None = None
+    frozen: Frozen = Frozen()
     tokens: float | None = Field(None, gt=0, le=1e18)
     options: dict[str, str] = Field(default_factory=dict, max_length=50)
     profile: Profile | None = None

@@ -22,6 +22,7 @@ from planner.defaults import Job
 from planner.layer_price import LayerPrice, StepPrice, average, role_sum, working_set
 from planner.layers import Builder
 from planner.moments import stage_moments
+from planner.optimizers import FOREACH, TEMPORARIES, moved, step_flops, tensors_of, unscaled
 from planner.order import order_of
 from planner.overheads import tensor_capacity
 from planner.residence import Residence, residence_of
@@ -40,11 +41,6 @@ from strategies.base import (
 )
 from strategies.layout import Layout, collectives_of, strategies_of
 from strategies.pipeline_parallel import PipelineParallel
-
-FOREACH = 20
-"""Reads and writes of a parameter's state by torch's foreach Adam, an operation at a time: a product for
-weight decay 2, the moments 3 + 5, root, division and sum 6, the update 4 (torch/optim/adam.py,
-``_multi_tensor_adam``)."""
 
 
 def _pick(value: Any, selector: Any) -> Any:
@@ -84,7 +80,9 @@ class Prices:
             pipeline_parallel=layout.pipeline_parallel,
             expert_parallel=layout.expert_parallel,
             context_heads=layout.hands_out_heads,
+            data_shards=layout.data_shards if layout.sharding == "fsdp" else 1,
         )
+        self.optimizer = builder.optimizer
         self.layers, self.once = builder.layers(), builder.stage()
         self.pipeline = self.pipeline_at(0)
         self.resident = residence_of(job, layout, self.wire)
@@ -253,10 +251,8 @@ class Prices:
         recipe = self.job.recipe
         for term in layer.by_role[Role.OPTIMIZER]:
             one = Term(term.name, term.role, term.dims, 1.0)
-            accesses = 2 * term.unit + recipe.gradient + recipe.weight
-            if self.job.training.options.get("optimizer_step") == "foreach":
-                accesses = FOREACH * recipe.moment
-            total = total + held(one, strategies) * accesses
+            step = self.job.training.options.get("optimizer_step")
+            total = total + held(one, strategies) * moved(self.optimizer, recipe, step, term.unit)
         return total
 
     def _update_room(self, layer: Layer, strategies: Sequence[AbstractStrategy]) -> Quantity:
@@ -264,15 +260,15 @@ class Prices:
         # half-precision gradients in one piece, DeepSpeed's stage 0 of a list of copies. Then torch's foreach
         # optimizers make one update of every parameter at a time, fused ones none.
         recipe = self.job.recipe
-        foreach = self.job.training.options.get("optimizer_step") == "foreach"
+        foreach = self.optimizer.foreach_room * (self.job.training.options.get("optimizer_step") == FOREACH)
         beside = (recipe.gradient if self.resident.engine else 4) * self.flat_copies
-        unit = 4 * self.copied + max(beside, recipe.moment * foreach)
+        unit = 4 * self.copied + max(beside, recipe.moment * foreach) + unscaled(recipe)
         if not unit:
             return 0.0
         one = [Term(t.name, t.role, t.dims, unit) for t in layer.by_role[Role.OPTIMIZER]]
         room = sum(held(term, strategies) for term in one)
         if self.wire.sub_group and self.layout.sharding == "zero3":
-            own = self.job.model.num_parameters / self.layout.data_ranks / self.layout.tensor_parallel
+            own = self.job.trained_parameters / self.layout.data_ranks / self.layout.tensor_parallel
             room = room * smaller(1.0, self.wire.sub_group / own)
         return room
 
@@ -307,6 +303,7 @@ class Prices:
             exposed = exposed + np.maximum(0.0, seconds * depth + around - share * window)
         around = self._around(self.embedding.update_bytes, self.head.update_bytes)
         total = exposed + (block.update_bytes * depth + around) / self.bandwidth
+        total = total + step_flops(self.job.training.optimizer, self.job.model) / self.compute.half_products
         if self.pipeline.copies > 1:  # the two stages that hold a layer add up its gradients
             around = self._around(*(end.states[Role.GRADIENT] for end in (self.embedding, self.head)))
             total = total + self._messages.send_seconds(block.states[Role.GRADIENT] * depth + around)
@@ -350,6 +347,9 @@ class Prices:
             sides = 2 * self.layout.chunks - first
             size = sides * self.layout.grad_accum * self.send_bytes * self.pipelined
             found.append(Buffer("what the pipeline receives, all micro-batches", size))
+        if self.optimizer.room:
+            size = self.optimizer.room(tensors_of(self.job.model), self.job.recipe)
+            found.append(Buffer(TEMPORARIES, size, "optimizer step"))
         return found
 
     def state_bytes(self, price: LayerPrice, pipeline: PipelineParallel, gradients: Quantity) -> Quantity:

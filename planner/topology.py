@@ -101,7 +101,8 @@ def ring_bandwidth(network: Network, axis: str, layout: Layout) -> float:
     return _slowest(network, hops)
 
 
-def send_bandwidth(network: Network, layout: Layout) -> float:
-    """Bytes per second from each rank of a pipeline stage to the next, all stages at once."""
-    chains = groups_of("pipeline", layout)
-    return _slowest(network, [(a, b, 1.0) for chain in chains for a, b in pairwise(chain)])
+def send_bandwidth(network: Network, layout: Layout, axis: str = "pipeline") -> float:
+    """Bytes per second from each rank of a group to the next, and round, but in a pipeline; all at once."""
+    chains = [chain for chain in groups_of(axis, layout) if len(chain) > 1]
+    closed = [chain if axis == "pipeline" else [*chain, chain[0]] for chain in chains]
+    return _slowest(network, [(a, b, 1.0) for chain in closed for a, b in pairwise(chain)])

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from planner.model import Block, ModelSpec
 from planner.stacks.base import Stack
 
 TRACED = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "opt", "bloom")
 """Families whose blocks the stacks' rows were tested against."""
-COUNTED = ("ministral", "phi3", "granite", "stablelm", "nemotron", "gemma", "gpt_neo", "starcoder2", "falcon")
+COUNTED = (
+    *("ministral", "phi3", "granite", "smollm3", "seed_oss", "arcee", "stablelm", "nemotron", "gemma"),
+    *("gpt_bigcode", "gpt_neo", "starcoder2", "falcon"),
+)
 """Others that have blocks of the same parts: what their modules keep was not traced."""
 
-
 MEGATRON = ("ministral", "phi3", "stablelm", "nemotron", "gemma", "starcoder2")
-"""Others of ``COUNTED`` whose blocks Megatron Core runs as its usual parts: its flags choose norm, activation and biases
+"""Those of them that Megatron Core runs, of its usual parts: flags choose norm, activation and biases
 (arguments.py: --normalization, --squared-relu, --swiglu, --rotary-percent, --window-size). It has no
-multipliers of Granite's kind, dense or with experts, no parallel residuals of Falcon's and no alternating windows of GPT-Neo's."""
+multipliers of Granite's kind, no parallel residuals of Falcon's and no alternating
+windows of GPT-Neo's."""
+
+OTHER_MIXTURES = ("granitemoe", "phimoe", "llama4_text")
+"""Mixtures that are not Megatron Core's: multipliers, a router without softmax, attention in chunks."""
 
 
 def unplanned(model: ModelSpec, stack: Stack) -> str:
@@ -24,12 +30,22 @@ def unplanned(model: ModelSpec, stack: Stack) -> str:
     return next(_reasons(model, stack), "")
 
 
+def unplanned_with(model: ModelSpec, eight_bits: bool, options: Mapping[str, str]) -> str:
+    """Why a model's parts are not planned in 8 bits or with an option; empty where they are."""
+    if eight_bits and (model.experts or model.latent):
+        part = "experts" if model.experts else "latent attention"
+        return f"{model.name}: which 8-bit copies {part} keep is not planned (yet): use precision bf16"
+    if model.latent and options.get("attention") == "eager":
+        return f"{model.name}: latent attention is planned with fused kernels only: use attention=flash"
+    return ""
+
+
 def _reasons(model: ModelSpec, stack: Stack) -> Iterator[str]:
     needed = "is counted (planner catalog models), but what its layers keep is not planned (yet)"
     in_megatron = stack.name == "megatron"
     if model.kind != "decoder":
         yield f"{model.name}: an {model.kind} model {needed}"
-    if model.experts is not None and (not in_megatron or model.model_type.startswith("granite")):
+    if model.experts is not None and (not in_megatron or model.model_type in OTHER_MIXTURES):
         yield (
             f"{model.name}: mixtures of experts of {model.model_type}'s kind are not planned in {stack.name} "
             "(yet): they are counted only"

@@ -39,15 +39,19 @@ class Config:
                 return self.data[key]
         raise self.error(f"{' or '.join(keys)} is missing, which {self.family} needs")
 
-    def integer(self, *keys: str, default: int | None = None) -> int:
+    def integer(self, *keys: str, default: int | None = None, least: int = 1, most: int = 10**9) -> int:
         """A length. Raises InputError for what is none, or is missing without a default."""
         if default is not None and all(self.data.get(key) is None for key in keys):
             return default
         value = self.need(*keys)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 10**9:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             shown = plain(json.dumps(value, default=str), 50)
-            raise self.error(f"{keys[0]}={shown} must be a whole number from 1 to 10^9")
+            raise self.error(f"{keys[0]}={shown} must be a whole number from {least} to {_power(most)}")
         return value
+
+    def blocks(self, *keys: str) -> int:
+        """The number of blocks."""
+        return self.integer(*(keys or ("num_hidden_layers",)), most=10_000)
 
     def get(self, key: str, default: Any) -> Any:
         """A value, or the default of the family's configuration class."""
@@ -56,7 +60,10 @@ class Config:
 
     def flag(self, key: str, default: bool = False) -> bool:
         """A value that is true or false."""
-        return bool(self.get(key, default))
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise self.error(f"{key}={plain(str(value), 50)!r} must be true or false")
+        return value
 
     def indices(self, key: str) -> frozenset[int]:
         """A list of blocks' numbers."""
@@ -68,7 +75,7 @@ class Config:
     def refuse_unless(self, key: str, allowed: tuple[Any, ...], default: Any) -> None:
         """Raises InputError for a variation that is not modelled."""
         if (value := self.get(key, default)) not in allowed:
-            raise self.error(f"{key}={value!r} is not modelled; {key} must be {allowed[0]!r}")
+            raise self.error(f"{key}={plain(repr(value), 50)} is not modelled; {key} must be {allowed[0]!r}")
 
     def error(self, problem: str) -> InputError:
         """What is wrong, with the file's name."""
@@ -85,6 +92,10 @@ class Config:
         if strange is not None:
             raise self.error(f"{key}: {strange[:40]!r} is not modelled; known are {', '.join(known)}")
         return tuple(known[str(one)] for one in value)
+
+
+def _power(most: int) -> str:
+    return "10^9" if most == 10**9 else f"{most:,}"
 
 
 def sizes(config: Config, hidden: int, heads: int, head_dim: int | None = None) -> Fields:
@@ -119,7 +130,7 @@ def decoder(
     heads = config.integer("num_attention_heads")
     kv = config.data.get("num_key_value_heads", kv_heads)
     return sizes(config, config.integer("hidden_size"), heads, head_dim) | {
-        "num_hidden_layers": config.integer("num_hidden_layers"),
+        "num_hidden_layers": config.blocks(),
         "num_key_value_heads": heads if kv is None else kv,
         "intermediate_size": config.integer("intermediate_size"),
         "max_position_embeddings": config.get("max_position_embeddings", positions),
@@ -145,7 +156,7 @@ def attention_biases(config: Config, key: str = "attention_bias", default: bool 
 
 def windows(config: Config, usual: Callable[[int], bool], window: int | None) -> Fields:
     """Which blocks see a window only: as ``layer_types`` says, or where ``usual`` holds of their number."""
-    count = config.integer("num_hidden_layers")
+    count = config.blocks()
     mixers = config.words("layer_types", ATTENTIONS, count)
     if mixers is None:
         mixers = tuple("window" if window and usual(i) else "full" for i in range(count))

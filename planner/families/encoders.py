@@ -43,7 +43,7 @@ def _text(config: Config, prefix: str, heads: dict[str, Fields], padding: int) -
         | BIASED
         | {
             "kind": "encoder",
-            "num_hidden_layers": config.integer("num_hidden_layers"),
+            "num_hidden_layers": config.blocks(),
             "intermediate_size": config.integer("intermediate_size"),
             "max_position_embeddings": rows - padding,
             "position_offset": padding,
@@ -68,7 +68,7 @@ def bert(config: Config) -> Fields:
 def roberta(config: Config) -> Fields:
     """``roberta``: the first positions belong to padding."""
     heads = {name: TEXT_HEADS[name] for name in ("Model", "ForMaskedLM")}
-    return _text(config, "Roberta", heads, config.get("pad_token_id", 1) + 1)
+    return _text(config, "Roberta", heads, config.integer("pad_token_id", default=1, least=0) + 1)
 
 
 def t5(config: Config) -> Fields:
@@ -81,8 +81,8 @@ def t5(config: Config) -> Fields:
         config.integer("d_model", "hidden_size"),
         config.integer("num_heads", "num_attention_heads"),
     )
-    layers = config.integer("num_layers", "num_hidden_layers")
-    decoders = config.integer("num_decoder_layers", default=layers)
+    layers = config.blocks("num_layers", "num_hidden_layers")
+    decoders = config.integer("num_decoder_layers", default=layers, most=10_000)
     gate, _, act = str(config.get("feed_forward_proj", "relu")).rpartition("-")
     if gate not in ("", "gated"):
         config.refuse_unless("feed_forward_proj", ("relu", "gated-gelu"), "relu")
@@ -133,7 +133,7 @@ def vit(config: Config) -> Fields:
             "kind": "vision",
             "vocab_size": 0,
             "qkv_bias": bias,
-            "num_hidden_layers": config.integer("num_hidden_layers"),
+            "num_hidden_layers": config.blocks(),
             "intermediate_size": config.integer("intermediate_size"),
             "max_position_embeddings": (image // patch) ** 2 + 1,
             "position_embedding": "learned",

@@ -21,7 +21,7 @@ def gpt2(config: Config) -> Fields:
         sizes(config, hidden, config.integer("n_head", "num_attention_heads"))
         | BIASED
         | {
-            "num_hidden_layers": config.integer("n_layer", "num_hidden_layers"),
+            "num_hidden_layers": config.blocks("n_layer", "num_hidden_layers"),
             "intermediate_size": config.get("n_inner", 4 * hidden),
             "max_position_embeddings": config.integer("n_positions", "max_position_embeddings"),
             "tie_word_embeddings": config.flag("tie_word_embeddings", True),
@@ -33,12 +33,19 @@ def gpt2(config: Config) -> Fields:
     )
 
 
+def gpt_bigcode(config: Config) -> Fields:
+    """``gpt_bigcode``: GPT-2 with one key and value head, unless it says otherwise."""
+    one = config.flag("multi_query", True)
+    fields = gpt2(config) | {"hidden_act": config.get("activation_function", "gelu_pytorch_tanh")}
+    return fields | ({"num_key_value_heads": 1} if one else {})
+
+
 def gptj(config: Config) -> Fields:
     """``gptj``: parallel residuals behind one norm, biases of MLP and head only."""
     hidden = config.integer("n_embd", "hidden_size")
     heads = config.integer("n_head", "num_attention_heads")
     return sizes(config, hidden, heads) | {
-        "num_hidden_layers": config.integer("n_layer", "num_hidden_layers"),
+        "num_hidden_layers": config.blocks("n_layer", "num_hidden_layers"),
         "intermediate_size": config.get("n_inner", 4 * hidden),
         "max_position_embeddings": config.integer("n_positions", "max_position_embeddings", default=2048),
         "tie_word_embeddings": config.flag("tie_word_embeddings"),
@@ -58,11 +65,11 @@ def gptj(config: Config) -> Fields:
 def gpt_neo(config: Config) -> Fields:
     """``gpt_neo``: ``local`` blocks see a window; no biases of queries, keys and values."""
     hidden = config.integer("hidden_size")
-    layers = config.integer("num_layers", "num_hidden_layers")
+    layers = config.blocks("num_layers", "num_hidden_layers")
     mixers: list[str] = []
     pattern = config.get("attention_types", [[["global", "local"], 12]])
     try:
-        for kinds, times in pattern:
+        for kinds, times in pattern[:layers]:
             mixers += [{"global": "full", "local": "window"}[kind] for kind in kinds] * min(times, layers)
     except (KeyError, TypeError, ValueError):
         raise config.error("attention_types is not modelled; write [[['global', 'local'], 12]]") from None
@@ -92,12 +99,12 @@ def gpt_neox(config: Config) -> Fields:
         sizes(config, hidden, config.integer("num_attention_heads"))
         | BIASED
         | {
-            "num_hidden_layers": config.integer("num_hidden_layers"),
+            "num_hidden_layers": config.blocks(),
             "intermediate_size": config.integer("intermediate_size"),
             "max_position_embeddings": config.get("max_position_embeddings", 2048),
             "tie_word_embeddings": config.flag("tie_word_embeddings"),
             "hidden_act": config.get("hidden_act", "gelu"),
-            "parallel_residual": config.get("use_parallel_residual", True),
+            "parallel_residual": config.flag("use_parallel_residual", True),
             "rotary_fraction": config.get("rotary_pct", 0.25),
             "dropout": config.get("hidden_dropout", 0.0),
             "attention_dropout": config.get("attention_dropout", 0.0),
@@ -119,7 +126,7 @@ def opt(config: Config) -> Fields:
         sizes(config, hidden, config.integer("num_attention_heads"))
         | BIASED
         | {
-            "num_hidden_layers": config.integer("num_hidden_layers"),
+            "num_hidden_layers": config.blocks(),
             "intermediate_size": config.integer("ffn_dim"),
             "max_position_embeddings": config.integer("max_position_embeddings"),
             "tie_word_embeddings": config.flag("tie_word_embeddings", True),
@@ -139,7 +146,7 @@ def bloom(config: Config) -> Fields:
         sizes(config, hidden, config.integer("n_head", "num_attention_heads"))
         | BIASED
         | {
-            "num_hidden_layers": config.integer("n_layer", "num_hidden_layers"),
+            "num_hidden_layers": config.blocks("n_layer", "num_hidden_layers"),
             "intermediate_size": 4 * hidden,
             "max_position_embeddings": config.get("seq_length", 2048),
             "tie_word_embeddings": config.flag("tie_word_embeddings", True),
@@ -170,7 +177,7 @@ def falcon(config: Config) -> Fields:
     else:
         kv = 1 if config.flag("multi_query", True) else heads
     return sizes(config, hidden, heads) | {
-        "num_hidden_layers": config.integer("num_hidden_layers", "n_layer"),
+        "num_hidden_layers": config.blocks("num_hidden_layers", "n_layer"),
         "num_key_value_heads": kv,
         "head_dim": hidden // heads,
         "intermediate_size": config.get("ffn_hidden_size", 4 * hidden),
@@ -203,6 +210,34 @@ def phi(config: Config) -> Fields:
             "dropout": config.get("resid_pdrop", 0.0),
         }
     )
+
+
+def mpt(config: Config) -> Fields:
+    """``mpt``: ALiBi, and no biases, of norms neither."""
+    config.refuse_unless("no_bias", (True,), True)
+    config.refuse_unless("expansion_ratio", (4,), 4)
+    attention = config.get("attn_config", {})
+    if not isinstance(attention, dict):
+        raise config.error("attn_config must be an object")
+    inner = Config({"model_type": "mpt"} | attention, config.origin)
+    inner.refuse_unless("attn_type", ("multihead_attention",), "multihead_attention")
+    inner.refuse_unless("qk_ln", (False,), False)
+    inner.refuse_unless("alibi", (True,), True)
+    hidden = config.integer("d_model", "hidden_size")
+    heads = config.integer("n_heads", "num_attention_heads")
+    return sizes(config, hidden, heads) | {
+        "num_hidden_layers": config.blocks("n_layers", "num_hidden_layers"),
+        "intermediate_size": 4 * hidden,
+        "max_position_embeddings": config.integer("max_seq_len", default=2048),
+        "tie_word_embeddings": config.flag("tie_word_embeddings", True),
+        "hidden_act": "gelu",
+        "position_embedding": "alibi",
+        "gated_mlp": False,
+        "norm": "layernorm",
+        "norm_vectors": 1,
+        "dropout": config.get("resid_pdrop", 0.0),
+        "attention_dropout": inner.get("attn_pdrop", 0.0),
+    }
 
 
 def starcoder2(config: Config) -> Fields:

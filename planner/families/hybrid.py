@@ -11,7 +11,7 @@ UNLIMITED = 1_000_000_000
 
 def qwen3_next(config: Config) -> Fields:
     """``qwen3_next``: three of four blocks have a delta net, the others attention behind a gate."""
-    count = config.integer("num_hidden_layers")
+    count = config.blocks()
     full = config.integer("full_attention_interval", default=4)
     usual = tuple("delta" if every(full)(block) else "full" for block in range(count))
     known = {word: ATTENTIONS[word] for word in ("linear_attention", "full_attention")}
@@ -45,7 +45,7 @@ def qwen3_next(config: Config) -> Fields:
 def mamba2(config: Config) -> Fields:
     """``mamba2``: state spaces only, one part and one norm a block."""
     heads, width = config.integer("num_heads", default=128), config.integer("head_dim", default=64)
-    hidden, count = config.integer("hidden_size"), config.integer("num_hidden_layers")
+    hidden, count = config.integer("hidden_size"), config.blocks()
     if hidden * config.integer("expand", default=2) != heads * width:
         raise config.error("expand x hidden_size must be num_heads x head_dim")
     return {
@@ -90,7 +90,8 @@ def nemotron_h(config: Config) -> Fields:
     if pattern is None:
         listed = config.need("layers_block_type", "layer_types", "hybrid_override_pattern")
         key = "layers_block_type" if config.get("layers_block_type", None) else "layer_types"
-        pattern = "".join(config.words(key, letters, len(listed)) or ())
+        count = len(listed) if isinstance(listed, list) else 0
+        pattern = "".join(config.words(key, letters, count) or ())
     if not isinstance(pattern, str) or not pattern or set(pattern) - set(parts):
         raise config.error("hybrid_override_pattern must consist of M, *, - and E")
     if "E" in pattern:  # biases of shared experts, not of routed ones

@@ -28,7 +28,7 @@ def ministral(config: Config) -> Fields:
 def qwen_windows(config: Config) -> Fields:
     """Windows of the Qwen family: switched off unless it says otherwise, then from some block on."""
     window = config.get("sliding_window", 4096) if config.flag("use_sliding_window") else None
-    first = config.get("max_window_layers", 28)
+    first = config.integer("max_window_layers", default=28, least=0)
     return windows(config, lambda block: block >= first, window)
 
 
@@ -55,6 +55,31 @@ def phi3(config: Config) -> Fields:
 def granite(config: Config) -> Fields:
     """``granite``: its multipliers change no shape."""
     return decoder(config, positions=2048) | attention_biases(config) | {"mlp_bias": config.flag("mlp_bias")}
+
+
+def smollm3(config: Config) -> Fields:
+    """``smollm3``: every fourth block has no positions, which changes no shape."""
+    config.refuse_unless("use_sliding_window", (False,), False)
+    fields = decoder(config, positions=32768, kv_heads=4, tied=True) | attention_biases(config)
+    return fields | {"mlp_bias": config.flag("mlp_bias")}
+
+
+def seed_oss(config: Config) -> Fields:
+    """``seed_oss``: biases of queries, keys and values unless it says otherwise."""
+    fields = decoder(config, positions=524288, kv_heads=8, head_dim=128)
+    return fields | {
+        "qkv_bias": config.flag("attention_bias", True),
+        "attention_output_bias": config.flag("attention_out_bias"),
+        "mlp_bias": config.flag("mlp_bias"),
+        "attention_dropout": config.get("attention_dropout", 0.1),
+        "dropout": config.get("residual_dropout", 0.1),
+    }
+
+
+def arcee(config: Config) -> Fields:
+    """``arcee``: squared ReLU without a gate."""
+    fields = decoder(config, positions=4096, act="relu2") | attention_biases(config)
+    return fields | {"gated_mlp": False, "mlp_bias": config.flag("mlp_bias")}
 
 
 def olmo(config: Config) -> Fields:

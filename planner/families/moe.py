@@ -34,6 +34,17 @@ def granitemoe(config: Config) -> Fields:
     return fields | {"experts": _experts(config, "num_local_experts", 8, 2, fields["intermediate_size"])}
 
 
+def phimoe(config: Config) -> Fields:
+    """``phimoe``: Mixtral with LayerNorm, with biases where it says so."""
+    fields = decoder(config, positions=131072, kv_heads=8) | attention_biases(config)
+    return fields | {
+        "norm": "layernorm",
+        "head_bias": config.flag("lm_head_bias"),
+        "sliding_window": config.get("sliding_window", None),
+        "experts": _experts(config, "num_local_experts", 16, 2, fields["intermediate_size"]),
+    }
+
+
 def olmoe(config: Config) -> Fields:
     """``olmoe``: experts in all blocks; queries and keys are normalised over all heads."""
     fields = decoder(config, positions=4096) | attention_biases(config)
@@ -46,7 +57,7 @@ def olmoe(config: Config) -> Fields:
 
 def sparse_steps(config: Config) -> tuple[str, ...]:
     """Experts in every ``decoder_sparse_step``-th block but those of ``mlp_only_layers``."""
-    count, step = config.integer("num_hidden_layers"), config.integer("decoder_sparse_step", default=1)
+    count, step = config.blocks(), config.integer("decoder_sparse_step", default=1)
     dense = config.indices("mlp_only_layers")
     return mixed(count, (i for i in range(count) if (i + 1) % step == 0 and i not in dense))
 
@@ -56,7 +67,7 @@ def qwen2_moe(config: Config) -> Fields:
     experts = _experts(config, "num_experts", 60, 4, config.integer("moe_intermediate_size", default=1408))
     shared = config.integer("shared_expert_intermediate_size", default=5632)
     window = config.get("sliding_window", 4096) if config.flag("use_sliding_window") else None
-    first = config.get("max_window_layers", 28)
+    first = config.integer("max_window_layers", default=28, least=0)
     return (
         decoder(config, positions=32768, kv_heads=16)
         | windows(config, lambda block: block % 2 == 0 and block < first, window)
@@ -101,12 +112,13 @@ def _first_dense(
 ) -> Fields:
     """Experts in all blocks but the first few; the shared ones as one MLP of their joint width."""
     config.refuse_unless("moe_layer_freq", (1,), 1)
-    first = config.get("first_k_dense_replace", dense)
+    first = config.integer("first_k_dense_replace", default=dense, least=0)
     one = config.integer("moe_intermediate_size", default=width)
-    shared = config.get("n_shared_experts", 2 if config.family == "deepseek_v2" else 1)
+    usual = 2 if config.family == "deepseek_v2" else 1
+    shared = config.integer("n_shared_experts", default=usual, least=0)
     experts = _experts(config, "n_routed_experts", number, per_token, one)
     count = fields["num_hidden_layers"]
-    further = config.get("num_nextn_predict_layers", config.get("num_mtp_layers", 0))
+    further = config.integer("num_nextn_predict_layers", "num_mtp_layers", default=0, least=0)
     return {
         "experts": experts | {"shared_intermediate_size": shared * one},
         "mlps": mixed(count, range(first, count)),
@@ -158,7 +170,7 @@ def llama4(config: Config) -> Fields:
     wider MLP in the others. Three of four blocks attend within chunks, which are taken as windows;
     queries and keys are normalised without weights.
     """
-    count = config.integer("num_hidden_layers")
+    count = config.blocks()
     step = config.integer("interleave_moe_layer_step", default=1)
     given = config.data.get("moe_layers")
     chosen = range(step - 1, count, step) if given is None else config.indices("moe_layers")

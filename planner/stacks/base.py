@@ -23,7 +23,7 @@ COMPUTE, GRADIENT, FP32, BYTE, INT64 = "compute", "gradient", "fp32", "byte", "i
 """Element types of a row; ``compute`` is the precision that the matrix products run in, ``gradient``
 that in which autograd makes the gradients of the weights."""
 
-WIDTHS = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0}
+WIDTHS = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0}
 """Bytes of an element."""
 
 ALWAYS = POLICIES
@@ -38,6 +38,8 @@ class Row:
     ``when`` is a list of feature words that must all be present, or absent after a ``!``:
     ``rotary !eager``. ``steps`` lists the steps of the layer's backward (planner/layers.py) that the
     tensors belong to, evenly: after which an activation is freed, during which a transient lives.
+    ``read_by`` says that only gradients of weights need them, and of which: ``norms``, ``head``, or the
+    products of those steps, one for each of ``steps``.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Row:
     when: str = ""
     role: Role = Role.ACTIVATION
     steps: str = ""
+    read_by: str = ""
 
     def applies(self, features: frozenset[str]) -> bool:
         """Does this row belong to a model and job with these features?"""
@@ -65,7 +68,8 @@ class Recipe:
     master: float
     moment: float
     compute: float = 2.0  # bytes of an element in the matrix products and on the wire
-    unit: str = "bf16"  # which of the GPU's peaks the matrix products run at
+    unit: str = "bf16"  # which of the GPU's peaks the blocks' matrix products run at
+    rest: str = ""  # which the head and attention do, if another
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +138,11 @@ class Stack:
     rank_orders: Mapping[str, str] = field(default_factory=lambda: {"tp-dp-pp": ""})
     """Rank orders that it runs, innermost axis first, and how each is asked for; the default first."""
     words: tuple[str, ...] = ()  # feature words of its own
+    precision_words: tuple[str, ...] = ()  # of a job's precision on its GPU (planner/precision.py)
     alone: Mapping[str, str] = field(default_factory=dict)  # options' defaults on a single GPU
     notes: Mapping[str, str] = field(default_factory=dict)  # precision -> what to know of it
+    gradients_as_weights: bool = False  # gradients are of the weights' type, as autograd makes them
+    moment_types: tuple[str, ...] = ("fp32", "bf16")  # those that --optimizer-dtype may ask for
     autocast: tuple[str, ...] = ()  # precisions that run fp32 weights under torch.autocast
     vocabulary_multiple: int = 1  # the vocabulary is padded to a multiple of this times t
     gradients_resident: bool = False  # one buffer for the whole step
@@ -170,6 +177,7 @@ class Stack:
     sizes: Mapping[str, float] = field(default_factory=dict)  # options that are numbers of elements
     bucket_fraction: float = 0.0
     eager_alibi: bool = False  # no fused attention for ALiBi models
+    repeats_heads: bool = False  # tensor parallelism may exceed the key and value heads
     overlaps_regions: bool = False  # tensor parallelism reduces gradients behind the weights' products
     launches: tuple[float, float] = (20.0, 38.0)  # kernels of a block's forward and of its backward
     attention_kernels: tuple[str, ...] = ("flash", "cudnn")  # fused ones, the preferred first
@@ -228,6 +236,7 @@ class Stack:
             lasting=4 / recipe.gradient if self.both_gradients and recipe.gradient > 4 else 0.0,
             copies=options.get("version") != "1",
             overlaps_regions=self.overlaps_regions,
+            repeats_heads=self.repeats_heads,
             separate_root=self.separate_root and options.get("root") != "one",
             keeps_last=self.keeps_last and options.get("root") == "one",
             rotated_bytes=self.rotated_bytes,

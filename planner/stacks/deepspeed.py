@@ -61,7 +61,8 @@ DEEPSPEED = Stack(
     recipes={
         "bf16": Recipe(2, 2, 4, 4),
         "fp16": Recipe(2, 2, 4, 4, unit="fp16"),
-        "fp32": Recipe(4, 4, 4, 4, compute=4, unit="tf32"),
+        "fp32": Recipe(4, 4, 4, 4, compute=4, unit="fp32"),
+        "tf32": Recipe(4, 4, 4, 4, compute=4, unit="tf32"),
     },
     shardings={"zero1": False, "zero2": False, "zero3": False, "ddp": False},
     sharding_notes={

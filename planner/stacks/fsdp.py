@@ -17,8 +17,10 @@ FSDP = Stack(
     recipes={
         "bf16": Recipe(4, 4, 0, 4),
         "fp16": Recipe(4, 4, 0, 4, unit="fp16"),
-        "fp32": Recipe(4, 4, 0, 4, compute=4, unit="tf32"),
+        "fp32": Recipe(4, 4, 0, 4, compute=4, unit="fp32"),
+        "tf32": Recipe(4, 4, 0, 4, compute=4, unit="tf32"),
         "pure-bf16": Recipe(2, 2, 0, 2),
+        "bf16-kahan": Recipe(2, 2, 2, 2),
     },
     variants={
         "mixed_precision:autocast": {"autocast": ("bf16", "fp16"), "casts_weights": False},
@@ -28,6 +30,7 @@ FSDP = Stack(
     context_comms={"all-gather": "cp_comm_strategy=allgather", "ring": "cp_comm_strategy=alltoall"},
     context_attention=("sdpa",),
     rotated_bytes=4.0,
+    gradients_as_weights=True,
     shardings={"fsdp": False},
     sharding_notes={"fsdp": "fully_shard, HSDP with a device mesh of two dimensions"},
     schedules=("1f1b",),

@@ -159,6 +159,24 @@ TRAFFIC = traffic.always_rerun(
     ),
 )
 
+# Casts of a product's operands: read for the maximum, read again, written in a byte; of inputs and weights
+# once forward and once backward, of outputs' gradients once (torchao, float8/float8_linear.py). All products
+# of an input share a cast.
+FP8_TRAFFIC = tuple(
+    traffic.row(f"casts to fp8: {name}", dims, 2.5 * count, f"fp8 {when}".strip())
+    for name, dims, count, when in (
+        ("inputs of the block's two parts, gradients of their outputs", H, 6, ""),
+        ("attention's output, the query's gradient", AD, 3, ""),
+        ("gradients of key and value", KD, 2, ""),
+        ("the MLP's inner input, the gradient of up", F, 3, ""),
+        ("the gradient of the gate", F, 1, "gated"),
+        ("query and output weights", "hidden heads head_dim", 4, ""),
+        ("key and value weights", "hidden kv_heads head_dim", 4, ""),
+        ("up and down weights", "hidden ffn", 4, ""),
+        ("gate weight", "hidden ffn", 2, "gated"),
+    )
+)
+
 EAGER = "!loss:compiled !loss:chunked !loss:eager-chunked"
 
 HEAD = (
@@ -201,17 +219,24 @@ TORCHTITAN = Stack(
     version="torchtitan 0.3.0, torch 2.13, eager",
     rows={
         "embedding": EMBEDDING + traffic.EMBEDDING,
-        "block": BLOCK + TRAFFIC,
+        "block": BLOCK + TRAFFIC + FP8_TRAFFIC,
         "head": HEAD + traffic.HEAD,
         "stage": STAGE,
     },
     recipes={
         "bf16": Recipe(4, 4, 0, 4),
-        "fp32": Recipe(4, 4, 0, 4, compute=4, unit="tf32"),
+        "fp32": Recipe(4, 4, 0, 4, compute=4, unit="fp32"),
+        "tf32": Recipe(4, 4, 0, 4, compute=4, unit="tf32"),
+        # torchao casts the operands of each product and saves them as they were (float8/float8_linear.py,
+        # prototype/mx_formats/mx_linear.py); the head is left out (filter_fqns=["output"]).
+        **dict.fromkeys(
+            ("fp8-tensorwise", "fp8-rowwise", "mxfp8"), Recipe(4, 4, 0, 4, unit="fp8", rest="bf16")
+        ),
         "pure-bf16": Recipe(
             2, 2, 0, 2
         ),  # --training.dtype=bfloat16; gradients are reduced in fp32 all the same
     },
+    gradients_as_weights=True,
     shardings={"fsdp": True},
     sharding_notes={
         "fsdp": "data_parallel_shard_degree, HSDP with data_parallel_replicate_degree",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,7 +52,7 @@ class Run:
     precision: str = "pure-bf16"
     attention: str = "sdpa"
     recompute: str = "none"
-    optimizer: str = "fused"
+    optimizer: str = "fused"  # or foreach, or in_backward
     parallel: str = "none"
     gpus: int = 1
     tensor_parallel: int = 1
@@ -103,7 +103,30 @@ class Trace:
         return max(self.phase_peaks.values(), key=lambda peak: peak.total)
 
 
+class _InBackward:
+    """An optimizer of each parameter, which steps as soon as the gradient is there and frees it."""
+
+    def __init__(self, parameters: Iterable[Any]) -> None:
+        self.each = {parameter: torch.optim.AdamW([parameter], fused=True) for parameter in parameters}
+        for parameter in self.each:
+            parameter.register_post_accumulate_grad_hook(self._update)
+
+    def _update(self, parameter: Any) -> None:
+        self.each[parameter].step()
+        self.each[parameter].zero_grad()
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        return {parameter: one.state[parameter] for parameter, one in self.each.items() if one.state}
+
+    def step(self) -> None: ...
+
+    def zero_grad(self) -> None: ...
+
+
 def _optimizer(model: Any, implementation: str) -> Any:
+    if implementation == "in_backward":
+        return _InBackward(model.parameters())
     return torch.optim.AdamW(
         model.parameters(), lr=1e-3, fused=implementation == "fused", foreach=implementation == "foreach"
     )

@@ -154,6 +154,8 @@ def cases(
     options = {name: draw(st.sampled_from(offered[name])) for name in sorted(offered)}
     if "kernels" in options:
         options["kernels"] = kernels
+    if options.get("optimizer_step") == "in_backward":  # of one micro-batch on one GPU
+        options["optimizer_step"] = "fused"
     if not model.gated_mlp:  # what compiled blocks keep is known of gated MLPs only
         options.pop("compile", None)
     precision, gradients = draw(st.sampled_from(["bf16", "fp32"])), None

@@ -337,7 +337,6 @@ def test_an_answer_that_does_not_fit_says_what_would() -> None:
         (model_of(kind="encoder"), {}, "of kind encoder"),
         (model_of(kind="encoder-decoder", mixers=("cross",) * 4), {}, "of kind encoder-decoder"),
         (model_of(mixers=("full", "cross", "full", "full")), {}, "has cross attention"),
-        (model_of(mixers=("window",) * 4), {}, "sliding_window has to say"),
         (model_of(position_embedding="learned"), {"context": 70000}, "65536 positions"),
         (model_of(), {"tensor_parallel": (3,)}, "tensor_parallel=3 does not divide heads=16"),
         (model_of(), {"tensor_parallel": (16,)}, "would leave its node of 8"),

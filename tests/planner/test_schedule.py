@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from planner.best_first import exhaustive, find
 from planner.defaults import Job
 from planner.errors import InputError
-from planner.layouts import Choices, check_layout, enumerate_layouts
+from planner.given import check_layout
+from planner.layouts import Choices, enumerate_layouts
 from planner.plan import Plan, make_plan, pass_seconds
 from planner.program import solve
 from planner.schedule import (

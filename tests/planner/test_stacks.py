@@ -55,10 +55,15 @@ def test_an_unknown_value_is_refused_with_those_there_are(framework: str) -> Non
 def test_every_option_has_its_first_value_unless_told_otherwise(framework: str) -> None:
     stack = STACKS[framework]
     job = job_of(MODEL, framework=framework, seq_length=512)
-    assert {name: job.training.options[name] for name in stack.options} == {
-        name: values[0] for name, values in stack.options.items()
+    offered = {name: values for name, values in stack.options.items() if stack.concerned(name, MODEL)}
+    assert {name: job.training.options[name] for name in offered} == {
+        name: values[0] for name, values in offered.items()
     }
-    for name, values in stack.options.items():
+    for name in stack.options.keys() - offered.keys():
+        assert f"{name}={stack.options[name][-1]}: " in refused(
+            framework=framework, options={name: stack.options[name][-1]}
+        )
+    for name, values in offered.items():
         for value in values:
             job = job_of(MODEL, framework=framework, seq_length=512, options={name: value})
             assert job.training.options[name] == value

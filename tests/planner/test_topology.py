@@ -91,8 +91,10 @@ def test_every_rank_is_in_one_group_of_every_axis(data: st.DataObject) -> None:
 def test_sends_over_the_graph_get_what_the_levels_say(data: st.DataObject) -> None:
     network = data.draw(networks())
     layout = data.draw(layouts(network.gpus))
-    assume(divides(network, "pipeline", layout))
-    assert send_bandwidth(network, layout) == pytest.approx(float(network.send_bandwidth(layout)))
+    axis = data.draw(st.sampled_from(["pipeline", "context"]))
+    assume(divides(network, axis, layout))
+    closed = float(network.send_bandwidth(layout, axis))
+    assert send_bandwidth(network, layout, axis) == pytest.approx(closed)
 
 
 TWO_LEAVES = Network(

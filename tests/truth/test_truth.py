@@ -13,10 +13,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from planner import TrainingSpec
+from planner import ClusterSpec, TrainingSpec
 from planner.cli_measure import measure as command
+from planner.defaults import resolve
 from planner.errors import InputError
 from planner.measure import Comparison, config_values, measure, spec_of
+from planner.stages import price
 from strategies.layout import Layout
 
 torch = pytest.importorskip("torch")
@@ -378,3 +380,19 @@ def test_every_wrong_group_is_answered_with_the_same_right_one(options: str) -> 
     assert wrong.exit_code == 2
     said = " ".join(wrong.output.split())
     assert "use --framework fsdp and --gpus 4 or another multiple of 2" in said
+
+
+@pytest.mark.parametrize("recompute", ["none", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", fast("llama"))
+def test_a_step_within_the_backward_holds_what_the_planner_says(family: str, recompute: str) -> None:
+    found = run(family, optimizer="in_backward", recompute=recompute, saved=False, layers=None)
+    assert found.states["grad"] == 0
+    model = spec_of(SHAPES[family])
+    options = {"optimizer_step": "in_backward"}
+    job = resolve(model, ClusterSpec.parse("1xA100"), training(global_batch_size=1, options=options))
+    stage = price(job, Layout(), [recompute]).spread().stages[0]
+    moments = [
+        model.num_hidden_layers * rows[0] + fixed + working[0]
+        for rows, fixed, working in stage.moments.values()
+    ]
+    assert max(moments) == pytest.approx(found.peak.total, rel=5e-3)

@@ -17,7 +17,8 @@ from planner.cli import app
 from planner.defaults import Job
 from planner.errors import InputError
 from planner.families import model_from_config
-from planner.layers import STEPS, Builder
+from planner.layers import STEPS as STEPS_OF
+from planner.layers import Builder
 from planner.replay import StageReplay
 from planner.runs import load_runs
 from planner.stages import Prices, price
@@ -183,7 +184,7 @@ def test_quantised_products_make_one_weight_at_a_time() -> None:
         )
         for quantize in (None, "nf4")
     )
-    for step in map(STEPS["block"].index, ("down", "up")):
+    for step in map(STEPS_OF["block"].index, ("down", "up")):
         more = packed.blocks[0].walk[step].passing - plain.blocks[0].walk[step].passing
         assert float(more) == 2 * 256 * 768
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from planner import mtp
 from planner.adapter_rows import adapter_rows
 from planner.adapters import Tuning
 from planner.model import Block, Experts, ModelSpec
@@ -363,7 +364,11 @@ class Builder:
         dims = {"vocab": self.vocab, "hidden": self.model.hidden_size}
         terms.append(self.product(Weight("head weight", dims, "head"), ALWAYS))
         terms += self.rows(self.tuning.rows("head", self.stack.rows["head"]))
-        return Layer("head", (*terms, self.regions(1)), steps=STEPS["head"])
+        steps = STEPS["head"]
+        if mtp.wanted(self):
+            terms += mtp.terms(self)
+            steps = mtp.steps(steps, STEPS["block"])
+        return Layer("head", (*terms, self.regions(1)), steps=steps)
 
     def stage(self) -> Layer:
         """What a stage holds once, however many layers it has, for all kinds of block together."""

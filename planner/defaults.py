@@ -257,7 +257,7 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     notes.append(", ".join(f"{name} {value}" for name, value in shown.items()))
     if model.mtp_layers and options.get("mtp") != "on":
         how = ": option mtp=on" if "mtp" in options else f", which {stack.name} is planned without"
-        notes.append(f"without the {model.mtp_layers} modules that predict further tokens{how}")
+        notes.append(f"modules that predict further tokens are left out{how}")
     notes += adapters.notes(model, chosen, stack, recipe)
     if precision in stack.notes:
         notes.append(stack.notes[precision])

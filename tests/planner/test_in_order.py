@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 from typing import Any
 
 import pytest
@@ -62,7 +62,7 @@ def splits(candidate: Candidate) -> list[tuple[float, float]]:
     found = []
     for cuts in combinations(range(1, rows), depth - 1):
         ends = [0, *cuts, rows]
-        counts = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+        counts = [b - a for a, b in pairwise(ends)]
         per_stage = []
         for j, kinds in enumerate(candidate.order.split(counts)):
             ways = [

@@ -232,7 +232,7 @@ def _working(
     *strategies, _ = strategies_of(prices.layout, prices.wire, 0, "none")
     data, size = strategies[0], size_seen_by(strategies[0], strategies)
     split = prices.pipeline.split
-    if split:
+    if split and now.place != "logits":  # which end the forward
         yield from _terms(prices, layer, Role.OUTPUT_GRADIENT, "none", 1)
     at_start = split or policy in prices.job.stack.block_policies
     for term in layer.by_role[Role.ACTIVATION]:

@@ -16,10 +16,9 @@ COUNTED = (
 """Others that have blocks of the same parts: what their modules keep was not traced."""
 
 MEGATRON = ("ministral", "phi3", "stablelm", "nemotron", "gemma", "starcoder2")
-"""Those of them that Megatron Core runs, of its usual parts: flags choose norm, activation and biases
-(arguments.py: --normalization, --squared-relu, --swiglu, --rotary-percent, --window-size). It has no
-multipliers of Granite's kind, no parallel residuals of Falcon's and no alternating
-windows of GPT-Neo's."""
+"""Others of ``COUNTED`` whose blocks Megatron Core runs as its usual parts: its flags choose norm, activation
+and biases (arguments.py: --normalization, --squared-relu, --swiglu, --rotary-percent, --window-size). It has
+no multipliers of Granite's kind, no parallel residuals of Falcon's, no alternating windows of GPT-Neo's."""
 
 OTHER_MIXTURES = ("granitemoe", "phimoe", "llama4_text")
 """Mixtures that are not Megatron Core's: multipliers, a router without softmax, attention in chunks."""

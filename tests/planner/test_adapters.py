@@ -17,7 +17,7 @@ from planner.cli import app
 from planner.defaults import Job
 from planner.errors import InputError
 from planner.families import model_from_config
-from planner.layers import STEPS as STEPS_OF
+from planner.layers import STEPS as IN_LAYERS
 from planner.layers import Builder
 from planner.replay import StageReplay
 from planner.runs import load_runs
@@ -56,7 +56,8 @@ def whole(row: dict[str, Any]) -> Job:
 
 
 def highest(prices: Prices) -> float:
-    return max(size for _, size in StageReplay(prices, 0, [(int(prices.rows),)]).run().snapshots)
+    rows = (int(prices.rows), *(0 for _ in prices.policies[1:]))
+    return max(size for _, size in StageReplay(prices, 0, [rows]).run().snapshots)
 
 
 def bills(job: Job, batch: int = 1) -> tuple[Layer, Layer, Layer, Layer]:
@@ -184,7 +185,7 @@ def test_quantised_products_make_one_weight_at_a_time() -> None:
         )
         for quantize in (None, "nf4")
     )
-    for step in map(STEPS_OF["block"].index, ("down", "up")):
+    for step in map(IN_LAYERS["block"].index, ("down", "up")):
         more = packed.blocks[0].walk[step].passing - plain.blocks[0].walk[step].passing
         assert float(more) == 2 * 256 * 768
 

@@ -283,7 +283,7 @@ def test_remote_code_is_ignored() -> None:
         ("olmoe-1b-7b", "query and key norms"),
         ("nemotron-h-8b", "state space"),
         ("mamba-codestral-7b", "state space"),
-        ("gemma-2-9b", "norms of"),
+        ("gemma-2-9b", "norms of gemma2's kind"),
         ("bert-large", "encoder"),
         ("t5-11b", "encoder-decoder"),
         ("vit-large-patch16", "vision"),

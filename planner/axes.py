@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from planner.defaults import Job
 from planner.stacks.base import Stack
@@ -93,12 +94,15 @@ def _fits(carved: int, near: int, ranks: int) -> bool:
     return ranks % carved == 0 and (near % carved == 0 or carved % near == 0)
 
 
-def out_of_order(job: Job, layout: Layout) -> bool:
-    """Do experts need other replicas than the rest of the model, in an order that has no place for them?"""
+def out_of_order(job: Job, layout: Layout) -> Any:
+    """Do experts need other replicas than the rest of the model, in an order that has no place for them?
+
+    Of a single layout, or of each of a family in one order.
+    """
     inner = layout.expert_parallel * layout.expert_tensor_parallel
     apart = inner != layout.tensor_parallel * layout.context_parallel
-    within = layout.rank_order == "tp-dp-pp" or layout.pipeline_parallel == 1
-    return bool(job.model.experts) and apart and not within
+    inside = (layout.rank_order != "tp-dp-pp") & (layout.pipeline_parallel != 1)
+    return bool(job.model.experts) & apart & inside
 
 
 def context_degrees(

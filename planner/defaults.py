@@ -255,6 +255,9 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     notes.append(f"{stack.version}; bytes per parameter (weight, gradient, master, moments): {states}")
     shown = {name: value for name, value in options.items() if name != "swiglu" or model.gated_mlp}
     notes.append(", ".join(f"{name} {value}" for name, value in shown.items()))
+    if model.mtp_layers and options.get("mtp") != "on":
+        how = ": option mtp=on" if "mtp" in options else f", which {stack.name} is planned without"
+        notes.append(f"modules that predict further tokens are left out{how}")
     notes += adapters.notes(model, chosen, stack, recipe)
     if precision in stack.notes:
         notes.append(stack.notes[precision])

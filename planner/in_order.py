@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,12 +46,16 @@ def handouts(rows: int, policies: int) -> npt.NDArray[np.int64]:
 @dataclass(frozen=True)
 class _Stretches:
     """The stretches of up to so many rows: ``number[s, e]`` that of a mix of kinds, -1 where there is none,
-    and the hand-outs of every mix, one after the other from its ``start`` on."""
+    and the hand-outs of every mix, one after the other from its ``start`` on; ``used`` numbers the columns
+    that a hand-out has. Mixes that begin latest come first: ``upto[s]`` of them begin at ``s`` or later.
+    """
 
     number: npt.NDArray[np.int64]
     mixes: list[npt.NDArray[np.int64]]
     every: npt.NDArray[np.int64]
+    used: npt.NDArray[np.int64]
     start: npt.NDArray[np.int64]
+    upto: npt.NDArray[np.int64]
 
 
 def _stretches(candidate: Candidate, most: int) -> _Stretches | None:
@@ -64,23 +67,29 @@ def _stretches_of(sequence: tuple[int, ...], depth: int, policies: int, most: in
     """The stretches of at most so many rows; None if their hand-outs are too many to look at."""
     total, kinds = len(sequence), range(max(sequence) + 1)
     upto = np.array([[0, *np.cumsum([one == kind for one in sequence])] for kind in kinds])
-    number = np.full((total + 1, total + 1), -1)
-    known: dict[tuple[int, ...], int] = {}
-    size, sizes = 0, []
+    latest: dict[tuple[int, ...], int] = {}
+    size = 0
     for s in range(total):
         for e in range(s + 1, min(total, s + most) + 1):
-            if depth == 1 and e - s < total:
-                continue
             mix = tuple(int(n) for n in upto[:, e] - upto[:, s])
-            if mix not in known:
-                known[mix] = len(known)
-                sizes.append(int(np.prod([_ways(n, policies) for n in mix])))
-                size += sizes[-1]
+            if mix not in latest:
+                size += int(np.prod([_ways(n, policies) for n in mix]))
                 if size > MOST_HANDOUTS:
                     return None
-            number[s, e] = known[mix]
-    mixes = [_joined([handouts(n, policies) for n in mix]) for mix in known]
-    return _Stretches(number, mixes, np.vstack(mixes), np.cumsum([0, *sizes[:-1]]))
+            latest[mix] = s
+    ordered = sorted(latest, key=lambda mix: -latest[mix])
+    place = {mix: number for number, mix in enumerate(ordered)}
+    number = np.full((total + 1, total + 1), -1)
+    for s in range(total):
+        for e in range(s + 1, min(total, s + most) + 1):
+            number[s, e] = place[tuple(int(n) for n in upto[:, e] - upto[:, s])]
+    mixes = [_joined([handouts(n, policies) for n in mix]) for mix in ordered]
+    every = np.vstack(mixes)
+    start = np.cumsum([0, *(len(one) for one in mixes)])
+    begins = np.array([latest[mix] for mix in ordered])
+    upto_begin = np.array([int(np.count_nonzero(begins >= s)) for s in range(total + 1)])
+    used = (every > 0) @ (1 << np.arange(every.shape[1]))
+    return _Stretches(number, mixes, every, used, start, upto_begin)
 
 
 def _ways(rows: int, policies: int) -> int:
@@ -95,14 +104,18 @@ def _joined(parts: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
     return found
 
 
-def _seconds(candidate: Candidate, stage: int, given: npt.NDArray[np.int64]) -> Array:
+def _seconds(
+    candidate: Candidate, stage: int, given: npt.NDArray[np.int64], used: npt.NDArray[np.int64]
+) -> Array:
     """Seconds of a stage with each of the hand-outs, infinite where they do not fit."""
     own = candidate.stages[stage]
     fits = np.ones(len(given), dtype=bool)
-    used = given > 0
     for per_row, fixed, working in own.moments.values():
-        extra: Any = np.where(used, np.array(working), 0.0).max(axis=1)
-        fits &= given @ np.array(per_row) + fixed + extra <= candidate.capacity
+        heaviest = np.zeros(1 << len(working))  # of the columns in use
+        for column, size in enumerate(working):
+            half = 1 << column
+            heaviest[half : 2 * half] = np.maximum(heaviest[:half], size)
+        fits &= given @ np.array(per_row) + fixed + heaviest[used] <= candidate.capacity
     return np.where(fits, given @ np.array(own.seconds) + own.fixed_seconds, np.inf)
 
 
@@ -112,7 +125,11 @@ def _quickest(candidate: Candidate, stretches: _Stretches) -> list[Array]:
     begin, end = np.arange(total + 1)[:, None], np.arange(total + 1)[None, :]
     found = []
     for j in range(depth):
-        each = np.minimum.reduceat(_seconds(candidate, j, stretches.every), stretches.start)
+        mixes = stretches.upto[j]
+        part = slice(0, stretches.start[mixes])
+        seconds = _seconds(candidate, j, stretches.every[part], stretches.used[part])
+        each = np.full(len(stretches.mixes), np.inf)
+        each[:mixes] = np.minimum.reduceat(seconds, stretches.start[:mixes])
         times = np.where(stretches.number >= 0, each[stretches.number], np.inf)
         there = (begin == 0) if j == 0 else (begin >= j)
         there = there & ((end == total) if j == depth - 1 else (end <= total - (depth - 1 - j)))
@@ -164,52 +181,68 @@ def _best(candidate: Candidate, times: list[Array]) -> tuple[float, list[int]]:
 
 
 def _first_length(candidate: Candidate) -> int:
-    return 2 * -(-candidate.rows // len(candidate.stages)) + 1
+    return min(-(-candidate.rows // len(candidate.stages)) + 2, _longest(candidate))
+
+
+def _longest(candidate: Candidate) -> int:
+    return candidate.rows - len(candidate.stages) + 1
+
+
+def _enough(candidate: Candidate, times: list[Array], most: int, seconds: float) -> bool:
+    """Can no stage hold a longer stretch, for its seconds or, as more rows take more room, its memory?"""
+    if most == _longest(candidate):
+        return True
+    begin = np.arange(candidate.rows + 1 - most)
+    if not any(np.isfinite(own[begin, begin + most]).any() for own in times):
+        return True
+    if not np.isfinite(seconds):
+        return False
+    several = len(candidate.policies)
+    for own in candidate.stages:
+        least = [min(own.seconds[k : k + several]) for k in range(0, len(own.seconds), several)]
+        upto = np.cumsum([0.0, *(least[kind] for kind in candidate.order.sequence)])
+        longer = upto[most + 1 :] - upto[: -most - 1]
+        if longer.min() + own.fixed_seconds <= seconds:
+            return False
+    return True
 
 
 def slowest(candidate: Candidate) -> float:
     """Seconds that the slowest stage takes at least: exact, infinite where no split fits; 0 if not known."""
     if candidate.mirrored:
         return 0.0
-    longest = candidate.rows - len(candidate.stages) + 1
-    most = min(_first_length(candidate), longest)
+    most = _first_length(candidate)
     while stretches := _stretches(candidate, most):
-        least = _least_slowest(_quickest(candidate, stretches))
-        if most == longest or most >= _longest_within(candidate, least):
+        times = _quickest(candidate, stretches)
+        least = _least_slowest(times)
+        if _enough(candidate, times, most, least):
             return least
-        most = min(2 * most, longest)
+        most = min(2 * most, _longest(candidate))
     return 0.0
-
-
-def _longest_within(candidate: Candidate, seconds: float) -> float:
-    """Rows that a stage can have in so many seconds at most."""
-    if not np.isfinite(seconds):
-        return float("inf")
-    return max((seconds - own.fixed_seconds) / min(own.seconds) for own in candidate.stages)
 
 
 def best_rows(candidate: Candidate) -> Rows | None:
     """Rows of every column on each stage in the quickest split; empty if none fits, None if not known."""
     if candidate.mirrored:
         return None
-    longest = candidate.rows - len(candidate.stages) + 1
-    most = min(_first_length(candidate), longest)
+    most = _first_length(candidate)
     while stretches := _stretches(candidate, most):
         times = _quickest(candidate, stretches)
         best, ends = _best(candidate, times)
         # A slower stage than this would cost more, however quick the others.
         spent = candidate.fill * sum(own.fixed_seconds + min(own.seconds) for own in candidate.stages)
         limit = (best - spent) / candidate.repeat if candidate.repeat else np.inf
-        if most == longest or most >= _longest_within(candidate, float(limit)):
+        if _enough(candidate, times, most, float(limit)):
             return _rows_of(candidate, stretches, times, ends) if ends else ()
-        most = min(2 * most, longest)
+        most = min(2 * most, _longest(candidate))
     return None
 
 
 def _rows_of(candidate: Candidate, stretches: _Stretches, times: list[Array], ends: list[int]) -> Rows:
     rows = []
     for j, (s, e) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-        mix = stretches.mixes[stretches.number[s, e]]
-        seconds = _seconds(candidate, j, mix)
-        rows.append(tuple(int(n) for n in mix[int(np.argmin(seconds))]))
+        mix = stretches.number[s, e]
+        part = slice(stretches.start[mix], stretches.start[mix + 1])
+        seconds = _seconds(candidate, j, stretches.every[part], stretches.used[part])
+        rows.append(tuple(int(n) for n in stretches.every[part][int(np.argmin(seconds))]))
     return tuple(rows)

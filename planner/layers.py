@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from planner import mtp
 from planner.adapter_rows import adapter_rows
 from planner.adapters import Tuning
 from planner.model import Block, Experts, ModelSpec
@@ -365,14 +366,17 @@ class Builder:
         dims = {"vocab": self.vocab, "hidden": self.model.hidden_size}
         terms.append(self.product(Weight("head weight", dims, "head"), ALWAYS))
         terms += self.rows(self.tuning.rows("head", self.stack.rows["head"]))
-        return Layer("head", (*terms, self.regions(1)), steps=STEPS["head"])
+        steps = STEPS["head"]
+        if mtp.wanted(self):
+            terms += mtp.terms(self)
+            steps = mtp.steps(steps, STEPS["block"])
+        return Layer("head", (*terms, self.regions(1)), steps=steps)
 
     def stage(self) -> Layer:
         """What a stage holds once, however many layers it has, for all kinds of block together."""
         words = self.features.union(*(self.words(kind) for kind in self.kinds))
-        return Layer(
-            "stage", tuple(self.rows(self.tuning.rows("stage", self.stack.rows.get("stage", ())), words))
-        )
+        rows = self.tuning.rows("stage", self.stack.rows.get("stage", ()))
+        return Layer("stage", tuple(self.rows(rows, words)))
 
     def graph(self) -> nx.DiGraph[str]:
         """The kinds of layer in the order in which a token first meets them."""

@@ -333,7 +333,7 @@ def _in_orders(job: Job, choices: Choices, family: Layout, space: Space) -> Iter
                 space.refused[f"{reason} of {job.cluster.domain} GPUs"] += left
             new &= ~leaving
         if job.model.experts:
-            fits = np.array([not out_of_order(job, _taken(one, index)) for index in range(len(new))])
+            fits = np.broadcast_to(np.logical_not(out_of_order(job, one)), new.shape)
             if left := int(np.count_nonzero(new & ~fits)):
                 space.refused[f"rank order {order}: experts would need other replicas than the rest"] += left
             new &= fits
@@ -345,13 +345,6 @@ def _in_orders(job: Job, choices: Choices, family: Layout, space: Space) -> Iter
         numbers = {name: getattr(family, name)[chosen] for name in NUMBERS if name not in plain}
         orders = np.repeat([one.rank_order for one in ordered], list(map(len, kept)))
         yield replace(family, **numbers, rank_order=orders if len(kept[0]) < rows else str(orders[0]))
-
-
-def _taken(family: Layout, index: int) -> Layout:
-    """One layout of a family, its degrees at least."""
-    values: dict[str, Any] = {name: getattr(family, name) for name in NUMBERS}
-    single: dict[str, Any] = {k: v if isinstance(v, int) else int(v[index]) for k, v in values.items()}
-    return replace(family, **single)
 
 
 def _micro_batches(per_replica: int, choices: Choices) -> list[int]:

@@ -108,6 +108,8 @@ class Run(BaseModel):
     master_weights: bool | None = None
     adapters: Adapters | None = None
     options: Annotated[dict[Text, Text], Field(max_length=50)] = Field(default_factory=dict)
+    expert_imbalance: Annotated[float, Field(ge=1, le=1000)] = 1.0
+    expert_capacity_factor: Size | None = None
     layout: RunLayout = RunLayout()
     recompute: Text | None = None
     measured: Measured | None = None

@@ -15,11 +15,13 @@ COUNTED = (
 )
 """Others that have blocks of the same parts: what their modules keep was not traced."""
 
-
 MEGATRON = ("ministral", "phi3", "stablelm", "nemotron", "gemma", "starcoder2")
 """Others of ``COUNTED`` whose blocks Megatron Core runs as its usual parts: its flags choose norm, activation
 and biases (arguments.py: --normalization, --squared-relu, --swiglu, --rotary-percent, --window-size). It has
 no multipliers of Granite's kind, no parallel residuals of Falcon's, no alternating windows of GPT-Neo's."""
+
+OTHER_MIXTURES = ("granitemoe", "phimoe", "llama4_text")
+"""Mixtures that are not Megatron Core's: multipliers, a router without softmax, attention in chunks."""
 
 
 def unplanned(model: ModelSpec, stack: Stack) -> str:
@@ -28,16 +30,17 @@ def unplanned(model: ModelSpec, stack: Stack) -> str:
 
 
 def uncounted(model: ModelSpec, stack: Stack, options: Mapping[str, str]) -> str:
-    """Which choice a stack's mixtures and latent attention were not counted with; empty where none."""
+    """Which choice a stack's rows of a model's parts were not counted with; empty where none."""
     words = {*stack.precision_words, *(f"{name}:{value}" for name, value in options.items())}
-    found = [word for word in stack.parts_without if word in words]
-    if not found or not (model.experts or model.latent):
-        return ""
-    choice = found[0].replace(":", "=")
-    return (
-        f"{choice}: what blocks of {model.model_type} keep is known of framework {stack.name} without it "
-        f"only: leave out {choice.partition('=')[0]}"
-    )
+    for part, without in stack.parts.items():
+        for word in without:
+            if getattr(model, part) and word in words:
+                choice = word.replace(":", "=")
+                return (
+                    f"{choice}: what {part} of {model.model_type} keep is known of framework {stack.name} "
+                    f"without it only: leave out {choice.partition('=')[0]}"
+                )
+    return ""
 
 
 def _reasons(model: ModelSpec, stack: Stack) -> Iterator[str]:
@@ -45,8 +48,10 @@ def _reasons(model: ModelSpec, stack: Stack) -> Iterator[str]:
     in_megatron = stack.name == "megatron"
     if model.kind != "decoder":
         yield f"{model.name}: an {model.kind} model {needed}"
-    parts = stack.parts if not stack.families or model.model_type in stack.families else ()
-    if model.experts is not None and ("experts" not in parts or model.model_type.startswith("granite")):
+    parts = stack.parts if not stack.families or model.model_type in stack.families else {}
+    if model.experts is not None and (
+        "experts" not in parts or (in_megatron and model.model_type in OTHER_MIXTURES)
+    ):
         yield (
             f"{model.name}: mixtures of experts of {model.model_type}'s kind are not planned in {stack.name} "
             "(yet): they are counted only"
@@ -62,7 +67,7 @@ def _reasons(model: ModelSpec, stack: Stack) -> Iterator[str]:
         yield f"{model.name}: norms of {model.model_type}'s kind and place: a block of them {needed}"
     if model.position_embedding in ("relative", "none") or model.head != "language" or model.head_bias:
         yield f"{model.name}: positions or a head of {model.model_type}'s kind: such a model {needed}"
-    sinks = model.attention_sinks and "sinks" not in parts
+    sinks = model.attention_sinks and "attention_sinks" not in parts
     if model.attention_gate or sinks or model.attention_softcap or model.logits_softcap:
         yield f"{model.name}: attention with gates, sinks or capped scores {needed}"
     if model.qk_norm and model.qk_norm_weights != "shared":

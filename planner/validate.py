@@ -93,6 +93,8 @@ def _job(run: Run, most: int | None) -> tuple[Job, Layout]:
         optimizer_dtype=run.optimizer_dtype,
         master_weights=run.master_weights,
         adapters=run.adapters,
+        expert_imbalance=run.expert_imbalance,
+        expert_capacity_factor=run.expert_capacity_factor,
         options={name: value for name, value in run.options.items() if name in options},
     )
     return resolve(_model(run), cluster_of(run), training), layout

@@ -173,8 +173,9 @@ class Stack:
     concerns: Mapping[str, str] = field(default_factory=dict)
     """What a model must have for an option to mean anything: option -> a field of the model."""
     families: tuple[str, ...] = ()  # the model types it has; all, if empty
-    parts: tuple[str, ...] = ()  # of experts and latent, what its rows have
-    parts_without: tuple[str, ...] = ()  # feature words that these rows were not counted with
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Parts of a model (``experts latent attention_sinks``) that its rows have, and the feature words that
+    these rows were not counted with."""
     separate_root: bool = False  # FSDP units: embedding and head each one of their own, unless root=one
     keeps_last: bool = False  # with one root unit, FSDP does not reshard the last block after its forward
     sizes: Mapping[str, float] = field(default_factory=dict)  # options that are numbers of elements

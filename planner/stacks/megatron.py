@@ -299,7 +299,8 @@ MEGATRON = Stack(
         **parts.OPTIONS,
     },
     concerns=parts.CONCERNS,
-    parts=("experts", "latent", "sinks"),  # these by --softmax-type learnable
+    # Attention sinks by --softmax-type learnable.
+    parts={"experts": ("fp8",), "latent": ("fp8", "attention:eager"), "attention_sinks": ()},
     reruns=parts.RERUNS,
     # transformer_config.py: cp_comm_type; Transformer Engine's attention has them.
     context_comms={

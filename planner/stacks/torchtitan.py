@@ -287,8 +287,9 @@ TORCHTITAN = Stack(
     receives_ahead=True,
     families=("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss"),
     concerns={"router": "experts", "all_to_all": "experts"},
-    parts=("experts", "latent", "sinks"),
-    parts_without=("compile:on", "fp8", AUTOCAST, "norm:eager"),
+    parts=dict.fromkeys(
+        ("experts", "latent", "attention_sinks"), ("compile:on", "fp8", AUTOCAST, "norm:eager")
+    ),
     separate_root=True,
     keeps_last=True,
 )

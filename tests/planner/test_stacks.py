@@ -55,12 +55,16 @@ def test_an_unknown_value_is_refused_with_those_there_are(framework: str) -> Non
 def test_every_option_has_its_first_value_unless_told_otherwise(framework: str) -> None:
     stack = STACKS[framework]
     job = job_of(MODEL, framework=framework, seq_length=512)
-    assert {name: job.training.options[name] for name in stack.options if name not in stack.concerns} == {
-        name: values[0] for name, values in stack.options.items() if name not in stack.concerns
+    offered = {name: values for name, values in stack.options.items() if stack.concerned(name, MODEL)}
+    assert {name: job.training.options[name] for name in offered} == {
+        name: values[0] for name, values in offered.items()
     }
     mixture = ModelSpec.from_catalog("deepseek-v3")
     for name, values in stack.options.items():
-        model = mixture if name in stack.concerns else MODEL
+        model = MODEL if name in offered else mixture
+        if name not in offered:
+            given = {name: values[-1]}
+            assert f"{name}={values[-1]}: " in refused(framework=framework, options=given)
         for value in values:
             job = job_of(model, framework=framework, seq_length=512, options={name: value})
             assert job.training.options[name] == value

@@ -140,6 +140,9 @@ class Compute:
             if term.role is Role.TRAFFIC:
                 third = amount / self.kernels / 3
                 self.memo[key] = third, 2 * third, 0.0
+            elif not {"seq_k", "hidden"} & set(term.dims):  # a scan, which has no weights
+                third = amount / self.products / 3
+                self.memo[key] = third, 2 * third, 0.0
             elif "seq_k" not in term.dims:
                 rate = self.head_products if layer.kind == "head" else self.products
                 self.memo[key] = self._product(term, amount, plain, rate)

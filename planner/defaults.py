@@ -8,6 +8,7 @@ from typing import Any
 
 from planner.catalog import step_time
 from planner.errors import InputError
+from planner.hybrids import for_hybrids
 from planner.optimizers import OPTIMIZERS, check_states, shardings_of
 from planner.precision import EIGHT_BITS, check_options, precision_of, words_of
 from planner.specs import ClusterSpec, ModelSpec, Profile, TrainingSpec
@@ -161,9 +162,9 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     for given, kind in ((model, ModelSpec), (cluster, ClusterSpec), (training, TrainingSpec)):
         if not isinstance(given, kind):
             raise InputError(f"{str(given)[:60]!r} is not a {kind.__name__}: make one, as the README shows")
-    if reason := unplanned(model):
-        raise InputError(reason)
     stack = stack_named(training.framework)
+    if reason := unplanned(model, stack.name):
+        raise InputError(reason)
     if stack.families and model.model_type not in stack.families:
         others = [one.name for one in STACKS.values() if not one.families or model.model_type in one.families]
         raise InputError(
@@ -217,7 +218,7 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
         recipe = replace(recipe, gradient=4 + recipe.compute)
     stack = replace(stack, shardings=stack.takes(stack.shardings, recipe))
     shardings = shardings_of(stack, training.optimizer, model, options)
-    stack = replace(stack, shardings=shardings)
+    stack = for_hybrids(replace(stack, shardings=shardings), model, recipe, options)
 
     given_fields = training.model_dump(exclude_none=True)
     if "seq_length" not in given_fields:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
+from planner.hybrids import hybrid_reasons
 from planner.model import Block, ModelSpec
 
 TRACED = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "opt", "bloom")
@@ -13,11 +15,13 @@ COUNTED = (
     *("gpt_bigcode", "gpt_neo", "starcoder2", "falcon"),
 )
 """Others that have blocks of the same parts: what their modules keep was not traced."""
+PLANNED_MIXERS = {"full", "window", "mamba", "none"}
+"""Mixers that unlike blocks of one model may have."""
 
 
-def unplanned(model: ModelSpec) -> str:
-    """Why no memory can be said of a model, with what is missing; empty where it can be."""
-    return next(_reasons(model), "")
+def unplanned(model: ModelSpec, stack: str = "megatron") -> str:
+    """Why no memory can be said of a model under a stack, with what is missing; empty where it can be."""
+    return next(chain(hybrid_reasons(model, stack), _reasons(model)), "")
 
 
 def _reasons(model: ModelSpec) -> Iterator[str]:
@@ -28,14 +32,13 @@ def _reasons(model: ModelSpec) -> Iterator[str]:
         yield f"{model.name}: mixtures of experts are not planned (yet): {model.model_type} is counted only"
     if model.latent is not None:
         yield f"{model.name}: multi-head latent attention {needed}"
-    if model.state_space is not None or model.delta is not None:
-        yield f"{model.name}: a state space {needed}"
-    if len(model.block_kinds) > 1 and not {block.mixer for block in model.block_kinds} <= {"full", "window"}:
+    if len(model.block_kinds) > 1 and not {block.mixer for block in model.block_kinds} <= PLANNED_MIXERS:
         kinds = " and ".join(_name(block) for block in model.block_kinds)
         yield f"{model.name}: a model of unlike blocks ({kinds}) {needed}"
     if model.norm_placement != "pre" or model.norm_vectors is not None:
         yield f"{model.name}: norms of {model.model_type}'s kind and place: a block of them {needed}"
-    if model.position_embedding in ("relative", "none") or model.head != "language" or model.head_bias:
+    unplaced = model.position_embedding == "none" and model.state_space is None
+    if unplaced or model.position_embedding == "relative" or model.head != "language" or model.head_bias:
         yield f"{model.name}: positions or a head of {model.model_type}'s kind: such a model {needed}"
     if model.attention_gate or model.attention_sinks or model.attention_softcap or model.logits_softcap:
         yield f"{model.name}: attention with gates, sinks or capped scores {needed}"

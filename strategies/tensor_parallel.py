@@ -16,8 +16,11 @@ from strategies.base import (
     Term,
 )
 
-CUT = frozenset(("heads", "kv_heads", "ffn", "shared_ffn", "vocab"))
-"""The dimensions that tensor parallelism cuts."""
+CUT = frozenset(("heads", "kv_heads", "ffn", "shared_ffn", "vocab")).union(
+    ("ssm_heads", "ssm_groups", "delta_heads", "delta_key_heads")
+)
+"""The dimensions that tensor parallelism cuts: of a state space its heads and the groups of them that share B
+and C (Dao and Gu 2024, arXiv:2405.21060, section 8.1), of a delta net those of values and of keys."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from planner.stacks.base import (
     Row,
     Stack,
 )
+from planner.stacks.megatron_hybrid import MAMBA, by_parts, of_stage
 from strategies.base import Role
 
 H, A, AD, KD, F, SS, V = (
@@ -206,9 +207,9 @@ MEGATRON = Stack(
     version="Megatron-LM core 0.16, Transformer Engine kernels",
     rows={
         "embedding": EMBEDDING + traffic.EMBEDDING,
-        "block": BLOCK + traffic.FUSED + FP8_TRAFFIC,
+        "block": by_parts(*BLOCK, *traffic.FUSED, *FP8_TRAFFIC) + MAMBA,
         "head": HEAD + traffic.HEAD,
-        "stage": STAGE,
+        "stage": of_stage(*STAGE),
     },
     recipes={
         "bf16": Recipe(2, 4, 4, 4),

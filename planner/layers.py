@@ -83,6 +83,8 @@ def features(
         words |= {"has:attention" if kind.mixer in ATTENTION else f"has:{kind.mixer}", f"has:{kind.mlp}"}
     if block:
         words |= {f"mixer:{block.mixer}", f"mlp:{block.mlp}"}
+        chosen |= {"attends": block.mixer in ATTENTION, "mixes": block.mixer != "none"}
+        chosen["feeds"] = block.mlp != "none"
         chosen["gated"] = model.gated_mlp and block.mlp != "none"
         chosen["latent"] = model.latent is not None and block.mixer in ("full", "window")
         chosen["query_rank"] = bool(chosen["latent"] and model.latent and model.latent.q_lora_rank)
@@ -325,7 +327,7 @@ class Builder:
                 terms.append(self.product(weight.name, weight.dims, kept))
         if kind.mixer in ("full", "window", "bidirectional"):
             terms += self.attention(kind)
-        elif kind.mixer != "none":
+        elif kind.mixer in ("mamba", "delta"):
             terms.append(self.scan(kind))
         terms += self.rows(self.stack.rows["block"], features(self.model, self.training, self.stack, kind))
         terms.append(self.regions(self.crossings(kind), UNTIL_FULL))

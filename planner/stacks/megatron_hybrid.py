@@ -95,8 +95,7 @@ MAMBA_STAGE = (
 )
 
 MLP_STEPS, MIXER_STEPS = ("down", "act", "up", "norm2"), ("out", "core", "qkv", "norm1")
-ATTENTION, MLP, BOTH = "!mixer:none !mixer:mamba !mixer:delta", "!mlp:none", "!mixer:none !mlp:none"
-KNOWN = {"block input": "", "input of the second norm": BOTH}
+KNOWN = {"block input": "", "input of the second norm": "mixes feeds"}
 
 
 def by_parts(*rows: Row) -> tuple[Row, ...]:
@@ -113,15 +112,15 @@ def _by_part(row: Row) -> Iterator[Row]:
     own = (set(steps) <= set(MLP_STEPS), set(steps) <= set(MIXER_STEPS))
     if row.name in KNOWN:
         yield _when(row, KNOWN[row.name])
-    elif {"heads", "kv_heads"} & set(lengths) or ("attention" in row.name and not own[0]):
-        yield _when(row, ATTENTION)
+    elif {"heads", "kv_heads", "head_dim"} & set(lengths) or ("attention" in row.name and not own[0]):
+        yield _when(row, "attends")
     elif "ffn" in lengths or (steps and own[0]):
-        yield _when(row, MLP)
+        yield _when(row, "feeds")
     elif steps and own[1]:
-        yield _when(row, "!mixer:none")
+        yield _when(row, "mixes")
     else:
-        yield _when(row, BOTH)
-        for without, remaining in (("mlp:none", MIXER_STEPS), ("mixer:none", MLP_STEPS)):
+        yield _when(row, "mixes feeds")
+        for without, remaining in (("!feeds", MIXER_STEPS), ("!mixes", MLP_STEPS)):
             left = [step for step in steps if step in remaining]
             share = len(left) / len(steps) if steps else 1 / 2
             yield _when(replace(row, count=row.count * share, steps=" ".join(left)), without)

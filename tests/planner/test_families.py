@@ -15,6 +15,7 @@ from planner.catalog import names
 from planner.defaults import resolve
 from planner.errors import InputError
 from planner.families import FAMILIES, model_from_config
+from planner.hybrids import HYBRIDS
 from planner.model import Block
 from planner.reading import read_model
 from planner.specs import ClusterSpec, TrainingSpec
@@ -280,8 +281,8 @@ def test_remote_code_is_ignored() -> None:
     ("name", "named"),
     [
         ("mixtral-8x7b", "mixtures of experts"),
-        ("nemotron-h-8b", "state space"),
-        ("mamba-codestral-7b", "state space"),
+        ("nemotron-3-nano-30b-a3b", "mixtures of experts"),
+        ("qwen3-next-80b-a3b", "gated delta net"),
         ("gemma-2-9b", "unlike blocks"),
         ("bert-large", "encoder"),
         ("t5-11b", "encoder-decoder"),
@@ -295,12 +296,12 @@ def test_what_is_counted_only_is_not_planned(name: str, named: str) -> None:
         resolve(ModelSpec.from_catalog(name), ClusterSpec.parse("8xH100"), TrainingSpec())
 
 
-def test_the_traced_families_are_planned_and_no_others() -> None:
+def test_the_traced_families_and_hybrids_are_planned_and_no_others() -> None:
     """None of the others' shapes either, down to the smallest that its keys allow."""
     catalog = {m.model_type for m in map(ModelSpec.from_catalog, names("models")) if not unplanned(m)}
     models = [model_from_config(row["config"], "config.json") for row in ROWS]
-    assert catalog == set(TRACED)
-    assert {model.model_type for model in models if not unplanned(model)} == set(TRACED)
+    assert catalog == {*TRACED, *HYBRIDS}
+    assert {model.model_type for model in models if not unplanned(model)} == {*TRACED, *HYBRIDS}
 
 
 def test_a_shape_is_llamas_and_with_experts_mixtrals() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from planner.catalog import step_time
 from planner.errors import InputError
-from planner.hybrids import for_hybrids
+from planner.hybrids import for_hybrids, notes_of
 from planner.optimizers import OPTIMIZERS, check_states, shardings_of
 from planner.precision import EIGHT_BITS, check_options, precision_of, words_of
 from planner.specs import ClusterSpec, ModelSpec, Profile, TrainingSpec
@@ -244,6 +244,7 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
         notes.append(chosen.note)
     if recipe.rest:
         notes.append(EIGHT_BITS)
+    notes += notes_of(model)
     notes.append("MFU counts attention in full, as if it were not causal")
     low, high, tie = (step_time(name).value for name in ("least", "most", "tie"))
     notes.append(

@@ -60,11 +60,18 @@ def for_hybrids(stack: Stack, model: ModelSpec, recipe: Recipe, options: Mapping
     return replace(stack, shardings=shardings)
 
 
+def notes_of(model: ModelSpec) -> list[str]:
+    """What is assumed of a model's state spaces."""
+    if model.state_space is None:
+        return []
+    return ["a scan takes its FLOPs at the rate of matrix products and then its kernels' bytes (assumed)"]
+
+
 def uneven_chunks(model: ModelSpec, schedule: str) -> str:
     """Why the search leaves a schedule out: chunks hold unlike numbers of micro-batches, of unlike layers.
 
     Its closed form takes the average of a row. Layouts given by hand are replayed layer by layer.
     """
     if schedule == "interleaved" and model.state_space and len(model.block_kinds) > 1:
-        return "interleaved: chunks of unlike blocks with state spaces are planned in layouts given by hand only"
+        return "interleaved: unlike blocks with state spaces are planned in layouts given by hand only"
     return ""

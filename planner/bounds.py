@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.candidate import Candidate
+from planner.in_order import slowest
 from planner.layer_price import highest
 from planner.moments import stage_moments
 from planner.stages import Prices
@@ -245,9 +246,11 @@ def slowest_at_least(candidate: Candidate) -> float:
 
     For short stages every hand-out of n rows to the policies is looked at, so that the quickest time
     of each stage for each n is exact; as many of those times as there are rows must be within the
-    slowest stage's.
+    slowest stage's. Unlike rows: :func:`planner.in_order.slowest`.
     """
-    if len(candidate.order.rows) > 1 or (most := _rows_worth_trying(candidate)) > SHORT_STAGE:
+    if len(candidate.order.rows) > 1:
+        return max(fullest_stage(candidate), slowest(candidate))
+    if (most := _rows_worth_trying(candidate)) > SHORT_STAGE:
         return fullest_stage(candidate)
     splits = np.array(
         [one for one in product(range(most + 1), repeat=len(candidate.policies)) if 1 <= sum(one) <= most]
@@ -280,8 +283,8 @@ def _rows_worth_trying(candidate: Candidate) -> int:
     return min(ceiling, int(slow / min(min(own.seconds) for own in candidate.stages)) + 1)
 
 
-def sharp_bound(candidate: Candidate, slowest: float) -> float:
+def sharp_bound(candidate: Candidate, least: float) -> float:
     """Seconds of a step of one layout, at least: nothing recomputed but on the slowest stage."""
-    if slowest == float("inf"):  # which a single micro-batch does not wait for, but cannot do without
-        return slowest
-    return candidate.fill * _work(candidate) + candidate.repeat * slowest + candidate.step_seconds
+    if least == float("inf"):  # which a single micro-batch does not wait for, but cannot do without
+        return least
+    return candidate.fill * _work(candidate) + candidate.repeat * least + candidate.step_seconds

@@ -161,83 +161,53 @@ def as_document(model: ModelSpec, cluster: ClusterSpec, plans: list[Plan]) -> di
 @app.command(
     epilog="Example: planner search --model llama-2-70b --gpus 8x8xH100 --seq-length 4096 --headroom 10%"
 )
-def search(
-    model: o.Model,
-    gpus: o.Gpus,
-    seq_length: o.Seq = None,
-    global_batch_size: o.Batch = None,
-    tokens: o.Tokens = None,
-    memory_budget: o.Budget = None,
-    headroom: o.Headroom = None,
-    nodes_per_leaf: o.Leaf = None,
-    oversubscription: o.Oversubscription = None,
-    framework: o.Framework = "megatron",
-    precision: o.Precision = None,
-    optimizer: o.Optimizer = "adamw",
-    attention: o.Attention = None,
-    swiglu: o.Swiglu = None,
-    option: o.Choice = None,
-    profile: o.Profile = None,
-    dropout: o.Dropout = None,
-    gradient_dtype: o.GradientType = None,
-    optimizer_dtype: o.OptimizerType = None,
-    master_weights: o.Master = None,
-    tensor_parallel: o.OnlyTP = None,
-    pipeline_parallel: o.OnlyPP = None,
-    data_parallel: o.OnlyDP = None,
-    context_parallel: o.OnlyCP = None,
-    context_comm: o.OnlyCPComm = None,
-    expert_parallel: o.OnlyEP = None,
-    expert_tensor_parallel: o.OnlyETP = None,
-    micro_batch_size: o.OnlyMicro = None,
-    chunks: o.OnlyChunks = None,
-    sharding: o.OnlySharding = None,
-    schedule: o.OnlySchedule = None,
-    recompute: o.OnlyRecompute = None,
-    rank_order: o.OnlyRankOrder = None,
-    sequence_parallel: o.WithSP = True,
-    across_nodes: o.AcrossNodes = False,
-    objective: o.Objective = "time",
-    top: o.Top = 5,
-    time_limit: o.TimeLimit = 60.0,
-    trace: o.Trace = None,
-    as_json: o.Json = False,
-    verbose: o.Verbose = False,
-    quiet: o.Quiet = False,
-) -> None:
+@o.takes(
+    o.JOB,
+    o.TRAINING,
+    o.CHOICES,
+    {
+        "objective": (o.Objective, "time"),
+        "top": (o.Top, 5),
+        "time_limit": (o.TimeLimit, 60.0),
+        "trace": (o.Trace, None),
+        "as_json": (o.Json, False),
+        "verbose": (o.Verbose, False),
+        "quiet": (o.Quiet, False),
+    },
+)
+def search(given: dict[str, Any]) -> None:
     """Rank the layouts that fit, best first, with proof that no better one was missed."""
-    given = locals()
-    with reported(as_json):
+    with reported(given["as_json"]):
         from planner import api, reading
         from planner.errors import InputError
         from planner.layouts import Choices
 
-        if quiet and verbose:
+        if given["quiet"] and given["verbose"]:
             raise InputError("--quiet and --verbose contradict each other: use one")
         choices = Choices(**reading.read_choices(given))
         training = reading.read_training(given)
-        spec, cluster = reading.read_model(model), cluster_of(given)
+        spec, cluster = reading.read_model(given["model"]), cluster_of(given)
         if choices.micro_batch_size and len(choices.micro_batch_size) == 1:
             unit = cluster.num_gpus * choices.micro_batch_size[0]
             training = reading.with_batch(spec, cluster, training, unit)
-        with progress(quiet or as_json) as report:
+        with progress(given["quiet"] or given["as_json"]) as report:
             plans = api.search(
                 spec,
                 cluster,
                 training,
-                top=top,
-                objective=objective,
+                top=given["top"],
+                objective=given["objective"],
                 choices=choices,
-                time_limit=time_limit,
+                time_limit=given["time_limit"],
                 progress=report,
             )
-        if trace:
-            write_trace(spec, cluster, plans[0], trace)
-        if as_json:
+        if given["trace"]:
+            write_trace(spec, cluster, plans[0], given["trace"])
+        if given["as_json"]:
             return print_json(as_document(spec, cluster, plans))
         from planner.render import console_for, show_search
 
-        show_search(console_for(), plans, verbose, quiet)
+        show_search(console_for(), plans, given["verbose"], given["quiet"])
 
 
 def cluster_of(given: dict[str, Any]) -> ClusterSpec:
@@ -271,64 +241,28 @@ def one_layout(given: dict[str, Any]) -> tuple[Any, ...]:
 @app.command(
     epilog="Example: planner estimate --model llama-65b --gpus 64x80G -tp 8 -pp 2 --global-batch-size 512"
 )
-def estimate(
-    model: o.Model,
-    gpus: o.Gpus,
-    tensor_parallel: o.TP = 1,
-    pipeline_parallel: o.PP = 1,
-    data_parallel: o.DP = None,
-    context_parallel: o.CP = 1,
-    context_comm: o.CPComm = None,
-    expert_parallel: o.EP = 1,
-    expert_tensor_parallel: o.ETP = 1,
-    micro_batch_size: o.Micro = 1,
-    chunks: o.Chunks = 1,
-    sharding: o.Sharding = None,
-    data_shards: o.Shards = None,
-    reshard_after_forward: o.Reshard = True,
-    schedule: o.Schedule = None,
-    sequence_parallel: o.SequenceParallel = None,
-    rank_order: o.RankOrder = "tp-dp-pp",
-    recompute: o.Recompute = "none",
-    layers_per_stage: o.Layers = None,
-    seq_length: o.Seq = None,
-    global_batch_size: o.Batch = None,
-    tokens: o.Tokens = None,
-    memory_budget: o.Budget = None,
-    headroom: o.Headroom = None,
-    nodes_per_leaf: o.Leaf = None,
-    oversubscription: o.Oversubscription = None,
-    framework: o.Framework = "megatron",
-    precision: o.Precision = None,
-    optimizer: o.Optimizer = "adamw",
-    attention: o.Attention = None,
-    swiglu: o.Swiglu = None,
-    option: o.Choice = None,
-    profile: o.Profile = None,
-    dropout: o.Dropout = None,
-    gradient_dtype: o.GradientType = None,
-    optimizer_dtype: o.OptimizerType = None,
-    master_weights: o.Master = None,
-    trace: o.Trace = None,
-    as_json: o.Json = False,
-    verbose: o.Verbose = False,
-) -> None:
+@o.takes(
+    o.JOB,
+    o.LAYOUT,
+    o.TRAINING,
+    {"trace": (o.Trace, None), "as_json": (o.Json, False), "verbose": (o.Verbose, False)},
+)
+def estimate(given: dict[str, Any]) -> None:
     """One given layout, per stage, per component and per moment. Exit status 1 if it does not fit."""
-    given = locals()
-    with reported(as_json):
+    with reported(given["as_json"]):
         job = one_layout(given)
         from planner import api, reading
 
-        layers = reading.numbers("--layers-per-stage", layers_per_stage)
-        plan = api.estimate(*job, recompute=recompute, layers=layers)
-        if trace:
-            write_trace(job[0], job[1], plan, trace)
-        if as_json:
+        layers = reading.numbers("--layers-per-stage", given["layers_per_stage"])
+        plan = api.estimate(*job, recompute=given["recompute"], layers=layers)
+        if given["trace"]:
+            write_trace(job[0], job[1], plan, given["trace"])
+        if given["as_json"]:
             print_json(as_document(job[0], job[1], [plan]))
         else:
             from planner.render import console_for, show_plan
 
-            show_plan(console_for(), plan, verbose)
+            show_plan(console_for(), plan, given["verbose"])
         if not plan.fits:
             raise typer.Exit(1)
 
@@ -336,59 +270,29 @@ def estimate(
 @app.command(
     epilog="Example: planner explain --model llama-65b --gpus 64x80G -tp 8 -pp 2 --stage 0 --moment backward"
 )
-def explain(
-    model: o.Model,
-    gpus: o.Gpus,
-    tensor_parallel: o.TP = 1,
-    pipeline_parallel: o.PP = 1,
-    data_parallel: o.DP = None,
-    context_parallel: o.CP = 1,
-    context_comm: o.CPComm = None,
-    expert_parallel: o.EP = 1,
-    expert_tensor_parallel: o.ETP = 1,
-    micro_batch_size: o.Micro = 1,
-    chunks: o.Chunks = 1,
-    sharding: o.Sharding = None,
-    data_shards: o.Shards = None,
-    reshard_after_forward: o.Reshard = True,
-    schedule: o.Schedule = None,
-    sequence_parallel: o.SequenceParallel = None,
-    rank_order: o.RankOrder = "tp-dp-pp",
-    recompute: o.Recompute = "none",
-    layers_per_stage: o.Layers = None,
-    seq_length: o.Seq = None,
-    global_batch_size: o.Batch = None,
-    tokens: o.Tokens = None,
-    memory_budget: o.Budget = None,
-    headroom: o.Headroom = None,
-    nodes_per_leaf: o.Leaf = None,
-    oversubscription: o.Oversubscription = None,
-    framework: o.Framework = "megatron",
-    precision: o.Precision = None,
-    optimizer: o.Optimizer = "adamw",
-    attention: o.Attention = None,
-    swiglu: o.Swiglu = None,
-    option: o.Choice = None,
-    profile: o.Profile = None,
-    dropout: o.Dropout = None,
-    gradient_dtype: o.GradientType = None,
-    optimizer_dtype: o.OptimizerType = None,
-    master_weights: o.Master = None,
-    stage: o.Stage = None,
-    moment: o.Moment = None,
-    as_json: o.Json = False,
-    verbose: o.Verbose = False,
-) -> None:
+@o.takes(
+    o.JOB,
+    o.LAYOUT,
+    o.TRAINING,
+    {
+        "stage": (o.Stage, None),
+        "moment": (o.Moment, None),
+        "as_json": (o.Json, False),
+        "verbose": (o.Verbose, False),
+    },
+)
+def explain(given: dict[str, Any]) -> None:
     """Where every byte of a stage comes from, term by term and share by share, and what it sends."""
-    given = locals()
-    with reported(as_json):
+    with reported(given["as_json"]):
         job = one_layout(given)
         from planner import api, reading
 
-        layers = reading.numbers("--layers-per-stage", layers_per_stage)
-        when = moment.lower() if moment else None
-        found = api.explain(*job, recompute=recompute, layers=layers, stage=stage, moment=when)
-        if as_json:
+        layers = reading.numbers("--layers-per-stage", given["layers_per_stage"])
+        when = given["moment"].lower() if given["moment"] else None
+        found = api.explain(
+            *job, recompute=given["recompute"], layers=layers, stage=given["stage"], moment=when
+        )
+        if given["as_json"]:
             from dataclasses import asdict
 
             document: dict[str, Any] = {
@@ -401,50 +305,33 @@ def explain(
             return print_json(document | {"plan": found.plan.model_dump(mode="json")})
         from planner.render import console_for, show_entries
 
-        show_entries(console_for(), *found, unfold=verbose)
+        show_entries(console_for(), *found, unfold=given["verbose"])
 
 
 @app.command(epilog="Example: planner compare --model llama-2-7b --gpus 8x80G")
-def compare(
-    model: o.Model,
-    gpus: o.Gpus,
-    micro_batch_size: o.Micro = 1,
-    recompute: o.Recompute = "auto",
-    seq_length: o.Seq = None,
-    global_batch_size: o.Batch = None,
-    tokens: o.Tokens = None,
-    memory_budget: o.Budget = None,
-    headroom: o.Headroom = None,
-    nodes_per_leaf: o.Leaf = None,
-    oversubscription: o.Oversubscription = None,
-    framework: o.Framework = "megatron",
-    precision: o.Precision = None,
-    optimizer: o.Optimizer = "adamw",
-    attention: o.Attention = None,
-    swiglu: o.Swiglu = None,
-    option: o.Choice = None,
-    profile: o.Profile = None,
-    dropout: o.Dropout = None,
-    gradient_dtype: o.GradientType = None,
-    optimizer_dtype: o.OptimizerType = None,
-    master_weights: o.Master = None,
-    as_json: o.Json = False,
-) -> None:
+@o.takes(
+    o.JOB,
+    {"micro_batch_size": (o.Micro, 1), "recompute": (o.Recompute, "auto")},
+    o.TRAINING,
+    {"as_json": (o.Json, False)},
+)
+def compare(given: dict[str, Any]) -> None:
     """DDP, ZeRO-1/2/3, FSDP, TP and PP side by side for one model on the same GPUs."""
-    given = locals()
-    with reported(as_json):
+    with reported(given["as_json"]):
         from planner import api, reading
         from planner.errors import InputError
 
-        spec, cluster = reading.read_model(model), cluster_of(given)
+        spec, cluster = reading.read_model(given["model"]), cluster_of(given)
         training = reading.read_training(given)
-        if micro_batch_size > 0:
-            training = reading.with_batch(spec, cluster, training, cluster.num_gpus * micro_batch_size)
-        rows = api.compare(spec, cluster, training, micro_batch_size=micro_batch_size, recompute=recompute)
+        if (micro := given["micro_batch_size"]) > 0:
+            training = reading.with_batch(spec, cluster, training, cluster.num_gpus * micro)
+        rows = api.compare(
+            spec, cluster, training, micro_batch_size=given["micro_batch_size"], recompute=given["recompute"]
+        )
         found = [plan for _, plan in rows if not isinstance(plan, str)]
         if not found:
             raise InputError(f"no strategy can be: {'; '.join(dict.fromkeys(str(why) for _, why in rows))}")
-        if as_json:
+        if given["as_json"]:
             plans: list[dict[str, Any]] = [
                 {"strategy": name, "reason": plan}
                 if isinstance(plan, str)

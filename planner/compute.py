@@ -162,14 +162,15 @@ class Compute:
     def _product(
         self, term: Term, flops: Quantity, plain: Sequence[AbstractStrategy], rate: float
     ) -> tuple[Quantity, Quantity, Quantity]:
-        """A weight's product with every token, the gradient of its input and its own: equal work."""
-        third = flops / rate / 3
+        """A weight's product with every token, its input's gradient and, if trained, its own: equal work."""
+        trained = term.unit == 6  # FLOPs of each element, 2 for each product
+        third = flops / rate / (term.unit / 2)
         if not self.multiprocessors:
-            return third, third, third
+            return third, third, third * trained
         rows = {name: n for name, n in term.dims.items() if name in TOKENS}
         tokens = held(Term("", Role.ACTIVATION, rows, 1.0), plain)
         weight = [name for name in term.dims if name not in TOKENS]
-        back = weight[-1] == "hidden"
+        back = weight[-1] in ("hidden", "rank")
         whole = term.dims[weight[-1 if back else 0]]  # one side of every weight is never cut
         other = flops / (term.unit * tokens * whole)
         groups: Quantity = 1
@@ -178,7 +179,7 @@ class Compute:
             groups = held(Term("", Role.FLOPS, number, 1.0), plain)
         sides = (other, whole) if back else (whole, other)
         forward, inputs, weights = passes(tokens / groups, *sides, self.multiprocessors, groups)
-        return third * forward, third * inputs, third * weights
+        return third * forward, third * inputs, third * weights * trained
 
     def _attention(self, term: Term, flops: Quantity) -> tuple[Quantity, Quantity, Quantity]:
         """The attention core: fused, at its kernel's rate; else products that move the scores."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from math import log2
 from typing import Any
 
+from planner import adapters
 from planner.catalog import step_time
 from planner.errors import InputError
 from planner.hybrids import for_hybrids, notes_of
@@ -47,6 +48,16 @@ class Job:
         """Sequences of one step."""
         assert self.training.global_batch_size is not None
         return self.training.global_batch_size
+
+    @property
+    def trained_parameters(self) -> int:
+        """Parameters that have a gradient."""
+        return adapters.trained_parameters(self.model, self.training, self.stack, self.recipe)
+
+    @property
+    def flops_per_token(self) -> float:
+        """Model FLOPs of one token, without the gradients of frozen weights."""
+        return adapters.model_flops(self.model, self.training, self.stack, self.recipe)
 
     @property
     def tokens_per_step(self) -> int:
@@ -91,7 +102,11 @@ def _options(
         if value not in stack.options[name]:
             allowed = " or ".join(stack.options[name])
             raise InputError(f"{name}={value[:40]} is not offered by {stack.name}: use {allowed}")
-    usual = {name: allowed[0] for name, allowed in stack.options.items()}
+        if not stack.concerned(name, model):
+            raise InputError(
+                f"{name}={value}: {model.name} has no {stack.concerns[name]} that it is of: leave it out"
+            )
+    usual = {name: allowed[0] for name, allowed in stack.options.items() if stack.concerned(name, model)}
     if gpus == 1:
         usual |= stack.alone
     if stack.reduces_as_weights and stack.recipes[precision].weight == 2:
@@ -163,7 +178,7 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
         if not isinstance(given, kind):
             raise InputError(f"{str(given)[:60]!r} is not a {kind.__name__}: make one, as the README shows")
     stack = stack_named(training.framework)
-    if reason := unplanned(model, stack.name):
+    if reason := unplanned(model, stack):
         raise InputError(reason)
     if stack.families and model.model_type not in stack.families:
         others = [one.name for one in STACKS.values() if not one.families or model.model_type in one.families]
@@ -221,6 +236,10 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     stack = for_hybrids(replace(stack, shardings=shardings), model, recipe, options)
 
     given_fields = training.model_dump(exclude_none=True)
+    chosen = training.model_copy(update={"precision": precision, "options": options})
+    adapters.check(model, chosen, stack)
+    if training.adapters:
+        stack = adapters.with_launches(stack)
     if "seq_length" not in given_fields:
         whole = "all" if seq == model.max_position_embeddings else f"8192 of {model.max_position_embeddings}"
         notes.append(f"sequence length {seq}: {whole} positions of the model")
@@ -235,13 +254,14 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     notes.append(f"{stack.version}; bytes per parameter (weight, gradient, master, moments): {states}")
     shown = {name: value for name, value in options.items() if name != "swiglu" or model.gated_mlp}
     notes.append(", ".join(f"{name} {value}" for name, value in shown.items()))
+    notes += adapters.notes(model, chosen, stack, recipe)
     if precision in stack.notes:
         notes.append(stack.notes[precision])
-    chosen = OPTIMIZERS[training.optimizer]
+    optimizer = OPTIMIZERS[training.optimizer]
     if training.optimizer != "adamw":
-        notes.append(f"optimizer {training.optimizer}: {chosen.source}")
-    if chosen.note:
-        notes.append(chosen.note)
+        notes.append(f"optimizer {training.optimizer}: {optimizer.source}")
+    if optimizer.note:
+        notes.append(optimizer.note)
     if recipe.rest:
         notes.append(EIGHT_BITS)
     notes += notes_of(model)

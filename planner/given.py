@@ -75,7 +75,7 @@ def _layout_problems(job: Job, layout: Layout) -> Iterator[str]:
     if layout.sharding != "fsdp" and not (layout.reshard_after_forward and layout.data_shards == data):
         yield f"data_shards and reshard_after_forward belong to fsdp, not to {layout.sharding}"
     layers = Builder(job.model, job.training, job.stack, job.recipe).layers()
-    yield from TensorParallel(tensor).objections(layers)
+    yield from TensorParallel(tensor, repeats_heads=job.stack.repeats_heads).objections(layers)
     if layout.sequence_parallel:
         yield from SequenceParallel(tensor).objections(layers)
     yield from context_problems(job, layout, layers)

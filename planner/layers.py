@@ -8,12 +8,14 @@ listed in :mod:`planner.weights`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from planner.adapter_rows import adapter_rows
+from planner.adapters import Tuning
 from planner.model import Block, Experts, Mixer, ModelSpec
 from planner.optimizers import in_backward, optimizer_named, resident, tensor_of
 from planner.specs import TrainingSpec
@@ -30,19 +32,20 @@ from planner.stacks.base import (
     Stack,
 )
 from planner.weights import Weight, block_weights, embedding_weights, head_weights
-from strategies.base import Layer, Quantity, Role, Term
+from strategies.base import Layer, Quantity, Role, Term, larger
 
 if TYPE_CHECKING:
     import networkx as nx
 
 STEPS = {
     "embedding": ("embedding",),
-    "block": ("down", "act", "up", "norm2", "out", "core", "qkv", "norm1"),
-    "scan": ("down", "act", "up", "norm2", "out", "scan", "core", "qkv", "norm1"),
+    "block": ("forward", "down", "act", "up", "norm2", "out", "core", "qkv", "norm1"),
+    "scan": ("forward", "down", "act", "up", "norm2", "out", "scan", "core", "qkv", "norm1"),
     "head": ("loss", "head", "norm"),
 }
-"""The steps of a layer's backward, in order: of a block the down product, the activation function, the
-up (and gate) products, the second norm, the attention output product, the attention core, the query, key
+"""The steps of a layer's backward, in order: of a block the end of its forward (beside which there is as
+much as at the start of its backward, or which is then run again), the down product, the activation function,
+the up (and gate) products, the second norm, the attention output product, the attention core, the query, key
 and value products, the first norm. A block with parallel residuals runs the same steps. In a block
 with a state space the core's has two: up to the gradients of its chunks' states (``scan``), and the rest."""
 
@@ -63,7 +66,8 @@ def features(
     local = block is None or not model.mixers or block.mixer == "window"
     windowed = model.sliding_window if local else None
     chosen = {
-        "autocast": training.precision in stack.autocast,
+        # Under adapters the frozen weights are in half precision, and autocast has nothing to cast.
+        "autocast": training.precision in stack.autocast and not training.adapters,
         "fp32": training.precision in ("fp32", "tf32"),
         "qk_norm": model.qk_norm,
         "gated": model.gated_mlp,
@@ -79,8 +83,6 @@ def features(
         "dropout": dropout > 0,
         "attention_dropout": attention_dropout > 0,
     }
-    for kind in model.block_kinds:
-        words |= {"has:attention" if kind.mixer in ATTENTION else f"has:{kind.mixer}", f"has:{kind.mlp}"}
     if block:
         words |= {f"mixer:{block.mixer}", f"mlp:{block.mlp}"}
         chosen |= {"attends": block.mixer in ATTENTION, "mixes": block.mixer != "none"}
@@ -90,6 +92,7 @@ def features(
         chosen["query_rank"] = bool(chosen["latent"] and model.latent and model.latent.q_lora_rank)
         shared = bool(model.experts and model.experts.shared_intermediate_size)
         chosen["shared"] = block.mlp == "experts" and shared
+        chosen["shared_gate"] = bool(chosen["shared"] and model.experts and model.experts.shared_gate)
     return frozenset(words | {word for word, holds in chosen.items() if holds})
 
 
@@ -162,6 +165,16 @@ def part_lengths(model: ModelSpec) -> dict[str, Quantity]:
     return found
 
 
+def there(flags: Any) -> Quantity:
+    """Which of a family of layouts has something: 1 or 0 each, or a plain 0 if none has."""
+    return flags * 1 if np.any(flags) else 0
+
+
+def nothing(length: Quantity) -> bool:
+    """Is a length zero for a whole family of layouts?"""
+    return isinstance(length, int) and length == 0
+
+
 class Builder:
     """Turns weights and a stack's rows into terms, for given micro-batches and degrees.
 
@@ -195,7 +208,9 @@ class Builder:
             "residual": model.hidden_size,
             "hidden": model.hidden_size,
             "heads": model.num_attention_heads,
-            "kv_heads": model.num_key_value_heads,
+            "kv_heads": self.key_heads(tensor_parallel),
+            "gathered_heads": model.num_attention_heads + 2 * model.num_key_value_heads,
+            "repeats": int(stack.repeats_heads) and there(tensor_parallel > model.num_key_value_heads),
             "head_dim": model.head_dim,
             "ffn": model.intermediate_size,
             "vocab": self.vocab,
@@ -211,10 +226,21 @@ class Builder:
         self.features = features(model, training, stack)
         self.optimizer, self.shards = optimizer_named(training.optimizer), data_shards
         self.in_backward = in_backward(training.optimizer, training.options)
+        self.tuning = Tuning(model, training, stack, recipe)
+        if training.adapters or training.frozen.embeddings:
+            self.dims["tied"] = 0  # whose head has no gradient
+
+    def key_heads(self, tensor_parallel: Quantity) -> Quantity:
+        """Key and value heads of all ranks of a tensor-parallel group together: one each, at least."""
+        heads = self.model.num_key_value_heads
+        return larger(heads, tensor_parallel) if self.stack.repeats_heads else heads
 
     def states(self, weight: Weight) -> Iterator[Term]:
         """Parameter, gradient and optimizer states of one weight."""
-        recipe = self.recipe
+        if self.tuning.freezes(weight):
+            yield Term(weight.name, Role.PARAMETER, weight.dims, self.tuning.frozen_bytes(weight))
+            return
+        recipe = self.tuning.trained_recipe
         yield Term(weight.name, Role.PARAMETER, weight.dims, recipe.weight)
         if not self.in_backward:
             yield Term(weight.name, Role.GRADIENT, weight.dims, recipe.gradient, steps=(weight.step,))
@@ -223,6 +249,7 @@ class Builder:
 
     def passing_gradients(self, weights: Sequence[Weight]) -> Iterator[Term]:
         """Where each is used and freed as it arises: the largest gradient of every step."""
+        weights = [weight for weight in weights if not self.tuning.freezes(weight)]
         if not self.in_backward:
             return
         for step in dict.fromkeys(weight.step for weight in weights):
@@ -238,16 +265,17 @@ class Builder:
                 "gradient, until its update", Role.TRANSIENT, largest, self.recipe.gradient, steps=(step,)
             )
 
-    def product(self, name: str, dims: dict[str, Quantity], kept_by: tuple[str, ...]) -> Term:
-        """FLOPs of a matrix product with every token: 2 forward, 4 backward.
+    def product(self, weight: Weight, kept_by: tuple[str, ...]) -> Term:
+        """FLOPs of a matrix product with every token: 2 forward, 2 for each of two gradients.
 
         An expert's is with the tokens that are sent to it: all together have each token ``routed`` times.
         """
-        tokens = {"batch": self.dims["batch"], "seq": self.dims["seq"]}
+        flops = 4.0 if self.tuning.freezes(weight) else 6.0
+        tokens, dims = {"batch": self.dims["batch"], "seq": self.dims["seq"]}, weight.dims
         if "experts" in dims:
             tokens["routed"] = self.dims["routed"]
             dims = {name: length for name, length in dims.items() if name != "experts"}
-        return Term(name, Role.FLOPS, tokens | dims, 6.0, kept_by)
+        return Term(weight.name, Role.FLOPS, tokens | dims, flops, kept_by)
 
     def attention(self, kind: Block) -> Iterator[Term]:
         """FLOPs of the attention core, and what context parallelism sends of it."""
@@ -262,6 +290,10 @@ class Builder:
         if per_pair != UNFUSED:
             keys = pairs_per_query(kind, keys, self.model.sliding_window)
         yield Term("attention core", Role.FLOPS, core | {"seq_k": keys}, per_pair, kept)
+        if not nothing(self.dims["repeats"]):
+            sent = ("batch", "seq", "gathered_heads", "head_dim", "repeats")
+            gathered = {name: self.dims[name] for name in sent}
+            yield Term("query, key and value", Role.MESSAGE, gathered, self.recipe.compute, UNTIL_FULL)
         yield from self.sent_by_attention(kept)
 
     def scan(self, kind: Block) -> Term:
@@ -279,13 +311,10 @@ class Builder:
 
         Routed experts are no such region: tokens are sent to them.
         """
-        experts = self.model.experts
-        dense = kind.mlp == "dense" or (
-            kind.mlp == "experts" and experts and experts.shared_intermediate_size
-        )
-        return 2 * (kind.mixer != "none") + 2 * bool(dense)
+        shared = kind.mlp == "experts" and self.dims["shared_ffn"] > 0
+        return 2 * (kind.mixer != "none") + 2 * (kind.mlp == "dense" or shared)
 
-    def rows(self, rows: tuple[Row, ...], words: frozenset[str] | None = None) -> Iterator[Term]:
+    def rows(self, rows: Iterable[Row], words: frozenset[str] | None = None) -> Iterator[Term]:
         """The rows that apply, with lengths in place of names."""
         for row in rows:
             if row.applies(self.features if words is None else words):
@@ -293,6 +322,8 @@ class Builder:
                 for word in row.dims.split():
                     name, _, length = word.partition(":")
                     dims[name] = int(length) if length else self.dims[name]
+                if any(nothing(length) for length in dims.values()):
+                    continue
                 unit = row.count * self.width[row.dtype]
                 yield Term(row.name, row.role, dims, unit, row.kept_by, tuple(row.steps.split()))
 
@@ -315,25 +346,37 @@ class Builder:
                 "attention output, by heads", Role.ACTIVATION, dims, self.recipe.compute, kept_by, ("core",)
             )
 
-    def block(self, kind: Block | None = None) -> Layer:
-        """One transformer block of a kind, the first if not said."""
+    def words(self, kind: Block) -> frozenset[str]:
+        """The words of one kind of block."""
+        return features(self.model, self.training, self.stack, kind)
+
+    def block(self, kind: Block | None = None, first: bool = False) -> Layer:
+        """A block of a kind, the first if not said; of frozen weights the model's ``first`` keeps less."""
         kind = kind or self.kinds[0]
-        weights = list(block_weights(self.model, kind))
+        weights = [*block_weights(self.model, kind), *self.tuning.weights()]
         terms: list[Term] = [*self.passing_gradients(weights)]
         for weight in weights:
             terms += self.states(weight)
             if weight.matrix:
                 kept = self.stack.rerun.get(weight.name, UNTIL_FULL)
-                terms.append(self.product(weight.name, weight.dims, kept))
+                terms.append(self.product(weight, kept))
         if kind.mixer in ("full", "window", "bidirectional"):
             terms += self.attention(kind)
         elif kind.mixer in ("mamba", "delta"):
             terms.append(self.scan(kind))
-        terms += self.rows(self.stack.rows["block"], features(self.model, self.training, self.stack, kind))
+        words = self.words(kind)
+        terms += self.rows(
+            self.tuning.rows("first block" if first else "block", self.stack.rows["block"]), words
+        )
+        if self.training.adapters:
+            terms += self.rows(adapter_rows(self.tuning), words)
         terms.append(self.regions(self.crossings(kind), UNTIL_FULL))
+        if self.tuning.crossings:
+            terms.append(self.regions(self.tuning.crossings, UNTIL_FULL))
         if kind.mlp == "experts":
             dims = {name: self.dims[name] for name in ("batch", "seq", "routed", "width")}
-            terms.append(Term("tokens sent to experts", Role.MESSAGE, dims, self.recipe.compute, UNTIL_FULL))
+            sent, kept = "tokens sent to experts", self.stack.rerun.get("tokens sent to experts", UNTIL_FULL)
+            terms.append(Term(sent, Role.MESSAGE, dims, self.recipe.compute, kept))
         name = "block" if len(self.kinds) == 1 else f"{kind.mixer} {kind.mlp} block"
         steps = STEPS["scan" if kind.mixer in ("mamba", "delta") else "block"]
         return Layer(name, tuple(terms), self.model.blocks.count(kind), steps)
@@ -342,7 +385,7 @@ class Builder:
         """Word and position embedding."""
         weights = list(embedding_weights(self.model, self.vocab))
         terms = [*self.passing_gradients(weights), *(t for w in weights for t in self.states(w))]
-        terms += self.rows(self.stack.rows["embedding"])
+        terms += self.rows(self.tuning.rows("embedding", self.stack.rows["embedding"]))
         return Layer("embedding", (*terms, self.regions(1)), steps=STEPS["embedding"])
 
     def head(self) -> Layer:
@@ -350,13 +393,16 @@ class Builder:
         weights = list(head_weights(self.model, self.vocab, self.copies))
         terms = [*self.passing_gradients(weights), *(t for w in weights for t in self.states(w))]
         dims = {"vocab": self.vocab, "hidden": self.model.hidden_size}
-        terms.append(self.product("head weight", dims, ALWAYS))
-        terms += self.rows(self.stack.rows["head"])
+        terms.append(self.product(Weight("head weight", dims, "head"), ALWAYS))
+        terms += self.rows(self.tuning.rows("head", self.stack.rows["head"]))
         return Layer("head", (*terms, self.regions(1)), steps=STEPS["head"])
 
     def stage(self) -> Layer:
-        """What a stage holds once, however many layers it has."""
-        return Layer("stage", tuple(self.rows(self.stack.rows.get("stage", ()))))
+        """What a stage holds once, however many layers it has, for all kinds of block together."""
+        words = self.features.union(*(self.words(kind) for kind in self.kinds))
+        return Layer(
+            "stage", tuple(self.rows(self.tuning.rows("stage", self.stack.rows.get("stage", ())), words))
+        )
 
     def graph(self) -> nx.DiGraph[str]:
         """The kinds of layer in the order in which a token first meets them."""

@@ -134,7 +134,7 @@ def _tensor_degrees(job: Job, choices: Choices, layers: list[Layer], space: Spac
         if not choices.across_nodes and (tensor > domain or (gpus > domain and domain % tensor)):
             space.refused[f"a tensor-parallel group would leave its node of {domain} GPUs"] += 1
             continue
-        reasons = list(TensorParallel(tensor).objections(layers))
+        reasons = list(TensorParallel(tensor, repeats_heads=job.stack.repeats_heads).objections(layers))
         if tensor > 1 and choices.sequence_parallel:
             reasons += SequenceParallel(tensor).objections(layers)
         if reasons:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from inspect import Parameter, Signature
 from typing import Annotated, Any
 
 import typer
@@ -55,6 +58,11 @@ OptimizerType = Annotated[str | None, option("--optimizer-dtype", help="fp32, bf
 Master = Annotated[
     bool | None, option("--master-weights/--no-master-weights", help="An fp32 copy of the weights.")
 ]
+Lora = Annotated[
+    str | None, option("--lora", help="Adapters: 16, or rank=16,targets=q+v,dropout=0.05,dtype=fp32,double.")
+]
+Quantize = Annotated[str | None, option("--quantize", help="nf4: the frozen matrices in 4 bits (QLoRA).")]
+Freeze = Annotated[str | None, option("--freeze", help="embeddings: they are not trained.")]
 
 # One layout.
 TP = Annotated[int, option("--tensor-parallel", "-tp", help="Tensor-parallel degree.")]
@@ -133,3 +141,95 @@ Moment = Annotated[str | None, option("--moment", help="As estimate lists them; 
 # The catalog.
 What = Annotated[str, typer.Argument(help="models or gpus")]
 Entry = Annotated[str | None, typer.Argument(help="One entry, with its sources.")]
+
+Options = dict[str, tuple[Any, ...]]
+"""Options of a command by name, each with its default; one without must be given."""
+JOB: Options = {
+    "model": (Model,),
+    "gpus": (Gpus,),
+}
+"""What is trained, and on what."""
+TRAINING: Options = {
+    "seq_length": (Seq, None),
+    "global_batch_size": (Batch, None),
+    "tokens": (Tokens, None),
+    "memory_budget": (Budget, None),
+    "headroom": (Headroom, None),
+    "nodes_per_leaf": (Leaf, None),
+    "oversubscription": (Oversubscription, None),
+    "framework": (Framework, "megatron"),
+    "precision": (Precision, None),
+    "optimizer": (Optimizer, "adamw"),
+    "attention": (Attention, None),
+    "swiglu": (Swiglu, None),
+    "option": (Choice, None),
+    "profile": (Profile, None),
+    "dropout": (Dropout, None),
+    "gradient_dtype": (GradientType, None),
+    "optimizer_dtype": (OptimizerType, None),
+    "master_weights": (Master, None),
+    "lora": (Lora, None),
+    "quantize": (Quantize, None),
+    "freeze": (Freeze, None),
+}
+"""How it is trained, and what of the GPUs it may use."""
+LAYOUT: Options = {
+    "tensor_parallel": (TP, 1),
+    "pipeline_parallel": (PP, 1),
+    "data_parallel": (DP, None),
+    "context_parallel": (CP, 1),
+    "context_comm": (CPComm, None),
+    "expert_parallel": (EP, 1),
+    "expert_tensor_parallel": (ETP, 1),
+    "micro_batch_size": (Micro, 1),
+    "chunks": (Chunks, 1),
+    "sharding": (Sharding, None),
+    "data_shards": (Shards, None),
+    "reshard_after_forward": (Reshard, True),
+    "schedule": (Schedule, None),
+    "sequence_parallel": (SequenceParallel, None),
+    "rank_order": (RankOrder, "tp-dp-pp"),
+    "recompute": (Recompute, "none"),
+    "layers_per_stage": (Layers, None),
+}
+"""One layout."""
+CHOICES: Options = {
+    "tensor_parallel": (OnlyTP, None),
+    "pipeline_parallel": (OnlyPP, None),
+    "data_parallel": (OnlyDP, None),
+    "context_parallel": (OnlyCP, None),
+    "context_comm": (OnlyCPComm, None),
+    "expert_parallel": (OnlyEP, None),
+    "expert_tensor_parallel": (OnlyETP, None),
+    "micro_batch_size": (OnlyMicro, None),
+    "chunks": (OnlyChunks, None),
+    "sharding": (OnlySharding, None),
+    "schedule": (OnlySchedule, None),
+    "recompute": (OnlyRecompute, None),
+    "rank_order": (OnlyRankOrder, None),
+    "sequence_parallel": (WithSP, True),
+    "across_nodes": (AcrossNodes, False),
+}
+"""What a search may choose from."""
+
+
+def takes(*groups: Options) -> Callable[[Callable[[dict[str, Any]], None]], Callable[..., None]]:
+    """Gives a command the options of some groups: it is called with their values by name."""
+
+    def decorate(command: Callable[[dict[str, Any]], None]) -> Callable[..., None]:
+        @wraps(command)
+        def run(**given: Any) -> None:
+            command(given)
+
+        options = {name: option for group in groups for name, option in group.items()}
+        parameters = [
+            Parameter(
+                name, Parameter.KEYWORD_ONLY, default=next(iter(default), Parameter.empty), annotation=kind
+            )
+            for name, (kind, *default) in options.items()
+        ]
+        run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {name: kind for name, (kind, *_) in options.items()}
+        return run
+
+    return decorate

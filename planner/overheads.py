@@ -16,10 +16,18 @@ WORKSPACE = {"torch": (8519680, 32 * MIB), "mcore": (4 * MIB, 32 * MIB)}
 ``CUBLAS_WORKSPACE_CONFIG``, and Transformer Engine's own (get_cublas_workspace_size_bytes)."""
 
 
+STREAMS = 4
+"""CUDA streams that Transformer Engine runs grouped products on, each with a workspace of its own
+(get_cublas_workspace, nvte_get_num_compute_streams)."""
+
+
 def library_bytes(job: Job) -> float:
     """Workspace of the matrix libraries: allocated like tensors, by none of the layers."""
     recent = (job.cluster.gpu.compute_capability or 0) >= 9
-    return float(sum(WORKSPACE[name][recent] for name in ("torch", *job.stack.words)))
+    names = ["torch", *job.stack.words]
+    if job.model.experts and job.training.attention != "eager":
+        names += [name for name in job.stack.words if name == "mcore"] * STREAMS
+    return float(sum(WORKSPACE[name][recent] for name in names))
 
 
 def device_bytes(job: Job, layout: Layout, tensors: Quantity, bound: str = "value") -> Quantity:

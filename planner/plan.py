@@ -98,6 +98,7 @@ class Plan(BaseModel):
     schema_version: str = SCHEMA
     model: str
     num_parameters: int
+    num_trained_parameters: int | None = None  # not in plans of before there were adapters
     gpu: str
     num_gpus: int
     training: TrainingSpec
@@ -272,6 +273,7 @@ def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
     return Plan(
         model=job.model.name,
         num_parameters=job.model.num_parameters,
+        num_trained_parameters=job.trained_parameters,
         gpu=job.cluster.gpu.name,
         num_gpus=job.cluster.num_gpus,
         training=job.training,

@@ -96,11 +96,22 @@ def read_training(given: dict[str, Any]) -> TrainingSpec:
         values["profile"] = read_profile(values["profile"])
     if "tokens" in values:
         values["tokens"] = read_count(values["tokens"])
+    from planner import adapters
+
+    if lora := adapters.read(given.get("lora"), given.get("quantize")):
+        values["adapters"] = lora
+    if given.get("freeze"):
+        if given["freeze"].lower() != "embeddings":
+            raise InputError(
+                f"--freeze {given['freeze'][:40]}: only embeddings can be frozen: use --freeze embeddings"
+            )
+        values["frozen"] = {"embeddings": True}
     try:
         return TrainingSpec(**values)
     except ValidationError as error:
         field, _, rest = first_problem(error).partition("=")
-        raise InputError(f"--{field.replace('_', '-')} {rest}") from None
+        flag = field.replace("adapters.quantize", "quantize").replace("adapters.", "lora ").replace("_", "-")
+        raise InputError(f"--{flag} {rest}") from None
 
 
 def read_options(texts: list[str]) -> dict[str, str]:

@@ -4,7 +4,7 @@ The stage works through its passes in the order of its schedule. A forward bring
 activations, a backward takes them away and brings its gradients; while a layer runs backward its
 working set and the strategies' buffers come and go. Every state that may be a peak is a
 :class:`Snapshot`; :func:`planner.ledger.entries` takes one apart, term by term. The search's closed
-form (:meth:`planner.stages.Prices.moments`) is never below the highest of them.
+form (:func:`planner.moments.stage_moments`) is never below the highest of them.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from planner.adapters import Adapters
 from planner.errors import InputError
 from planner.files import content
 from planner.specs import ModelSpec, first_problem
@@ -105,6 +106,7 @@ class Run(BaseModel):
     gradient_dtype: Literal["fp32", "bf16", "fp16"] | None = None
     optimizer_dtype: Literal["fp32", "bf16", "fp16", "fp8"] | None = None
     master_weights: bool | None = None
+    adapters: Adapters | None = None
     options: Annotated[dict[Text, Text], Field(max_length=50)] = Field(default_factory=dict)
     layout: RunLayout = RunLayout()
     recompute: Text | None = None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from planner.adapters import Adapters, Frozen
 from planner.errors import InputError
 from planner.model import FROZEN
 from planner.model import ModelSpec as ModelSpec
@@ -232,6 +233,8 @@ class TrainingSpec(BaseModel):
     ``attention`` and ``swiglu`` are two of them with a name of their own. ``profile`` replaces
     the framework's overheads by measured ones. ``expert_imbalance`` is how many tokens the fullest GPU's
     experts get over the average; with ``expert_capacity_factor`` all are padded to as many.
+    ``adapters`` are trained in place of the weights, which
+    are frozen; else those that ``frozen`` names.
     """
 
     model_config = FROZEN
@@ -249,6 +252,8 @@ class TrainingSpec(BaseModel):
     master_weights: bool | None = None
     expert_imbalance: float = Field(1.0, ge=1, le=1000)
     expert_capacity_factor: float | None = Field(None, gt=0, le=1000)
+    adapters: Adapters | None = None
+    frozen: Frozen = Frozen()
     tokens: float | None = Field(None, gt=0, le=1e18)
     options: dict[str, str] = Field(default_factory=dict, max_length=50)
     profile: Profile | None = None

@@ -268,7 +268,7 @@ class Prices:
         one = [Term(t.name, t.role, t.dims, unit) for t in layer.by_role[Role.OPTIMIZER]]
         room = sum(held(term, strategies) for term in one)
         if self.wire.sub_group and self.layout.sharding == "zero3":
-            own = self.job.model.num_parameters / self.layout.data_ranks / self.layout.tensor_parallel
+            own = self.job.trained_parameters / self.layout.data_ranks / self.layout.tensor_parallel
             room = room * smaller(1.0, self.wire.sub_group / own)
         return room
 

@@ -7,6 +7,7 @@ from itertools import chain
 
 from planner.hybrids import hybrid_reasons
 from planner.model import Block, ModelSpec
+from planner.stacks.base import Stack
 
 TRACED = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "opt", "bloom")
 """Families whose blocks the stacks' rows were tested against."""
@@ -19,19 +20,29 @@ PLANNED_MIXERS = {"full", "window", "mamba", "none"}
 """Mixers that unlike blocks of one model may have."""
 
 
-def unplanned(model: ModelSpec, stack: str = "megatron") -> str:
-    """Why no memory can be said of a model under a stack, with what is missing; empty where it can be."""
-    return next(chain(hybrid_reasons(model, stack), _reasons(model)), "")
+MEGATRON = ("ministral", "phi3", "stablelm", "nemotron", "gemma", "starcoder2")
+"""Others of ``COUNTED`` whose blocks Megatron Core runs as its usual parts: its flags choose norm, activation
+and biases (arguments.py: --normalization, --squared-relu, --swiglu, --rotary-percent, --window-size). It has
+no multipliers of Granite's kind, no parallel residuals of Falcon's, no alternating windows of GPT-Neo's."""
 
 
-def _reasons(model: ModelSpec) -> Iterator[str]:
+def unplanned(model: ModelSpec, stack: Stack) -> str:
+    """Why no memory can be said of a model in a framework, with what is missing; empty where it can be."""
+    return next(chain(hybrid_reasons(model, stack.name), _reasons(model, stack)), "")
+
+
+def _reasons(model: ModelSpec, stack: Stack) -> Iterator[str]:
     needed = "is counted (planner catalog models), but what its layers keep is not planned (yet)"
+    in_megatron = stack.name == "megatron"
     if model.kind != "decoder":
         yield f"{model.name}: an {model.kind} model {needed}"
-    if model.experts is not None:
-        yield f"{model.name}: mixtures of experts are not planned (yet): {model.model_type} is counted only"
-    if model.latent is not None:
-        yield f"{model.name}: multi-head latent attention {needed}"
+    if model.experts is not None and (not in_megatron or model.model_type.startswith("granite")):
+        yield (
+            f"{model.name}: mixtures of experts of {model.model_type}'s kind are not planned in {stack.name} "
+            "(yet): they are counted only"
+        )
+    if model.latent is not None and not in_megatron:
+        yield f"{model.name}: multi-head latent attention {needed} in {stack.name}"
     if len(model.block_kinds) > 1 and not {block.mixer for block in model.block_kinds} <= PLANNED_MIXERS:
         kinds = " and ".join(_name(block) for block in model.block_kinds)
         yield f"{model.name}: a model of unlike blocks ({kinds}) {needed}"
@@ -40,11 +51,12 @@ def _reasons(model: ModelSpec) -> Iterator[str]:
     unplaced = model.position_embedding == "none" and model.state_space is None
     if unplaced or model.position_embedding == "relative" or model.head != "language" or model.head_bias:
         yield f"{model.name}: positions or a head of {model.model_type}'s kind: such a model {needed}"
-    if model.attention_gate or model.attention_sinks or model.attention_softcap or model.logits_softcap:
+    sinks = model.attention_sinks and not in_megatron  # its --softmax-type learnable
+    if model.attention_gate or sinks or model.attention_softcap or model.logits_softcap:
         yield f"{model.name}: attention with gates, sinks or capped scores {needed}"
     if model.qk_norm and model.qk_norm_weights != "shared":
         yield f"{model.name}: query and key norms of {model.model_type}'s kind: a block of them {needed}"
-    if model.model_type in COUNTED:
+    if model.model_type in COUNTED and not (in_megatron and model.model_type in MEGATRON):
         yield f"{model.name}: model_type={model.model_type!r} {needed}; planned are {', '.join(TRACED)}"
 
 

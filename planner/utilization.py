@@ -1,7 +1,8 @@
 """How much of the GPUs a step uses, in the literature's several definitions.
 
 - *Model FLOPs* of a token: ``6 N + 12 L s a d`` (:meth:`planner.specs.ModelSpec.flops_per_token`), nothing
-  recomputed, attention as if it were not causal: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
+  recomputed, attention as if it were not causal: Chowdhery et al. 2022, arXiv:2204.02311, appendix B;
+  of frozen weights ``4 N``, as nobody makes their gradients (:mod:`planner.adapters`).
   **MFU** is model FLOPs per second over the peak of all GPUs.
 - **MFU, causal**: the same with half of the attention, which is what causal kernels compute.
 - *Hardware FLOPs* add what recomputation runs again, at the same count: Korthikanti et al. 2022,
@@ -36,7 +37,7 @@ def utilization(prices: Prices, rows: Sequence[Sequence[int]], tokens_per_s: flo
     """Of a layout that has ``rows[stage][policy]`` rows of layers, at that many tokens a second."""
     job = prices.job
     each = [_again(prices, block) for block in range(len(prices.blocks))]
-    model = job.model.flops_per_token(job.seq_length)
+    model = job.flops_per_token
     attention = job.model.attention_flops_per_token(job.seq_length)
     repeated = 0.0
     for stage in range(len(rows)):

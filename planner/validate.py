@@ -92,6 +92,7 @@ def _job(run: Run, most: int | None) -> tuple[Job, Layout]:
         gradient_dtype=run.gradient_dtype,
         optimizer_dtype=run.optimizer_dtype,
         master_weights=run.master_weights,
+        adapters=run.adapters,
         options={name: value for name, value in run.options.items() if name in options},
     )
     return resolve(_model(run), cluster_of(run), training), layout

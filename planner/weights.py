@@ -22,6 +22,7 @@ class Weight:
 
     ``step`` is the step of the layer's backward in which its gradient arises. ``active`` is the fraction of
     it that one token is multiplied with: of ``n`` experts that send a token to ``k``, ``k / n``.
+    ``of`` names the products that it is an adapter of (planner/adapters.py).
     """
 
     name: str
@@ -29,6 +30,7 @@ class Weight:
     step: str
     matrix: bool = False
     active: float = 1.0
+    of: str = ""
 
 
 def block_weights(model: ModelSpec, block: Block) -> Iterator[Weight]:
@@ -256,7 +258,8 @@ def mtp_weights(model: ModelSpec) -> Iterator[Weight]:
     yield from block_weights(model, model.blocks[-1])
 
 
-def _elements(weights: Iterable[Weight], matrices_only: bool = False, active: bool = False) -> int:
+def elements(weights: Iterable[Weight], matrices_only: bool = False, active: bool = False) -> int:
+    """Parameters of those weights, or of the matrices among them; of experts, if ``active``, one token's."""
     total = 0
     for weight in weights:
         if weight.matrix or not matrices_only:
@@ -276,12 +279,12 @@ def count_parameters(model: ModelSpec, active: bool = False) -> int:
 
     ``active``: of experts, only those that a token is sent to.
     """
-    blocks = sum(n * _elements(block_weights(model, block), active=active) for block, n in model.runs)
-    return blocks + _elements(_around(model))
+    blocks = sum(n * elements(block_weights(model, block), active=active) for block, n in model.runs)
+    return blocks + elements(_around(model))
 
 
 def count_matrix_parameters(model: ModelSpec) -> int:
     """Parameters that every token is multiplied with: the blocks' matrices and the head."""
-    blocks = sum(n * _elements(block_weights(model, block), True, True) for block, n in model.runs)
+    blocks = sum(n * elements(block_weights(model, block), True, True) for block, n in model.runs)
     head = model.vocab_size * model.hidden_size if model.head != "none" else 0
-    return blocks + head + _elements(_around(model), matrices_only=True)
+    return blocks + head + elements(_around(model), matrices_only=True)

@@ -106,6 +106,12 @@ class Layer:
     steps: tuple[str, ...] = ()
     by_role: Mapping[Role, tuple[Term, ...]] = field(init=False, repr=False, compare=False)
 
+    @property
+    def trained(self) -> tuple[Term, ...]:
+        """Parameters that have a gradient."""
+        names = {term.name for term in self.by_role[Role.GRADIENT]}
+        return tuple(term for term in self.by_role[Role.PARAMETER] if term.name in names)
+
     def __post_init__(self) -> None:
         grouped: dict[Role, tuple[Term, ...]] = dict.fromkeys(Role, ())
         for term in self.terms:

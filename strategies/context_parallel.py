@@ -40,7 +40,7 @@ class ContextParallel(AbstractStrategy):
       Transformer Engine's ``AttnFuncWithCPAndKVAllGather``.
     - ``ulysses``: all-to-alls give every GPU the whole sequence of 1/c of the heads: of queries, keys, values
       and the output, and backward of their gradients, exposed. Jacobs et al. 2023, arXiv:2309.14509, section
-      3.2: 4 N h / P elements of every GPU, where keys are as wide as queries.
+      3: 4 N h / P elements of every GPU, where keys are as wide as queries.
 
     ``rotated_bytes``: PyTorch's own (torch.distributed.tensor.experimental) sends the gradients of keys and
     values round even where these are gathered, in fp32: 4 bytes an element. 0 stands for their message's way

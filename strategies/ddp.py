@@ -46,5 +46,5 @@ class DataParallel(DataStrategy):
 
     def workspace(self, layers: Sequence[Layer], size: Size) -> Iterable[Buffer]:
         if self.bucket_bytes:
-            whole = sum(layer.count * size(t) for layer in layers for t in layer.by_role[Role.PARAMETER])
+            whole = sum(layer.count * size(t) for layer in layers for t in layer.trained)
             yield Buffer("all-reduce bucket", smaller(whole, self.bucket_bytes), "reduction")

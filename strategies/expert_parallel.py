@@ -14,7 +14,7 @@ from strategies.base import AbstractStrategy, Buffer, Collective, Layer, Quantit
 class ExpertParallel(AbstractStrategy):
     """1/e of the routed experts on a GPU; tensor parallelism of its own, ``tensor``, cuts their width.
 
-    Lepikhin et al. 2020, arXiv:2006.16668 (GShard), section 3.2: an all-to-all hands every token to the GPUs
+    Lepikhin et al. 2020, arXiv:2006.16668 (GShard), section 3: an all-to-all hands every token to the GPUs
     of its ``top_k`` experts, a second one brings the results back, and the backward has the same two. Where
     tokens are spread evenly a GPU gets as many as it sends, whatever e is. Its group is carved out of
     those of tensor, context and data parallelism (Megatron Core, parallel_state.py: expert tensor, expert,

@@ -8,19 +8,14 @@ from functools import reduce
 from typing import ClassVar
 
 from strategies.base import STATES, Buffer, Collective, Layer, Quantity, Role, Size, Term, by_group, larger
-from strategies.zero3 import Zero3, elements
+from strategies.zero3 import Zero3, on_the_wire, trained
 
 
-def unit_elements(layers: Iterable[Layer], size: Size, *kinds: str) -> Quantity:
-    """Parameters of the layers of those kinds, one of each."""
-    return sum(elements(layer, size) for layer in layers if layer.kind in kinds)
-
-
-def tied_elements(layers: Sequence[Layer], size: Size) -> Quantity:
-    """Parameters of the embedding that a tied head on the same stage uses: a unit of both."""
+def tied(layers: Sequence[Layer]) -> list[Layer]:
+    """The embedding that a tied head on the same stage uses: a unit of both."""
     tied = any("copies" in t.dims for layer in layers for t in layer.by_role[Role.PARAMETER])
     together = {layer.kind for layer in layers} >= {"embedding", "head"}
-    return unit_elements(layers, size, "embedding") if tied and together else 0
+    return [layer for layer in layers if layer.kind == "embedding" and tied and together]
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,7 @@ class FullyShardedDataParallel(Zero3):
     def gathered(self, parameter: Term, size: Size) -> Quantity:
         kept = self.pipelined if self.reshard_after_forward else 1
         kept = kept * (self.ranks(parameter) > 1)  # a group of one is not wrapped
-        return kept * size(parameter) / parameter.unit * self.gather_bytes
+        return kept * size(parameter) / parameter.unit * min(self.gather_bytes, parameter.unit)
 
     def workspace(self, layers: Sequence[Layer], size: Size) -> Iterable[Buffer]:
         # What stays gathered needs no second gathering, and a pipeline reduces once, at the end.
@@ -90,44 +85,56 @@ class FullyShardedDataParallel(Zero3):
         one block is in use and one gathered ahead, and the input of the previous block's
         reduce-scatter is still there. Seen so in traces of torch 2.13's ``fully_shard``.
         """
-        block = reduce(larger, (elements(layer, size) for layer in layers if layer.is_block))
-        yield Buffer("gathered layer, to be copied", block * self.gather_bytes, "logits", "gather")
-        head = unit_elements(layers, size, "head") + tied_elements(layers, size)
-        root = unit_elements(layers, size, "embedding", "head")
+
+        def of(*kinds: str) -> list[Layer]:
+            return [layer for layer in layers if layer.kind in kinds]
+
+        def gathered(units: Iterable[Layer]) -> Quantity:
+            return sum(on_the_wire(layer, size, self.gather_bytes) for layer in units)
+
+        def gradients(units: Iterable[Layer], width: float) -> Quantity:
+            return sum(trained(layer, size) for layer in units) * width
+
+        blocks = [layer for layer in layers if layer.is_block]
+        block = reduce(larger, (gathered([one]) for one in blocks))
+        reduced = reduce(larger, (gradients([one], self.reduce_bytes) for one in blocks))
+        head, root = of("head") + tied(layers), of("embedding", "head")
+        yield Buffer("gathered layer, to be copied", block, "logits", "gather")
         if self.separate_root:
-            root = unit_elements(layers, size, "embedding")
-            largest = head
-            yield Buffer("gathered head unit", head * self.gather_bytes, "loss")
-            yield Buffer("gathered embedding unit", root * self.gather_bytes, "end")
+            root, largest = of("embedding"), head
+            yield Buffer("gathered head unit", gathered(head), "loss")
+            yield Buffer("gathered embedding unit", gathered(root), "end")
         else:
             largest = root
-            yield Buffer("gathered root unit", root * self.gather_bytes)
+            yield Buffer("gathered root unit", gathered(root))
             if self.keeps_last:
-                yield Buffer("gathered layer, the last", block * self.gather_bytes, "loss")
+                yield Buffer("gathered layer, the last", block, "loss")
             else:
-                yield Buffer("gathered layer, prefetched", block * self.gather_bytes, "loss", "gather")
-            yield Buffer("unsharded gradients of the head", head * self.gather_bytes, "block")
-            untied = unit_elements(layers, size, "head")
-            yield Buffer("unsharded gradients of the head", untied * self.gather_bytes, "end")
-        yield Buffer("gathered layer, in use", block * self.gather_bytes, "block")
-        yield Buffer("gathered layer, prefetched", block * self.gather_bytes, "not last", "gather")
-        yield Buffer("gathered unit, to be copied", largest * self.gather_bytes, "start", "gather")
+                yield Buffer("gathered layer, prefetched", block, "loss", "gather")
+            whole = self.gather_bytes
+            yield Buffer("unsharded gradients of the head", gradients(head, whole), "block")
+            yield Buffer("unsharded gradients of the head", gradients(of("head"), whole), "end")
+        yield Buffer("gathered layer, in use", block, "block")
+        yield Buffer("gathered layer, prefetched", block, "not last", "gather")
+        yield Buffer("gathered unit, to be copied", gathered(largest), "start", "gather")
         for span in ("not first", "end"):
-            yield Buffer("reduce-scatter input, previous layer", block * self.reduce_bytes, span)
-        yield Buffer("unsharded gradients, last unit", root * self.gather_bytes, "reduction")
-        yield Buffer("reduce-scatter input, last unit", root * self.reduce_bytes, "reduction")
+            yield Buffer("reduce-scatter input, previous layer", reduced, span)
+        yield Buffer("unsharded gradients, last unit", gradients(root, self.gather_bytes), "reduction")
+        yield Buffer("reduce-scatter input, last unit", gradients(root, self.reduce_bytes), "reduction")
 
     def collectives(self, layer: Layer, size: Size) -> Iterable[Collective]:
         for shard, part in by_group(layer, "data_shard"):
             shards = self.shards if shard == "data_shard" else self.expert_degree
-            yield from self._sent(shard, shards, elements(part, size))
+            yield from self._sent(shard, shards, part, size)
 
-    def _sent(self, shard: str, shards: Quantity, unit: Quantity) -> Iterable[Collective]:
-        """Messages of ``unit`` parameters that ``shards`` GPUs along axis ``shard`` share."""
-        gathered, reduced = unit * self.gather_bytes, unit * self.reduce_bytes
+    def _sent(self, shard: str, shards: Quantity, part: Layer, size: Size) -> Iterable[Collective]:
+        """Messages of parameters that ``shards`` GPUs along axis ``shard`` share."""
+        gathered = on_the_wire(part, size, self.gather_bytes)
+        reduced = trained(part, size) * self.reduce_bytes
         # Out of the gather's buffer, and into the reduction's: a read and a write each.
         copies = self.copies * (shards > 1)
-        out, into = 2 * gathered * copies, (gathered + reduced) * copies
+        made = trained(part, size) * self.gather_bytes
+        out, into = 2 * gathered * copies, (made + reduced) * copies
         each = 1 - self.pipelined
         again = each * self.reshard_after_forward
         once = self.pipelined

@@ -42,6 +42,7 @@ class Wire:
     live_elements: float = 1e9  # parameters that ZeRO-3 keeps gathered at most
     prefetch_elements: float = 5e7  # parameters that ZeRO-3 gathers ahead
     overlaps_regions: bool = False  # an input's gradient is reduced behind the product of the weight's
+    repeats_heads: bool = False  # tensor parallelism beyond the key and value heads
     bucket_fraction: float = 0.0  # of DDP's buckets, in copies of the gradients
     bucket_view: bool = False  # DDP's gradients are views of its buckets
     copies: bool = True  # FSDP's messages have buffers of their own (FSDP2), rather than being its tensors
@@ -231,7 +232,9 @@ def strategies_of(
 ) -> tuple[AbstractStrategy, ...]:
     """The one list of strategies that a layout stands for, seen from one stage and one policy."""
     tensor: tuple[AbstractStrategy, ...] = (
-        TensorParallel(layout.tensor_parallel, layout.sequence_parallel, wire.overlaps_regions),
+        TensorParallel(
+            layout.tensor_parallel, layout.sequence_parallel, wire.overlaps_regions, wire.repeats_heads
+        ),
     )
     if layout.sequence_parallel:
         tensor += (SequenceParallel(layout.tensor_parallel),)

@@ -16,10 +16,11 @@ from strategies.base import (
     Term,
 )
 
-CUT = frozenset(("heads", "kv_heads", "ffn", "shared_ffn", "vocab")).union(
+CUT = frozenset(("heads", "kv_heads", "ffn", "shared_ffn", "vocab", "rank")).union(
     ("ssm_heads", "ssm_groups", "delta_heads", "delta_key_heads")
 )
-"""The dimensions that tensor parallelism cuts: of a state space its heads and the groups of them that share B
+"""The dimensions that tensor parallelism cuts; the rank of adapters too, as Megatron Bridge does
+(peft/utils.py, ``ParallelLinearAdapter``); of a state space its heads and the groups of them that share B
 and C (Dao and Gu 2024, arXiv:2405.21060, section 8.1), of a delta net those of values and of keys."""
 
 
@@ -31,6 +32,8 @@ class TensorParallel(AbstractStrategy):
     region and direction, so four per block. Korthikanti et al. 2022, arXiv:2205.05198, section
     4.2.2: with sequence parallelism each becomes a reduce-scatter and an all-gather of the same
     buffer, and the backward gathers the region's input once more, behind the matrix products.
+    Key and value heads fewer than the group (``repeats_heads``) are held by several of its GPUs each: the
+    product of queries, keys and values is cut all the same, then gathered (Megatron Core, attention.py).
     Where ``overlaps``, the gradient of a region's input is reduced behind the product that makes its
     weight's: Megatron-LM without ``--no-async-tensor-model-parallel-allreduce``.
     """
@@ -39,12 +42,16 @@ class TensorParallel(AbstractStrategy):
     label: ClassVar[str] = "TP"
     sequence_parallel: bool = False
     overlaps: bool = False
+    repeats_heads: bool = False
 
     def share(self, term: Term) -> Quantity:
         return 1 if CUT.isdisjoint(term.dims) else 1 / self.degree
 
     def collectives(self, layer: Layer, size: Size) -> Iterable[Collective]:
         behind = "layer" if self.overlaps else ""
+        for term in [t for t in layer.by_role[Role.MESSAGE] if "gathered_heads" in t.dims]:
+            yield Collective("all_gather", self.axis, size(term), way="forward", of=term)
+            yield Collective("reduce_scatter", self.axis, size(term))
         for term in [t for t in layer.by_role[Role.MESSAGE] if "crossings" in t.dims]:
             crossings = term.dims["crossings"]
             region, half = size(term) / crossings, crossings / 2
@@ -68,7 +75,8 @@ class TensorParallel(AbstractStrategy):
             if name in CUT - {"vocab"}  # a vocabulary that does not divide is padded in the layer
         }
         for name, length in lengths.items():
-            if length % self.degree:
+            repeated = self.repeats_heads and name == "kv_heads" and self.degree % length == 0
+            if length % self.degree and not repeated:
                 fits = [str(d) for d in range(1, min(length, 64) + 1) if length % d == 0]
                 choice = " or ".join([", ".join(fits[:-1]), fits[-1]] if fits[1:] else fits)
                 yield f"tensor_parallel={self.degree} does not divide {name}={length}: use {choice}"

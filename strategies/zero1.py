@@ -50,7 +50,7 @@ class Zero1(DataStrategy):
     def collectives(self, layer: Layer, size: Size) -> Iterable[Collective]:
         for axis, part in by_group(layer, self.axis):
             gradients = sum(size(term) for term in part.by_role[Role.GRADIENT])
-            parameters = sum(size(term) for term in part.by_role[Role.PARAMETER])
+            parameters = sum(size(term) for term in part.trained)
             yield Collective("reduce_scatter", axis, gradients, per="step", behind="backward")
             yield Collective("all_gather", axis, parameters, per="step", behind="forward")
 
@@ -65,7 +65,7 @@ class Zero1(DataStrategy):
         bucket, always, before = self.bucket_bytes, self.accumulates, 1 - self.pipelined
         if not bucket:
             return
-        weights = [(layer.count, t) for layer in layers for t in layer.by_role[Role.PARAMETER]]
+        weights = [(layer.count, t) for layer in layers for t in layer.trained]
         if self.lasting:
             whole = sum(count * size(t) for count, t in weights)
             yield Buffer("gradients in half precision, to be reduced", whole, "reduction")

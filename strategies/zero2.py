@@ -50,6 +50,6 @@ class Zero2(Zero1):
     def collectives(self, layer: Layer, size: Size) -> Iterable[Collective]:
         for axis, part in by_group(layer, self.axis):
             gradients = sum(size(term) for term in part.by_role[Role.GRADIENT])
-            parameters = sum(size(term) for term in part.by_role[Role.PARAMETER])
+            parameters = sum(size(term) for term in part.trained)
             yield Collective("reduce_scatter", axis, gradients, behind="layer")
             yield Collective("all_gather", axis, parameters, per="step", behind="forward")

@@ -27,6 +27,16 @@ def elements(layer: Layer, size: Size) -> Quantity:
     return sum(size(term) / term.unit for term in layer.by_role[Role.PARAMETER])
 
 
+def trained(layer: Layer, size: Size) -> Quantity:
+    """Parameters of one layer that have a gradient."""
+    return sum(size(term) / term.unit for term in layer.trained)
+
+
+def on_the_wire(layer: Layer, size: Size, width: float) -> Quantity:
+    """Bytes of one layer's parameters, gathered: ``width`` an element, or as stored, if that is less."""
+    return sum(size(term) / term.unit * min(term.unit, width) for term in layer.by_role[Role.PARAMETER])
+
+
 @dataclass(frozen=True)
 class Zero3(DataStrategy):
     """All model states cut by d; every layer is gathered before its forward and its backward.
@@ -56,8 +66,8 @@ class Zero3(DataStrategy):
 
     def collectives(self, layer: Layer, size: Size) -> Iterable[Collective]:
         for axis, part in by_group(layer, self.axis):
-            unit = elements(part, size)
-            gathered, reduced = unit * self.gather_bytes, unit * self.reduce_bytes
+            gathered = on_the_wire(part, size, self.gather_bytes)
+            reduced = trained(part, size) * self.reduce_bytes
             for way in ("forward", "backward"):
                 yield Collective("all_gather", axis, gathered, behind="layer", way=way)
             yield Collective("reduce_scatter", axis, reduced, behind="layer")
@@ -67,10 +77,12 @@ class Zero3(DataStrategy):
         alive = smaller(everything, self.live_elements + self.prefetch_elements)
         if self.owned:  # what is gathered ahead lies in one piece until each parameter is copied out of it
             alive = alive + smaller(everything, self.prefetch_elements)
-        yield Buffer("gathered parameters", alive * self.gather_bytes)
+        whole = sum(layer.count * on_the_wire(layer, size, self.gather_bytes) for layer in layers)
+        yield Buffer("gathered parameters", alive / everything * whole)
         if self.owned:
             for span in ("passes", "reduction", "optimizer step"):
                 yield Buffer("reduce bucket", self.bucket_elements * self.reduce_bytes, span)
             return
         for span in ("block", "end"):
-            yield Buffer("reduce bucket", smaller(everything, self.bucket_elements) * self.reduce_bytes, span)
+            own = sum(layer.count * trained(layer, size) for layer in layers)
+            yield Buffer("reduce bucket", smaller(own, self.bucket_elements) * self.reduce_bytes, span)

@@ -38,6 +38,8 @@ class Row:
     ``when`` is a list of feature words that must all be present, or absent after a ``!``:
     ``rotary !eager``. ``steps`` lists the steps of the layer's backward (planner/layers.py) that the
     tensors belong to, evenly: after which an activation is freed, during which a transient lives.
+    ``read_by`` says that only gradients of weights need them, and of which: ``norms``, ``head``, or the
+    products of those steps, one for each of ``steps``.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Row:
     when: str = ""
     role: Role = Role.ACTIVATION
     steps: str = ""
+    read_by: str = ""
 
     def applies(self, features: frozenset[str]) -> bool:
         """Does this row belong to a model and job with these features?"""
@@ -164,12 +167,17 @@ class Stack:
     block_policies: tuple[str, ...] = ("full",)  # those that run a whole block again before its backward
     rerun: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Products that a policy milder than ``full`` runs again: name -> policies that do not."""
+    reruns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Products that an option runs again under every policy: ``name:value`` -> their names."""
+    concerns: Mapping[str, str] = field(default_factory=dict)
+    """What a model must have for an option to mean anything: option -> a field of the model."""
     families: tuple[str, ...] = ()  # the model types it has; all, if empty
     separate_root: bool = False  # FSDP units: embedding and head each one of their own, unless root=one
     keeps_last: bool = False  # with one root unit, FSDP does not reshard the last block after its forward
     sizes: Mapping[str, float] = field(default_factory=dict)  # options that are numbers of elements
     bucket_fraction: float = 0.0
     eager_alibi: bool = False  # no fused attention for ALiBi models
+    repeats_heads: bool = False  # tensor parallelism may exceed the key and value heads
     overlaps_regions: bool = False  # tensor parallelism reduces gradients behind the weights' products
     launches: tuple[float, float] = (20.0, 38.0)  # kernels of a block's forward and of its backward
     attention_kernels: tuple[str, ...] = ("flash", "cudnn")  # fused ones, the preferred first
@@ -183,7 +191,14 @@ class Stack:
         changed: dict[str, Any] = {}
         for name, value in options.items():
             changed |= self.variants.get(f"{name}:{value}", {})
+        again = [part for name, value in options.items() for part in self.reruns.get(f"{name}:{value}", ())]
+        if again:
+            changed["rerun"] = {**changed.get("rerun", self.rerun), **dict.fromkeys(again, ())}
         return replace(self, **changed) if changed else self
+
+    def concerned(self, option: str, model: object) -> bool:
+        """Has a model what an option is of?"""
+        return option not in self.concerns or bool(getattr(model, self.concerns[option]))
 
     @property
     def context_comm(self) -> str:
@@ -221,6 +236,7 @@ class Stack:
             lasting=4 / recipe.gradient if self.both_gradients and recipe.gradient > 4 else 0.0,
             copies=options.get("version") != "1",
             overlaps_regions=self.overlaps_regions,
+            repeats_heads=self.repeats_heads,
             separate_root=self.separate_root and options.get("root") != "one",
             keeps_last=self.keeps_last and options.get("root") == "one",
             rotated_bytes=self.rotated_bytes,

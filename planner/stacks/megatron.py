@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from planner.stacks import megatron_experts as parts
 from planner.stacks import traffic
 from planner.stacks.base import (
     ALLOCATOR,
@@ -80,7 +81,16 @@ BLOCK = (
     Row("block input", H, 1, COMPUTE, ALWAYS, steps="norm1"),
     Row("norm statistics", "batch seq residual:1", 2, FP32, UNTIL_FULL, "rmsnorm", steps="norm1 norm2"),
     Row("norm statistics", "batch seq residual:1", 4, FP32, UNTIL_FULL, "layernorm", steps="norm1 norm2"),
-    Row("attention input (norm output)", H, 1, COMPUTE, UNTIL_FULL, "!norm:recomputed !fp8", steps="qkv"),
+    Row(
+        "attention input (norm output)",
+        H,
+        1,
+        COMPUTE,
+        UNTIL_FULL,
+        "!norm:recomputed !fp8",
+        steps="qkv",
+        read_by="qkv",
+    ),
     Row("query", AD, 1, COMPUTE, UNTIL_FULL, steps="core"),
     Row("key and value", KD, 2, COMPUTE, UNTIL_FULL, steps="core"),
     # The norms of queries and keys keep their inputs.
@@ -97,12 +107,30 @@ BLOCK = (
     Row("attention output", AD, 1, COMPUTE, UNTIL_FULL, steps="core"),
     Row("dropout mask after attention", H, 1, BYTE, UNTIL_FULL, "dropout", steps="out"),
     Row("input of the second norm", H, 1, COMPUTE, UNTIL_FULL, "!parallel", steps="norm2"),
-    Row("MLP input (norm output)", H, 1, COMPUTE, UNTIL_FULL, "!norm:recomputed !fp8", steps="up"),
+    Row(
+        "MLP input (norm output)",
+        H,
+        1,
+        COMPUTE,
+        UNTIL_FULL,
+        "!norm:recomputed !fp8",
+        steps="up",
+        read_by="up",
+    ),
     Row("activation's input", F, 1, COMPUTE, UNTIL_FULL, "!gated", steps="act"),
-    Row("second product's input", F, 1, COMPUTE, UNTIL_FULL, "!gated !fp8", steps="down"),
+    Row("second product's input", F, 1, COMPUTE, UNTIL_FULL, "!gated !fp8", steps="down", read_by="down"),
     Row("gate and up", F, 2, COMPUTE, UNTIL_FULL, "gated", steps="act"),
     Row("activated gate", F, 1, COMPUTE, UNTIL_FULL, "gated swiglu:unfused", steps="act"),
-    Row("gated product", F, 1, COMPUTE, UNTIL_FULL, "gated !swiglu:recomputed !fp8", steps="down"),
+    Row(
+        "gated product",
+        F,
+        1,
+        COMPUTE,
+        UNTIL_FULL,
+        "gated !swiglu:recomputed !fp8",
+        steps="down",
+        read_by="down",
+    ),
     Row("dropout mask after MLP", H, 1, BYTE, UNTIL_FULL, "dropout", steps="down"),
     # In 8 bits a product keeps its input as it multiplies it with the gradients: one byte, of one orientation
     # (Transformer Engine, module/linear.py and layernorm_linear.py, update_usage). Attention keeps its output
@@ -124,6 +152,13 @@ BLOCK = (
     Row("gradient of the attention output", AD, 2, role=TRANSIENT, steps="out core"),
     Row("gradient of the query", AD, 2, role=TRANSIENT, steps="core qkv"),
     Row("gradients of key and value", KD, 4, role=TRANSIENT, steps="core qkv"),
+    Row(
+        "gradient of the gathered query, key and value",
+        "batch seq gathered_heads head_dim repeats",
+        2,
+        role=TRANSIENT,
+        steps="core qkv",
+    ),
     Row("gradient of the scores", SS, 1, when="eager", role=TRANSIENT, steps="core"),
     Row("norm outputs, recomputed", H, 2, when="norm:recomputed", role=TRANSIENT, steps="qkv up"),
     Row("gated product, recomputed", F, 1, when="gated swiglu:recomputed", role=TRANSIENT, steps="down"),
@@ -142,7 +177,7 @@ HEAD = (
     Row("input of the final norm", H, 1, steps="norm"),
     Row("final norm statistics", "batch seq residual:1", 1, FP32, when="rmsnorm", steps="norm"),
     Row("final norm statistics", "batch seq residual:1", 2, FP32, when="layernorm", steps="norm"),
-    Row("head input (norm output)", H, 1, steps="head"),
+    Row("head input (norm output)", H, 1, steps="head", read_by="head"),
     # Vocabulary-parallel cross entropy keeps the probabilities, in fp32; Transformer Engine's fused one
     # the logits, which its backward turns into their gradients in place.
     Row("probabilities of the loss", V, 1, FP32, when="!loss:fused", steps="loss"),
@@ -152,7 +187,13 @@ HEAD = (
     Row("gradient of the head's input", H, 2, role=TRANSIENT, steps="head norm"),
     # Fused accumulation adds to the main gradient; autograd is handed an empty one of the weight's shape.
     Row(
-        "stand-in gradient of the head weight", "vocab hidden", 1, when="mcore", role=TRANSIENT, steps="head"
+        "stand-in gradient of the head weight",
+        "vocab hidden",
+        1,
+        when="mcore",
+        role=TRANSIENT,
+        steps="head",
+        read_by="head",
     ),
 )
 
@@ -164,6 +205,7 @@ STAGE = (
         1,
         when="mcore !eager",
         role=BUFFER,
+        read_by="qkv",
     ),
     Row(
         "stand-in gradient, query, key, value: key and value",
@@ -171,11 +213,26 @@ STAGE = (
         2,
         when="mcore !eager",
         role=BUFFER,
+        read_by="qkv",
     ),
-    Row("stand-in gradient, attention output", "heads head_dim hidden", 1, when="mcore !eager", role=BUFFER),
-    Row("stand-in gradient, gate and up", "hidden ffn", 2, when="mcore !eager gated", role=BUFFER),
-    Row("stand-in gradient, up", "hidden ffn", 1, when="mcore !eager !gated", role=BUFFER),
-    Row("stand-in gradient, down", "ffn hidden", 1, when="mcore !eager", role=BUFFER),
+    Row(
+        "stand-in gradient, attention output",
+        "heads head_dim hidden",
+        1,
+        when="mcore !eager",
+        role=BUFFER,
+        read_by="out",
+    ),
+    Row(
+        "stand-in gradient, gate and up",
+        "hidden ffn",
+        2,
+        when="mcore !eager gated",
+        role=BUFFER,
+        read_by="up",
+    ),
+    Row("stand-in gradient, up", "hidden ffn", 1, when="mcore !eager !gated", role=BUFFER, read_by="up"),
+    Row("stand-in gradient, down", "ffn hidden", 1, when="mcore !eager", role=BUFFER, read_by="down"),
     # The scores of unfused attention go into one buffer that all layers share.
     Row("attention scores, shared", SS, 1, when="mcore eager", role=BUFFER),
 )
@@ -207,9 +264,14 @@ MEGATRON = Stack(
     version="Megatron-LM core 0.16, Transformer Engine kernels",
     rows={
         "embedding": EMBEDDING + traffic.EMBEDDING,
-        "block": by_parts(*BLOCK, *traffic.FUSED, *FP8_TRAFFIC) + MAMBA,
+        "block": (
+            *parts.usual(by_parts(*BLOCK, *traffic.FUSED, *FP8_TRAFFIC)),
+            *parts.MIXTURE,
+            *parts.LATENT,
+            *MAMBA,
+        ),
         "head": HEAD + traffic.HEAD,
-        "stage": of_stage(*STAGE),
+        "stage": (*parts.usual(of_stage(*STAGE)), *parts.STAND_INS),
     },
     recipes={
         "bf16": Recipe(2, 4, 4, 4),
@@ -240,7 +302,10 @@ MEGATRON = Stack(
         "loss": ("parallel", "fused"),
         "overlap": ("on", "off"),  # --overlap-grad-reduce, --overlap-param-gather
         "tp_comm_overlap": ("off", "on"),
+        **parts.OPTIONS,
     },
+    concerns=parts.CONCERNS,
+    reruns=parts.RERUNS,
     # transformer_config.py: cp_comm_type; Transformer Engine's attention has them.
     context_comms={
         "ring": "--cp-comm-type p2p",
@@ -265,6 +330,7 @@ MEGATRON = Stack(
         "1.01-1.09 in SimuMax's per-rank readings of Megatron-LM on B200, 1.03 in most",
         fraction=True,
     ),
+    repeats_heads=True,
     overlaps_regions=True,
     attention_kernels=("cudnn", "flash"),  # as Transformer Engine prefers them
     hidden_transfers="--overlap-grad-reduce --overlap-param-gather",

@@ -114,7 +114,9 @@ def _by_part(row: Row) -> Iterator[Row]:
         yield _when(row, KNOWN[row.name])
     elif {"heads", "kv_heads", "head_dim"} & set(lengths) or ("attention" in row.name and not own[0]):
         yield _when(row, "attends")
-    elif "ffn" in lengths or (steps and own[0]):
+    elif "ffn" in lengths:  # a dense MLP's (planner/stacks/megatron_experts.py, ``usual``)
+        yield row
+    elif steps and own[0]:
         yield _when(row, "feeds")
     elif steps and own[1]:
         yield _when(row, "mixes")
@@ -131,6 +133,6 @@ def _when(row: Row, condition: str) -> Row:
 
 
 def of_stage(*rows: Row) -> tuple[Row, ...]:
-    """A stage's rows, each under the condition that the model has such blocks; those of state spaces."""
-    found = [_when(row, "has:dense" if "ffn" in row.dims.split() else "has:attention") for row in rows]
-    return (*found, *(_when(replace(row, role=BUFFER), "mcore has:mamba") for row in MAMBA_STAGE))
+    """A stage's rows, those of attention where there is some; and those of state spaces."""
+    found = [row if "ffn" in row.dims.split() else _when(row, "attends") for row in rows]
+    return (*found, *(_when(replace(row, role=BUFFER), "mcore mixer:mamba") for row in MAMBA_STAGE))

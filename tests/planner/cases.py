@@ -150,9 +150,12 @@ def cases(
     stack = STACKS[framework]
     kernels = draw(st.sampled_from(stack.options.get("kernels", ("its own",))))
     offered = stack.under({"kernels": kernels}).options
+    offered = {name: values for name, values in offered.items() if stack.concerned(name, model)}
     options = {name: draw(st.sampled_from(offered[name])) for name in sorted(offered)}
     if "kernels" in options:
         options["kernels"] = kernels
+    if options.get("optimizer_step") == "in_backward":  # of one micro-batch on one GPU
+        options["optimizer_step"] = "fused"
     if not model.gated_mlp:  # what compiled blocks keep is known of gated MLPs only
         options.pop("compile", None)
     precision, gradients = draw(st.sampled_from(["bf16", "fp32"])), None

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from planner import ClusterSpec, InputError, Layout, ModelSpec, Plan, TrainingSpec, estimate, explain, search
@@ -17,13 +19,17 @@ from planner.cli import app
 from planner.defaults import Job, resolve
 from planner.layers import Builder
 from planner.layouts import NUMBERS, Choices, enumerate_layouts
+from planner.ledger import tensor_entries, view
 from planner.model import Experts
 from planner.network import group, size_of
 from planner.overheads import groups
+from planner.replay import StageReplay
 from planner.stages import price
 from planner.units import GIB
-from strategies.base import STATES, Layer, Role, Term
+from strategies.base import STATES
+from strategies.context_parallel import COMMS
 from strategies.layout import RANK_ORDERS
+from tests.planner.cases import cases, splits
 
 LLAMA = ModelSpec.from_catalog("llama-3.1-8b")
 NODE, FOUR = ClusterSpec.parse("8xH100"), ClusterSpec.parse("32xH100")
@@ -301,32 +307,6 @@ MIXTURE = LLAMA.model_copy(update={"experts": EXPERTS})
 WEIGHT = {"experts": 8, "hidden": 4096, "expert_ffn": 14336, "gate": 3}
 
 
-def with_experts(block: Layer, tokens: dict[str, Any]) -> Layer:
-    """A block whose MLP is routed, in the words that strategies know."""
-    own = [t for t in block.terms if "ffn" not in t.dims]
-    routed = tokens | {"routed": 2}
-    own += [
-        Term("experts", role, WEIGHT, unit, steps=("up",) if role is Role.GRADIENT else ())
-        for role, unit in zip(STATES, (2.0, 4.0, 12.0), strict=True)
-    ]
-    own.append(Term("dispatched tokens", Role.ACTIVATION, routed | {"width": 4096}, 2.0, steps=("up",)))
-    own.append(Term("gate and up", Role.ACTIVATION, routed | {"expert_ffn": 14336}, 4.0, steps=("act",)))
-    own.append(Term("experts", Role.FLOPS, routed | {"hidden": 4096, "expert_ffn": 14336, "gate": 3}, 6.0))
-    own.append(Term("routed tokens", Role.MESSAGE, routed | {"width": 4096}, 2.0))
-    return Layer("block", tuple(own), block.count, block.steps)
-
-
-@pytest.fixture
-def mixture(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Builder.block
-
-    def block(self: Builder) -> Layer:
-        return with_experts(plain(self), {name: self.dims[name] for name in ("batch", "seq")})
-
-    monkeypatch.setattr(Builder, "block", block)
-
-
-@pytest.mark.usefixtures("mixture")
 def test_a_mixture_is_searched_over_the_divisors_of_its_experts() -> None:
     job = job_of(4096, FOUR, MIXTURE, batch=64)
     assert degrees(job, name="expert_parallel") == {1, 2, 4, 8}
@@ -337,7 +317,6 @@ def test_a_mixture_is_searched_over_the_divisors_of_its_experts() -> None:
         assert (shards >= 1).all()
 
 
-@pytest.mark.usefixtures("mixture")
 def test_expert_parallelism_holds_fewer_experts_and_sends_tokens_for_it() -> None:
     plans, sent = {}, {}
     for e in (1, 8):
@@ -353,7 +332,6 @@ def test_expert_parallelism_holds_fewer_experts_and_sends_tokens_for_it() -> Non
     assert sent[8]["expert"].size == 4096 * 2 * 4096 * 2
 
 
-@pytest.mark.usefixtures("mixture")
 def test_pricing_a_family_is_pricing_each_of_its_layouts() -> None:
     job = job_of(8192, FOUR, MIXTURE, batch=64)
     choices = Choices(micro_batch_size=(1,), pipeline_parallel=(1, 2), tensor_parallel=(1, 2))
@@ -380,7 +358,6 @@ def spread_rows(candidate: Any) -> list[list[int]]:
     return [[least + (j < more)] for j in range(len(candidate.stages))]
 
 
-@pytest.mark.usefixtures("mixture")
 def test_experts_have_objections_of_their_own() -> None:
     job = job_of(4096, NODE, MIXTURE)
     layers = Builder(job.model, job.training, job.stack, job.recipe).layers()
@@ -407,7 +384,6 @@ def test_replicas_of_experts_are_those_of_the_rest_where_the_pipeline_is_inside(
     assert not out_of_order(job, replace(inside, rank_order="tp-dp-pp"))
 
 
-@pytest.mark.usefixtures("mixture")
 def test_frameworks_without_expert_parallelism_refuse_it() -> None:
     layout = Layout(8, expert_parallel=2, sharding="fsdp")
     with pytest.raises(InputError, match="fsdp is planned without expert parallelism: use expert_parallel 1"):
@@ -464,3 +440,43 @@ def test_the_command_line_refuses_what_cannot_be(arguments: tuple[str, ...], sai
     result = CliRunner().invoke(app, [*job, *arguments])
     assert result.exit_code == 2
     assert said in " ".join(result.output.split())
+
+
+# --- Any layout with context parallelism ------------------------------------------------------------
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=60)
+def test_the_replay_and_the_ledger_agree_with_the_closed_form(data: st.DataObject) -> None:
+    case = data.draw(cases(schedules=("1f1b", "interleaved", "gpipe")))
+    comm = data.draw(st.sampled_from(COMMS))
+    layout = replace(case.layout, context_parallel=data.draw(st.sampled_from([2, 4])), context_comm=comm)
+    prices = price(case.job, layout)
+    candidate = prices.spread()
+    rows = data.draw(splits(candidate))
+    for index, own in enumerate(rows):
+        timeline = StageReplay(prices, index, rows).run()
+        assert candidate.peak(index, own)[0] >= timeline.pools * (1 - 1e-9)
+        for moment, (snapshot, size) in timeline.peaks().items():
+            held = sum(one.held for one in tensor_entries(prices, view(prices, rows, index), snapshot))
+            assert held == pytest.approx(size, rel=1e-9), (index, moment)
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=40)
+def test_a_part_of_the_sequence_takes_what_a_sequence_of_its_length_takes(data: st.DataObject) -> None:
+    # Activations and states: but for c times the positions, what a GPU holds is that of a shorter sequence.
+    case = data.draw(cases(frameworks=("megatron",), schedules=("1f1b", "gpipe")))
+    assume(case.training.options["attention"] == "flash")
+    c = data.draw(st.sampled_from([2, 3]))
+    shards = case.layout.data_shards
+    more = replace(case.layout, data_parallel=case.layout.data_parallel * c, data_shards=shards * c)
+    short = price(case.job, more)
+    length = int(case.training.seq_length or 0) * c
+    model = case.model.model_copy(update={"max_position_embeddings": length})
+    longer = case.training.model_copy(update={"seq_length": length})
+    whole = price(resolve(model, case.cluster, longer), replace(case.layout, context_parallel=c))
+    for own, other in zip(whole.blocks, short.blocks, strict=True):
+        assert float(own.saved) == pytest.approx(float(other.saved), rel=1e-12)
+        for role in STATES:
+            assert float(own.states[role]) == pytest.approx(float(other.states[role]), rel=1e-12)

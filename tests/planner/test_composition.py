@@ -322,7 +322,8 @@ def test_a_pipeline_of_one_stage_is_gradient_accumulation(case: Case) -> None:
     candidate = prices.spread()
     rows = even_split(candidate, 0)
     whole = sum(float(one.seconds) for one in (prices.embedding, prices.head))
-    whole += case.model.num_hidden_layers * float(prices.blocks[0].seconds)
+    several = len(prices.policies)
+    whole += sum(float(prices.blocks[kind * several].seconds) for kind in case.model.kinds)
     assert candidate.cost(rows) == pytest.approx(layout.grad_accum * whole + float(prices.step_seconds))
     for schedule in ("pipedream", "gpipe"):
         once = replace(layout, grad_accum=1)

@@ -19,7 +19,8 @@ from planner.hybrids import HYBRIDS
 from planner.model import Block
 from planner.reading import read_model
 from planner.specs import ClusterSpec, TrainingSpec
-from planner.unplanned import TRACED, unplanned
+from planner.stacks import STACKS
+from planner.unplanned import MEGATRON, TRACED, unplanned
 from planner.weights import Weight, block_weights, embedding_weights, head_weights, mtp_weights
 
 DATA = Path(__file__).parents[1] / "data"
@@ -280,15 +281,14 @@ def test_remote_code_is_ignored() -> None:
 @pytest.mark.parametrize(
     ("name", "named"),
     [
-        ("mixtral-8x7b", "mixtures of experts"),
-        ("nemotron-3-nano-30b-a3b", "mixtures of experts"),
+        ("olmoe-1b-7b", "query and key norms"),
         ("qwen3-next-80b-a3b", "gated delta net"),
-        ("gemma-2-9b", "unlike blocks"),
+        ("gemma-2-9b", "norms of gemma2's kind"),
         ("bert-large", "encoder"),
         ("t5-11b", "encoder-decoder"),
         ("vit-large-patch16", "vision"),
         ("falcon-7b", "norms"),
-        ("phi-4", "model_type='phi3'"),
+        ("falcon-180b", "norms"),
     ],
 )
 def test_what_is_counted_only_is_not_planned(name: str, named: str) -> None:
@@ -296,12 +296,30 @@ def test_what_is_counted_only_is_not_planned(name: str, named: str) -> None:
         resolve(ModelSpec.from_catalog(name), ClusterSpec.parse("8xH100"), TrainingSpec())
 
 
-def test_the_traced_families_and_hybrids_are_planned_and_no_others() -> None:
-    """None of the others' shapes either, down to the smallest that its keys allow."""
-    catalog = {m.model_type for m in map(ModelSpec.from_catalog, names("models")) if not unplanned(m)}
+def planned(framework: str) -> tuple[set[str], set[str]]:
+    """Model types that a framework plans: of the catalog, and of random small configurations."""
+    stack = STACKS[framework]
+    catalog = [*map(ModelSpec.from_catalog, names("models"))]
     models = [model_from_config(row["config"], "config.json") for row in ROWS]
-    assert catalog == {*TRACED, *HYBRIDS}
-    assert {model.model_type for model in models if not unplanned(model)} == {*TRACED, *HYBRIDS}
+    of_catalog, of_models = (
+        {model.model_type for model in several if not unplanned(model, stack)}
+        for several in (catalog, models)
+    )
+    return of_catalog, of_models
+
+
+@pytest.mark.parametrize("framework", [name for name in STACKS if name != "megatron"])
+def test_the_traced_families_are_planned_and_no_others(framework: str) -> None:
+    """None of the others' shapes either, down to the smallest that its keys allow."""
+    assert planned(framework) == (set(TRACED), set(TRACED))
+
+
+def test_megatron_runs_mixtures_latent_attention_and_state_spaces_too() -> None:
+    mixtures = {"mixtral", "deepseek_v2", "deepseek_v3", "qwen2_moe", "qwen3_moe", "glm4_moe", "gpt_oss"}
+    mixtures |= {*HYBRIDS}
+    of_catalog, of_models = planned("megatron")
+    assert of_catalog == {*TRACED, *mixtures, *MEGATRON, "kimi_k2"} - {"qwen2_moe", "ministral"}
+    assert of_models == {*TRACED, *mixtures, *MEGATRON, "kimi_k2"}
 
 
 def test_a_shape_is_llamas_and_with_experts_mixtrals() -> None:

@@ -278,7 +278,6 @@ LAYOUT = Layout(8, sharding="zero1")
         ("nemotron-h-8b", LAYOUT, {"framework": "deepspeed"}, "not under deepspeed"),
         ("nemotron-h-8b", LAYOUT, {"precision": "fp8-delayed"}, "8-bit products are not planned"),
         ("nemotron-h-8b", LAYOUT, {"options": {"norm": "recomputed"}}, "use norm=kept"),
-        ("nemotron-3-nano-30b-a3b", LAYOUT, {}, "mixtures of experts"),
         ("qwen3-next-80b-a3b", LAYOUT, {}, "gated delta net"),
         (
             "mamba-codestral-7b",
@@ -295,6 +294,23 @@ def test_what_is_not_planned_of_a_state_space_is_refused_by_name(
     job = {"seq_length": 8192, "global_batch_size": 8, "framework": "megatron"} | training
     with pytest.raises(InputError, match=said):
         estimate(ModelSpec.from_catalog(name), cluster, TrainingSpec(**job), layout)
+
+
+def test_experts_between_state_spaces_keep_what_experts_keep() -> None:
+    """Nemotron 3 Nano: a mixture's layer has no attention's rows, nor a state space's."""
+    nano = ModelSpec.from_catalog("nemotron-3-nano-30b-a3b")
+    job = job_of(nano, "16xH100", framework="megatron", seq_length=4096, precision="bf16")
+    layout = Layout(16, expert_parallel=8, sharding="zero1")
+    names = {kind: set(sizes(layer_of(job, kind), Role.ACTIVATION, layout)) for kind in nano.block_kinds}
+    experts, mamba = names[Block("none", "experts")], names[MAMBA]
+    assert {"routed tokens, by expert", "MLP input (norm output)", "norm statistics"} <= experts
+    assert experts & mamba == {"block input", "norm statistics"}
+    assert "log-sum-exp of the scores" in names[ATTENTION]
+    assert "routed tokens, by expert" not in names[ATTENTION]
+    stage = Builder(job.model, job.training, job.stack, job.recipe).stage()
+    assert {"stand-in gradient, experts' up", "stand-in gradient, state space: output"} <= {
+        term.name for term in stage.terms
+    }
 
 
 def test_a_search_interleaves_equal_blocks_only() -> None:

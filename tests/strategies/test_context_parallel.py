@@ -71,7 +71,7 @@ def test_an_all_gather_ends_with_the_keys_and_values_of_the_whole_sequence() -> 
 
 
 def test_ulysses_hands_out_4_n_h_over_p_elements() -> None:
-    # Jacobs et al. 2023, arXiv:2309.14509, section 3.2, where keys have as many heads as queries.
+    # Jacobs et al. 2023, arXiv:2309.14509, section 3, where keys have as many heads as queries.
     ulysses = ContextParallel(8, "ulysses")
     wide = Term("kv", Role.MESSAGE, Q.dims | {"kv_heads": HEADS}, 2.0)
     dims = {name: n for name, n in wide.dims.items() if name != "heads"}

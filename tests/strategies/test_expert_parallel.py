@@ -42,7 +42,7 @@ def messages(layout: Layout, axis: str, policy: str = "none") -> list[Collective
 
 @pytest.mark.parametrize("e", [1, 2, 4, 8])
 def test_a_gpu_holds_its_experts_and_as_many_tokens_whatever_their_number(e: int) -> None:
-    # GShard (arXiv:2006.16668), section 3.2: evenly spread, what leaves a GPU comes back from others.
+    # GShard (arXiv:2006.16668), section 3: evenly spread, what leaves a GPU comes back from others.
     expert = ExpertParallel(e)
     assert of(STATE_TERMS[0], [expert]) == 1 / e
     assert {of(term, [expert]) for term in (INPUT, INNER, WORK, *DENSE)} == {1.0}

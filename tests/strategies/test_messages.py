@@ -25,6 +25,7 @@ from strategies.tensor_parallel import TensorParallel
 from strategies.zero1 import Zero1
 from strategies.zero2 import Zero2
 from strategies.zero3 import Zero3
+from tests.helpers import job_of, llama
 
 # A ring moves a buffer of n bytes once for an all-gather or a reduce-scatter and twice for an
 # all-reduce, which is one of each: Rajbhandari et al. 2020, arXiv:1910.02054, section 7.1.
@@ -457,3 +458,27 @@ def test_fsdps_gradients_arise_whole_in_the_dtype_of_the_products() -> None:
     fsdp = FullyShardedDataParallel(64, shards=64, gather_bytes=2.0, reduce_bytes=4.0)
     assert fsdp.arriving(in_fp32, size_seen_by(fsdp, [fsdp])) == PSI * 2.0
     assert held(in_fp32, [fsdp]) == PSI * 4.0 / 64
+
+
+def test_more_gpus_than_key_and_value_heads_gather_the_product_and_keep_a_head_each() -> None:
+    """Megatron Core 0.16.1, attention.py: the product of all heads is cut by t, gathered, and sliced.
+
+    8 heads of 32, 2 of keys and values, t = 4: weights a quarter each, b s (8 + 4) 32 elements gathered, one
+    key and one value head kept.
+    """
+    model = llama(layers=1, hidden=256, heads=8, kv=2)
+    job = job_of(model, "4xA100", seq_length=64, global_batch_size=1)
+    layer = Builder(model, job.training, job.stack, job.recipe, tensor_parallel=4).block()
+    layout = Layout(tensor_parallel=4, sequence_parallel=True)
+    *strategies, _ = strategies_of(layout, job.stack.wire(job.recipe, job.training.options))
+    kept = {term.name: held(term, strategies) for term in layer.by_role[Role.ACTIVATION]}
+    assert kept["key and value"] == 2 * 64 * 32 * 2
+    weights = {term.name: held(term, strategies) for term in layer.by_role[Role.PARAMETER]}
+    assert weights["key and value weights"] == 256 * 2 * 2 * 32 * 2 / 4
+    sent = [one for one in collectives_of(layer, strategies) if one.size == 64 * (8 + 2 * 2) * 32 * 2]
+    assert [(one.kind, one.way) for one in sent] == [
+        ("all_gather", "forward"),
+        ("reduce_scatter", "backward"),
+    ]
+    assert not list(TensorParallel(4, repeats_heads=True).objections([layer]))
+    assert list(TensorParallel(4).objections([layer]))

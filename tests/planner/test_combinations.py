@@ -1,0 +1,140 @@
+"""Random combinations of everything: each is planned soundly or refused with a reason.
+
+A plan may not hold less than its states, nor anything negative or without a number; a refusal says what is
+wrong. Nothing else may come out: no other exception, no nonsense.
+"""
+
+from __future__ import annotations
+
+from math import isfinite
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from planner import ClusterSpec, ModelSpec, Plan, TrainingSpec, estimate
+from planner.catalog import names
+from planner.errors import InputError
+from planner.optimizers import OPTIMIZERS
+from planner.stacks import STACKS
+from strategies.context_parallel import COMMS
+from strategies.layout import SHARDINGS, Layout
+from strategies.pipeline_parallel import FOLDED, SCHEDULES
+
+MODELS = sorted(names("models"))
+GPUS = ("V100-32G", "A100", "H100", "H200", "B200")
+LORA: tuple[dict[str, Any], ...] = (
+    {"rank": 8},
+    {"rank": 16, "targets": ("q", "v"), "quantize": "nf4", "double": True},
+    {"rank": 4, "dora": True, "dropout": 0.1},
+)
+
+
+TWISTS = (
+    "tensor_parallel",
+    "pipeline_parallel",
+    "context_parallel",
+    "expert_parallel",
+    "expert_tensor_parallel",
+    "sharding",
+    "schedule",
+    "precision",
+    "optimizer",
+    "gradient_dtype",
+    "attention",
+    "adapters",
+    "expert_imbalance",
+    "expert_capacity_factor",
+    "gpu",
+)
+"""What may be other than the framework's usual: a few at a time, as most pairs contradict."""
+
+
+@st.composite
+def jobs(draw: st.DrawFn) -> tuple[ModelSpec, ClusterSpec, TrainingSpec, Layout, str]:
+    """A model of the catalog, GPUs, a way to train it with a few twists, a layout and a recompute policy."""
+    twists = draw(st.sets(st.sampled_from(TWISTS), max_size=5))
+
+    def pick(*values: Any) -> Any:
+        return draw(st.sampled_from(values))
+
+    def twist(name: str, usual: Any, *others: Any) -> Any:
+        return pick(*others) if name in twists else usual
+
+    model = ModelSpec.from_catalog(pick(*MODELS))
+    framework = pick(*STACKS)
+    stack = STACKS[framework]
+    tensor, pipeline = twist("tensor_parallel", 1, 2, 4, 8, 16), twist("pipeline_parallel", 1, 2, 3, 8)
+    data, micro, accum = pick(1, 2, 8), pick(1, 2), pick(1, 8, 16)
+    schedule = "1f1b" if pipeline == 1 else twist("schedule", "1f1b", *SCHEDULES)
+    layout = Layout(
+        data_parallel=data,
+        tensor_parallel=tensor,
+        pipeline_parallel=pipeline,
+        context_parallel=twist("context_parallel", 1, 2, 4),
+        context_comm=pick(*(stack.context_comms or COMMS)),
+        expert_parallel=twist("expert_parallel", 1, 2, 8) if model.experts or pick(True, False) else 1,
+        expert_tensor_parallel=twist("expert_tensor_parallel", 1, 1, 2) if model.experts else 1,
+        chunks=2 if schedule in (*FOLDED, "interleaved") else 1,
+        micro_batch_size=micro,
+        grad_accum=accum,
+        sequence_parallel=tensor > 1 and pick(True, True, False),
+        sharding=twist("sharding", next(iter(stack.shardings)), *SHARDINGS),
+        schedule=schedule,
+    )
+    positions = model.max_position_embeddings
+    fields: dict[str, Any] = {
+        "seq_length": min(pick(512, 2048, 16384), positions),
+        "global_batch_size": data * micro * accum,
+        "framework": framework,
+        "precision": twist("precision", None, *stack.recipes),
+        "optimizer": twist("optimizer", "adamw", *OPTIMIZERS),
+        "gradient_dtype": twist("gradient_dtype", None, "fp32", "bf16"),
+        "attention": twist("attention", None, "eager", "flash"),
+        "adapters": twist("adapters", None, *LORA),
+        "expert_imbalance": twist("expert_imbalance", 1.0, 1.5, 3.0),
+        "expert_capacity_factor": twist("expert_capacity_factor", None, 1.0, 1.25),
+    }
+    cluster = ClusterSpec.parse(f"{layout.world_size}x{twist('gpu', 'H100', *GPUS)}")
+    training = TrainingSpec.model_validate({k: v for k, v in fields.items() if v is not None})
+    return model, cluster, training, layout, pick("none", "full", "auto")
+
+
+def check(model: ModelSpec, cluster: ClusterSpec, plan: Plan) -> None:
+    """Nothing of a plan is negative or without a number, and its GPUs hold its states."""
+    times = (plan.step_time_s, plan.tokens_per_s, plan.mfu, plan.hfu, plan.critical_path_s)
+    assert all(isfinite(value) and value > 0 for value in times)
+    assert plan.mfu < 1
+    assert plan.hfu < 1.2
+    assert isfinite(plan.bubble_fraction)
+    whole = 0
+    for stage in plan.stages:
+        assert all(size >= 0 for size in stage.components.values())
+        assert 0 < stage.least_bytes <= stage.peak_bytes <= stage.most_bytes
+        assert sum(stage.components.values()) <= stage.peak_bytes * (1 + 1e-6) + 1000
+        assert max(stage.moments.values()) <= stage.peak_bytes
+        whole += sum(stage.components[name] for name in ("parameters", "optimizer_states"))
+    ranks = cluster.num_gpus // len(plan.stages)
+    trained = plan.num_trained_parameters
+    # Half a byte of each weight, of what is trained a byte or more with its state, on all GPUs together.
+    least = 0.5 * (model.num_parameters - trained) + trained
+    assert whole * ranks >= least
+    assert sum(stage.layers for stage in plan.stages) >= model.num_hidden_layers
+
+
+@given(jobs())
+@settings(deadline=None, max_examples=400, suppress_health_check=list(HealthCheck))
+def test_every_combination_is_planned_soundly_or_refused_with_a_reason(
+    job: tuple[ModelSpec, ClusterSpec, TrainingSpec, Layout, str],
+) -> None:
+    model, cluster, training, layout, recompute = job
+    refusal = ""
+    try:
+        plan = estimate(model, cluster, training, layout, recompute=recompute)
+    except InputError as error:
+        refusal = str(error)
+    if refusal:
+        assert len(refusal) > 20
+        assert "\n" not in refusal
+    else:
+        check(model, cluster, plan)

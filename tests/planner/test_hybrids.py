@@ -313,6 +313,39 @@ def test_experts_between_state_spaces_keep_what_experts_keep() -> None:
     }
 
 
+@pytest.mark.parametrize(("tokens_per_s", "tflops"), [(39749, 885), (37316, 831), (33522, 747), (14719, 328)])
+def test_nvidias_flops_of_a_token_of_nemotron_3_nano_are_ours(tokens_per_s: int, tflops: int) -> None:
+    """NVIDIA-NeMo/Megatron-Bridge, docs/performance-summary-archive.md (067f987d), container 26.06, s = 8192.
+
+    Megatron-LM (training.py) halves attention, leaves the router out, and takes a state space's inner
+    elements for twice the width, 5,376 where the model has 4,096.
+    """
+    nano = ModelSpec.from_catalog("nemotron-3-nano-30b-a3b")
+    assert nano.state_space is not None
+    assert nano.experts is not None
+    count = {block: nano.blocks.count(block) for block in nano.block_kinds}
+    width, more = nano.hidden_size, 2 * nano.hidden_size - 64 * 64
+    attention = 12 * 8192 * nano.num_attention_heads * nano.head_dim * count[ATTENTION]
+    router = 6 * width * nano.experts.num_experts * count[Block("none", "experts")]
+    inner = (18 * width * more + 21 * more * nano.state_space.state_size) * count[MAMBA]
+    theirs = nano.flops_per_token(8192) - attention / 2 - router + inner
+    assert theirs == pytest.approx(tflops * 1e12 / tokens_per_s, rel=0.003)
+
+
+def test_nvidias_recipe_of_nemotron_3_nano_may_fit_its_gpus() -> None:
+    """perf_recipes/nemotronh/h100/nemotronh.py: 16 H100, bf16, EP8, experts (and norms) recomputed."""
+    nano = ModelSpec.from_catalog("nemotron-3-nano-30b-a3b")
+    layout = Layout(16, expert_parallel=8, sharding="zero1", grad_accum=64)
+    verdicts = {}
+    for moe in ("kept", "recomputed"):
+        options = {"moe": moe}
+        training = TrainingSpec(
+            framework="megatron", precision="bf16", seq_length=8192, global_batch_size=1024, options=options
+        )
+        verdicts[moe] = estimate(nano, ClusterSpec.parse("16xH100"), training, layout).verdict
+    assert verdicts == {"kept": "does not fit", "recomputed": "at risk"}
+
+
 def test_a_search_interleaves_equal_blocks_only() -> None:
     training = {"seq_length": 4096, "global_batch_size": 64, "framework": "megatron"}
     for name, expected in (("nemotron-h-8b", {"1f1b"}), ("mamba-codestral-7b", {"1f1b", "interleaved"})):

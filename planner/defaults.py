@@ -9,6 +9,7 @@ from typing import Any
 from planner import adapters
 from planner.catalog import step_time
 from planner.errors import InputError
+from planner.hybrids import for_hybrids, notes_of
 from planner.optimizers import OPTIMIZERS, check_states, shardings_of
 from planner.precision import EIGHT_BITS, check_options, precision_of, words_of
 from planner.specs import ClusterSpec, ModelSpec, Profile, TrainingSpec
@@ -234,7 +235,7 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
         recipe = replace(recipe, gradient=4 + recipe.compute)
     stack = replace(stack, shardings=stack.takes(stack.shardings, recipe))
     shardings = shardings_of(stack, training.optimizer, model, options)
-    stack = replace(stack, shardings=shardings)
+    stack = for_hybrids(replace(stack, shardings=shardings), model, recipe, options)
 
     given_fields = training.model_dump(exclude_none=True)
     chosen = training.model_copy(update={"precision": precision, "options": options})
@@ -268,6 +269,7 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
         notes.append(optimizer.note)
     if recipe.rest:
         notes.append(EIGHT_BITS)
+    notes += notes_of(model)
     notes.append("MFU counts attention in full, as if it were not causal")
     low, high, tie = (step_time(name).value for name in ("least", "most", "tie"))
     notes.append(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 
+from planner.hybrids import hybrid_reasons
 from planner.model import Block, ModelSpec
 from planner.stacks.base import Stack
 
@@ -14,6 +16,8 @@ COUNTED = (
     *("gpt_bigcode", "gpt_neo", "starcoder2", "falcon"),
 )
 """Others that have blocks of the same parts: what their modules keep was not traced."""
+PLANNED_MIXERS = {"full", "window", "mamba", "none"}
+"""Mixers that unlike blocks of one model may have."""
 
 MEGATRON = ("ministral", "phi3", "stablelm", "nemotron", "gemma", "starcoder2")
 """Others of ``COUNTED`` whose blocks Megatron Core runs as its usual parts: its flags choose norm, activation
@@ -26,7 +30,7 @@ OTHER_MIXTURES = ("granitemoe", "phimoe", "llama4_text")
 
 def unplanned(model: ModelSpec, stack: Stack) -> str:
     """Why no memory can be said of a model in a framework, with what is missing; empty where it can be."""
-    return next(_reasons(model, stack), "")
+    return next(chain(hybrid_reasons(model, stack.name), _reasons(model, stack)), "")
 
 
 def uncounted(model: ModelSpec, stack: Stack, options: Mapping[str, str]) -> str:
@@ -58,14 +62,13 @@ def _reasons(model: ModelSpec, stack: Stack) -> Iterator[str]:
         )
     if model.latent is not None and "latent" not in parts:
         yield f"{model.name}: multi-head latent attention {needed} in {stack.name}"
-    if model.state_space is not None or model.delta is not None:
-        yield f"{model.name}: a state space {needed}"
-    if len(model.block_kinds) > 1 and not {block.mixer for block in model.block_kinds} <= {"full", "window"}:
+    if len(model.block_kinds) > 1 and not {block.mixer for block in model.block_kinds} <= PLANNED_MIXERS:
         kinds = " and ".join(_name(block) for block in model.block_kinds)
         yield f"{model.name}: a model of unlike blocks ({kinds}) {needed}"
     if model.norm_placement != "pre" or model.norm_vectors is not None:
         yield f"{model.name}: norms of {model.model_type}'s kind and place: a block of them {needed}"
-    if model.position_embedding in ("relative", "none") or model.head != "language" or model.head_bias:
+    unplaced = model.position_embedding == "none" and model.state_space is None
+    if unplaced or model.position_embedding == "relative" or model.head != "language" or model.head_bias:
         yield f"{model.name}: positions or a head of {model.model_type}'s kind: such a model {needed}"
     sinks = model.attention_sinks and "attention_sinks" not in parts
     if model.attention_gate or sinks or model.attention_softcap or model.logits_softcap:

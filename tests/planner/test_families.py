@@ -15,6 +15,7 @@ from planner.catalog import names
 from planner.defaults import resolve
 from planner.errors import InputError
 from planner.families import FAMILIES, model_from_config
+from planner.hybrids import HYBRIDS
 from planner.model import Block
 from planner.reading import read_model
 from planner.specs import ClusterSpec, TrainingSpec
@@ -281,8 +282,7 @@ def test_remote_code_is_ignored() -> None:
     ("name", "named"),
     [
         ("olmoe-1b-7b", "query and key norms"),
-        ("nemotron-h-8b", "state space"),
-        ("mamba-codestral-7b", "state space"),
+        ("qwen3-next-80b-a3b", "gated delta net"),
         ("gemma-2-9b", "norms of gemma2's kind"),
         ("bert-large", "encoder"),
         ("t5-11b", "encoder-decoder"),
@@ -314,8 +314,9 @@ def test_the_traced_families_are_planned_and_no_others(framework: str) -> None:
     assert planned(framework) == (set(TRACED), set(TRACED))
 
 
-def test_megatron_runs_mixtures_and_latent_attention_too() -> None:
+def test_megatron_runs_mixtures_latent_attention_and_state_spaces_too() -> None:
     mixtures = {"mixtral", "deepseek_v2", "deepseek_v3", "qwen2_moe", "qwen3_moe", "glm4_moe", "gpt_oss"}
+    mixtures |= {*HYBRIDS}
     of_catalog, of_models = planned("megatron")
     assert of_catalog == {*TRACED, *mixtures, *MEGATRON, "kimi_k2"} - {"ministral"}
     assert of_models == {*TRACED, *mixtures, *MEGATRON, "kimi_k2"}

@@ -55,6 +55,7 @@ def average(prices: Sequence[LayerPrice], counts: Sequence[Quantity] = ()) -> La
     """The average of layers, of which there are ``counts`` (else one of each), in all that adds up.
 
     Of what does not it has the most: the working set, with the walk of the layer that comes first.
+    See :func:`heaviest` for activations in flight.
     """
     if len(prices) == 1:
         return prices[0]
@@ -76,6 +77,17 @@ def average(prices: Sequence[LayerPrice], counts: Sequence[Quantity] = ()) -> La
         working=highest(price.working for price in prices),
         **{name: mean(getattr(price, name) for price in prices) for name in (*SUMS, *SECONDS)},
     )
+
+
+def heaviest(prices: Sequence[LayerPrice]) -> LayerPrice:
+    """The average of a row's layers, with the activations of the one that keeps most.
+
+    Chunks have unlike numbers of micro-batches in flight: no more than if all of these went through that layer.
+    """
+    if len(prices) == 1:
+        return prices[0]
+    most = {name: highest(getattr(price, name) for price in prices) for name in ("saved", "recomputed")}
+    return replace(average(prices), **most)
 
 
 def working_set(recomputed: Quantity, walk: Iterable[StepPrice]) -> Quantity:

@@ -38,7 +38,7 @@ def stage_moments(
     there, sizes = prices.held_room, prices.buffer_bytes[first, last]
     gathering = highest(prices.gather_bytes[first, last].values())
     around = [*([prices.embedding] if first else []), *([prices.head] if last else [])]
-    columns, blocks = prices.columns, prices.blocks[:: len(prices.policies)]
+    columns, blocks = prices.heaviest, prices.blocks[:: len(prices.policies)]
 
     # Embedding and head, if kept gathered, stay so to the end of the backward.
     def fixed(gradients: Quantity, kept: Quantity, ends: float = 1.0) -> Quantity:
@@ -67,7 +67,7 @@ def stage_moments(
     start = start + waiting * (pipeline.last_chunk_in_flight - whole) * last
     started = fixed(there, 1.0) + start + head
     # The second layer may need more than the first: what is left of the first one's gradients.
-    lightest = np.minimum.reduce([price.saved for price in columns])
+    lightest = np.minimum.reduce([price.saved for price in prices.blocks])
     left = highest(
         p.states[Role.GRADIENT] * (1.0 - there) - p.gathered * (1 - prices.pipelined) for p in blocks
     )

@@ -19,7 +19,7 @@ from planner.candidate import Candidate, Stage
 from planner.collectives import Messages
 from planner.compute import Compute
 from planner.defaults import Job
-from planner.layer_price import LayerPrice, StepPrice, average, role_sum, working_set
+from planner.layer_price import LayerPrice, StepPrice, average, heaviest, role_sum, working_set
 from planner.layers import Builder
 from planner.moments import stage_moments
 from planner.optimizers import FOREACH, TEMPORARIES, moved, step_flops, tensors_of, unscaled
@@ -115,11 +115,12 @@ class Prices:
         self.order = order_of(job.model, layout)
         self.kinds = job.model.kinds
         self.counts = list(self.order.counts) or [self.rows]
-        self.columns = [
-            average([self.blocks[kind * len(self.policies) + policy] for kind in row])
+        of_rows = [
+            [self.blocks[kind * len(self.policies) + policy] for kind in row]
             for row in self.order.rows
             for policy in range(len(self.policies))
         ]
+        self.columns, self.heaviest = list(map(average, of_rows)), list(map(heaviest, of_rows))
         self.capacity = tensor_capacity(job, layout)
         self.send = self._send_seconds()
         self.step_seconds = self._step_seconds()

@@ -367,9 +367,7 @@ def notes(model: ModelSpec, training: TrainingSpec, stack: Stack, recipe: Recipe
     else:
         yield f"frozen weights of {min(recipe.weight, recipe.compute):g} bytes each"
     if tuning.gathers_inputs:
-        yield (
-            "the first block is taken to keep as much as any other, though it has nothing to send gradients to"
-        )
+        yield "the first block is taken to keep as much as any other, though nothing below it is trained"
         yield "adapters are Megatron Bridge's: their inputs gathered, both matrices cut by tensor parallelism"
 
 

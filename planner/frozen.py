@@ -2,15 +2,15 @@
 
 ``requires_grad_(False)`` on the embeddings and the first ``n`` blocks leaves autograd nothing to do below
 the lowest trained weight: what lies there runs forward, keeps nothing and sends no gradients (PyTorch,
-*Autograd mechanics*, "Locally disabling gradient computation"). In the block above gradients stop at its lowest
-trained step: at the first norm's weight, or at the lowest product with an adapter, whose input needs none.
-Both were traced (tests/data/traced_frozen.json).
+*Autograd mechanics*, "Locally disabling gradient computation"). In the block above, gradients stop at its
+lowest trained step: at the first norm's weight, or at the lowest product with an adapter, whose input needs
+none. Both were traced (tests/data/traced_frozen.json, traced_adapters.json).
 
-torch 2.13's FSDP2 gathers a unit once for its forward, and again only when a gradient of its output arises
-(``_fsdp_state.py``, ``_register_pre_backward_hook``), which none does of a frozen block; the uppermost of them
-is still gathered ahead of its turn (``_fsdp_param_group.py``, ``_backward_prefetch``): once a micro-batch, not
-counted. DeepSpeed's flat buffers have the parameters that require gradients (``runtime/zero``,
-``stage_1_and_2.py`` and ``stage3.py``).
+torch 2.13's FSDP2 gathers a unit once for its forward, and again only when a gradient of its output
+arises (``_fsdp_state.py``, ``_register_pre_backward_hook``), which none does of a frozen block; the uppermost
+of them is still gathered ahead of its turn (``_fsdp_param_group.py``, ``_backward_prefetch``): once a
+micro-batch, not counted. DeepSpeed 0.19.8's flat buffers have the parameters that require gradients
+(``runtime/zero/stage_1_and_2.py``, ``stage3.py``).
 """
 
 from __future__ import annotations

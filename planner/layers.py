@@ -250,8 +250,8 @@ class Builder:
     def product(self, weight: Weight, kept_by: tuple[str, ...], trained: Trained = "all") -> Term:
         """FLOPs of a matrix product with every token: 2 forward, 2 for each of two gradients.
 
-        That of its input is not made where nothing below is trained. An expert's product is with the tokens that
-        are sent to it: all together have each token ``routed`` times.
+        That of its input is not made where nothing below is trained. An expert's product is with the tokens
+        sent to it: all together have each token ``routed`` times.
         """
         flops = 4.0 if trained == "none" or self.tuning.freezes(weight) else 6.0
         if trained == "none" or (trained == "lowest" and self.tuning.ends_at(weight)):

@@ -59,9 +59,9 @@ def layer_at(chunk: int, row: int, layers: int, chunks: int, schedule: str) -> i
     return chunk * ((layers + short) // chunks) + row - (short == 2)
 
 
-def order_of(row: tuple[Block, ...], layout: Layout) -> Order:
-    """The order of a job's row of blocks under a layout, or under a family of them with equal chunks."""
-    blocks = numbered(row)
+def order_of(given: tuple[Block, ...], layout: Layout) -> Order:
+    """The order of a job's blocks under a layout, or under a family of them with equal chunks."""
+    blocks = numbered(given)
     if not any(blocks):
         return Order()
     first = layout.chunks

@@ -117,17 +117,17 @@ def traced(row: dict[str, Any]) -> Job:
 def test_a_block_with_adapters(row: dict[str, Any]) -> None:
     """What it keeps, exactly but for 512-byte rounding; its states; a peak that is never much too low.
 
-    The peak is of three blocks with a small vocabulary, of which the first keeps less: too high by up to
-    its part, most where nothing before the last product is adapted.
+    The peak is of three blocks with a small vocabulary: above by what the lowest block has of the steps below
+    its adapters, which is counted while it is at work, most where nothing but the last product is adapted.
     """
     prices = price(traced(row), Layout(), (row["recompute"],))
     if row["block"] is not None:
-        assert float(prices.blocks[0].saved) == pytest.approx(row["block"], rel=3e-4)
-    sizes = [one.states for one in (prices.embedding, prices.head, *[prices.blocks[0]] * 3)]
+        assert float(prices.blocks[-1].saved) == pytest.approx(row["block"], rel=3e-4)
+    sizes = [one.states for one in (prices.embedding, prices.head, *[prices.blocks[-1]] * 3)]
     assert sum(size[Role.PARAMETER] for size in sizes) == pytest.approx(row["parameters"], rel=1e-3)
     assert sum(size[Role.GRADIENT] for size in sizes) == pytest.approx(row["gradients"], rel=1e-3)
-    high = 1.24 if row["targets"] == ["down"] else 1.10
-    assert 0.985 < highest(prices) / row["peak"] < high
+    high = 1.13 if row["targets"] == ["down"] else 1.07
+    assert 0.994 < highest(prices) / row["peak"] < high
 
 
 def test_sums_per_layer_of_llama_2_7b() -> None:
@@ -285,7 +285,7 @@ def test_frozen_embeddings_keep_neither_gradients_nor_what_is_below_the_blocks()
 
 
 REFUSED = {
-    "first 2 blocks": ({"frozen": Frozen(blocks=2)}, "blocks are priced alike"),
+    "frozen blocks in megatron": ({"frozen": Frozen(embeddings=True, blocks=2)}, "use --framework hf"),
     "frozen embeddings in megatron": ({"frozen": Frozen(embeddings=True)}, "use --framework hf"),
     "torchtitan": ({"framework": "torchtitan", "adapters": Adapters(rank=8)}, "adapts every Linear"),
     "dora in megatron": ({"adapters": Adapters(rank=8, dora=True)}, "plan LoRA of the same rank"),

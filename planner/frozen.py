@@ -43,7 +43,8 @@ def blocks_of(model: ModelSpec, training: TrainingSpec) -> tuple[Block, ...]:
     under adapters alone, as the kernel keeps its input for the gradient of its weight in any case.
     """
     blocks, frozen = model.blocks, training.frozen.blocks
-    fused = model.norm == "layernorm" or training.options.get("compile") == "on"
+    options = training.options
+    fused = model.norm == "layernorm" or options.get("compile") == "on" or options.get("kernels") == "megatron"
     stops = training.adapters or (training.frozen.embeddings and not fused)
     if not stops and not frozen:
         return blocks

@@ -91,7 +91,7 @@ def test_states_and_peak_of_a_model_with_frozen_blocks(row: dict[str, Any]) -> N
 
 @st.composite
 def jobs(draw: st.DrawFn) -> tuple[Job, Layout]:
-    """A job with frozen blocks, frozen embeddings or adapters, and a layout of it."""
+    """A job with frozen blocks, frozen embeddings or adapters, and a layout of it without a pipeline."""
     case = draw(cases(("fsdp", "deepspeed", "hf")))
     stack = STACKS[case.training.framework]
     options = {
@@ -108,7 +108,8 @@ def jobs(draw: st.DrawFn) -> tuple[Job, Layout]:
         most = model.num_hidden_layers - 1 if what == "blocks" else 0
         chosen = {"frozen": Frozen(embeddings=True, blocks=draw(st.integers(min(1, most), most)))}
     training = case.training.model_copy(update={"options": options, **chosen})
-    return resolve(model, case.cluster, training), case.layout
+    layout = replace(case.layout, pipeline_parallel=1, chunks=1, schedule="1f1b")
+    return resolve(model, case.cluster, training), layout
 
 
 @given(st.data())
@@ -137,10 +138,9 @@ def test_freezing_never_costs_anything(given: tuple[Job, Layout]) -> None:
     if job.training.adapters or frozen.blocks + 1 >= job.model.num_hidden_layers:
         return
     more = job.training.model_copy(update={"frozen": frozen.model_copy(update={"blocks": frozen.blocks + 1})})
-    alone = replace(layout, pipeline_parallel=1, chunks=1, schedule="1f1b")
     peaks, seconds = [], []
     for one in (job, resolve(job.model, job.cluster, more)):
-        candidate = price(one, alone, ("none",)).spread()
+        candidate = price(one, layout, ("none",)).spread()
         rows = candidate.under_one([candidate.rows])
         peaks.append(candidate.peak(0, rows[0])[0])
         seconds.append(candidate.cost(rows))

@@ -44,7 +44,8 @@ def blocks_of(model: ModelSpec, training: TrainingSpec) -> tuple[Block, ...]:
     """
     blocks, frozen = model.blocks, training.frozen.blocks
     options = training.options
-    fused = model.norm == "layernorm" or options.get("compile") == "on" or options.get("kernels") == "megatron"
+    untraced = options.get("compile") == "on" or options.get("kernels") == "megatron"
+    fused = model.norm == "layernorm" or untraced
     stops = training.adapters or (training.frozen.embeddings and not fused)
     if not stops and not frozen:
         return blocks

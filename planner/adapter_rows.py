@@ -31,7 +31,7 @@ def adapter_rows(tuning: Tuning) -> Iterator[Row]:
         whole = dims.replace("residual", "hidden") if tuning.gathers_inputs else dims
         steps[step] = whole
 
-        def row(label: str, over: str, count: float, dtype: str, *role: Role) -> Row:
+        def row(label: str, over: str, count: float, dtype: str, *role: Role, read_by: str = "") -> Row:
             return Row(
                 f"{label} of {name}'s adapter",  # noqa: B023
                 over,
@@ -40,16 +40,17 @@ def adapter_rows(tuning: Tuning) -> Iterator[Row]:
                 UNTIL_FULL,
                 role=role[0] if role else Role.ACTIVATION,
                 steps=step,  # noqa: B023
+                read_by=read_by,
             )
 
         if tuning.own_inputs or (tuning.gathers_inputs and step in ("qkv", "up", "down")):
             yield row("input", whole, 1, wide)
         if tuning.adapters.dropout:
-            yield row("dropout mask", whole, 1, BYTE)
+            yield row("dropout mask", whole, 1, BYTE, read_by="input")
         yield row("A x", low, 1, wide)
         if tuning.casts == "autocast":
             into = dims.removeprefix("batch seq ").replace("residual", "hidden")
-            yield row("weight A, cast,", f"{into} {rank}", 1, COMPUTE)
+            yield row("weight A, cast,", f"{into} {rank}", 1, COMPUTE, read_by="input")
             for one in module:
                 out = outs.get("gate" if one == "up" else one, "hidden")
                 yield row(f"weight B, cast, ({one})", f"{rank} {out}", 1, COMPUTE)

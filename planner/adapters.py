@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field, field_validator
 
+from planner import frozen
 from planner.errors import InputError
+from planner.frozen import unmade_by_mixers
 from planner.model import FROZEN, ModelSpec
+from planner.steps import STEPS
 
 if TYPE_CHECKING:
     from planner.specs import TrainingSpec
@@ -89,7 +92,7 @@ class Frozen(BaseModel):
     model_config = FROZEN
 
     embeddings: bool = False  # and a head that is tied to them
-    blocks: int = Field(0, ge=0, le=10_000)  # the first so many
+    blocks: int = Field(0, ge=0, le=10_000)  # the first so many, with the embeddings
 
 
 @dataclass(frozen=True)
@@ -115,11 +118,14 @@ class Tuning:
         return weight.step == "embedding" or (weight.step == "head" and self.model.tie_word_embeddings)
 
     def frozen_bytes(self, weight: Weight) -> float:
-        """Bytes of an element of a frozen weight: in the products' precision, or quantised.
+        """Bytes of an element of a frozen weight: as the trained ones; beside adapters in the products'
+        precision, or quantised.
 
         bitsandbytes replaces the blocks' products, not the head; nothing but matrices is quantised.
         """
-        if self.adapters and self.adapters.quantize and weight.matrix:
+        if self.adapters is None:
+            return self.recipe.weight
+        if self.adapters.quantize and weight.matrix:
             return self.adapters.quantized_bytes
         return min(self.recipe.weight, self.recipe.compute)
 
@@ -130,6 +136,18 @@ class Tuning:
             width = {"fp32": 4.0, "bf16": 2.0}[self.adapters.dtype]
             return replace(self.recipe, weight=width, gradient=width, moment=width)
         return self.recipe
+
+    @property
+    def lowest(self) -> str:
+        """The last step of a block's backward that makes the gradient of a weight."""
+        if self.adapters is None:
+            return "norm1"
+        return max((STEP[one] for one in self.adapters.products(self.model)), key=STEPS["block"].index)
+
+    def ends_at(self, weight: Weight) -> bool:
+        """Is this weight's product in the lowest trained step, or below: does its input need no gradient?"""
+        ends = STEPS["block"].index(self.lowest)
+        return STEPS["block"].index(weight.step) >= ends and not weight.name.startswith("adapter B")
 
     @property
     def casts(self) -> str:
@@ -149,11 +167,8 @@ class Tuning:
     def rows(self, kind: str, rows: tuple[Row, ...]) -> Iterator[Row]:
         """The rows of a layer that are left: what only gradients of frozen weights need is not kept.
 
-        Nothing below the first trained weight is kept or made: of the ``first block`` not what its first norm
-        keeps, of frozen embeddings nothing.
+        Of frozen embeddings nothing is kept or made.
         """
-        if kind == "first block":
-            rows = tuple(self._above_first_norm(rows))
         if not self.adapters and not self.training.frozen.embeddings:
             yield from rows
             return
@@ -167,15 +182,6 @@ class Tuning:
                 continue
             steps = [step for step, read in zip(row.steps.split(), alive, strict=True) if read]
             yield replace(row, count=row.count * len(steps) / len(alive), steps=" ".join(steps))
-
-    def _above_first_norm(self, rows: tuple[Row, ...]) -> Iterator[Row]:
-        for row in rows:
-            steps = row.steps.split()
-            if row.role != "activation" or "norm1" not in steps or row.kept_by == ("full",):
-                yield row
-            elif len(steps) > 1:
-                left = [step for step in steps if step != "norm1"]
-                yield replace(row, count=row.count * len(left) / len(steps), steps=" ".join(left))
 
     def _reads(self, reader: str, row: Row) -> bool:
         """Is a row needed for the gradients of the norms, the head, or the products of a step?"""
@@ -259,16 +265,8 @@ class Tuning:
 
 def check(model: ModelSpec, training: TrainingSpec, stack: Stack) -> None:
     """Raises InputError where what is trained is not modelled."""
-    adapters, frozen = training.adapters, training.frozen
-    if frozen.blocks:
-        raise InputError(
-            f"frozen blocks={frozen.blocks}: blocks are priced alike: train all of them, or adapters"
-        )
-    if frozen.embeddings and not adapters and stack.name not in ("hf", "fsdp", "deepspeed"):
-        raise InputError(
-            f"frozen embeddings: {stack.name} trains all weights or adapters: "
-            "use --framework hf, fsdp or deepspeed"
-        )
+    adapters = training.adapters
+    frozen.check(model, training, stack)
     if adapters is None:
         return
     if stack.name == "torchtitan":
@@ -312,16 +310,18 @@ def trained_parameters(model: ModelSpec, training: TrainingSpec, stack: Stack, r
     if tuning.adapters:
         return elements(tuning.weights()) * model.num_hidden_layers
     around = (*embedding_weights(model, model.vocab_size), *head_weights(model, model.vocab_size, 0))
-    total = sum(count * elements(block_weights(model, block)) for block, count in model.runs)
+    trained = model.blocks[training.frozen.blocks :]
+    total = sum(elements(block_weights(model, block)) for block in trained)
     return total + elements(w for w in around if not tuning.freezes(w))
 
 
 def model_flops(model: ModelSpec, training: TrainingSpec, stack: Stack, recipe: Recipe) -> float:
     """Model FLOPs of one token: those of training all weights, less 2 of 6 for each that is frozen.
 
-    Adapters count in full. A fully trained model has :meth:`ModelSpec.flops_per_token`.
+    Adapters count in full; of blocks that no gradient reaches the forward's third is left. A fully trained
+    model has :meth:`ModelSpec.flops_per_token`.
     """
-    from planner.weights import count_matrix_parameters
+    from planner.weights import block_weights, count_matrix_parameters, elements
 
     tuning = Tuning(model, training, stack, recipe)
     total = model.flops_per_token(training.seq_length or 1)
@@ -329,6 +329,9 @@ def model_flops(model: ModelSpec, training: TrainingSpec, stack: Stack, recipe: 
         adapters = trained_parameters(model, training, stack, recipe)
         return total - 2.0 * count_matrix_parameters(model) + 6.0 * adapters
     tied = training.frozen.embeddings and model.tie_word_embeddings
+    below = model.blocks[: training.frozen.blocks]
+    total -= 4.0 * sum(elements(block_weights(model, block), True, True) for block in below)
+    total -= unmade_by_mixers(model, training)
     return total - 2.0 * model.vocab_size * model.hidden_size * tied
 
 
@@ -346,6 +349,11 @@ def notes(model: ModelSpec, training: TrainingSpec, stack: Stack, recipe: Recipe
     trained = trained_parameters(model, training, stack, recipe)
     whole = model.num_parameters + (trained if adapters else 0)
     yield f"trained: {trained:,} of {whole:,} parameters ({trained / whole:.2%})"
+    if training.frozen.blocks:
+        yield (
+            f"the first {training.frozen.blocks} of {model.num_hidden_layers} blocks are frozen with the "
+            f"embeddings: {recipe.weight:g} bytes a weight, forward only, nothing kept"
+        )
     if adapters is None:
         return
     products = " ".join("-".join(module) for module in tuning.modules())
@@ -359,8 +367,8 @@ def notes(model: ModelSpec, training: TrainingSpec, stack: Stack, recipe: Recipe
         )
     else:
         yield f"frozen weights of {min(recipe.weight, recipe.compute):g} bytes each"
-    yield "the first block is taken to keep as much as any other, though it has nothing to send gradients to"
     if tuning.gathers_inputs:
+        yield "the first block is taken to keep as much as any other, though nothing below it is trained"
         yield "adapters are Megatron Bridge's: their inputs gathered, both matrices cut by tensor parallelism"
 
 

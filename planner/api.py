@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from planner import frozen
 from planner.advice import changes_that_fit, nearest_plan
 from planner.best_first import Found, find
 from planner.candidate import Candidate
@@ -101,6 +102,7 @@ def _check_choices(job: Job, choices: Choices, objective: str, top: int, time_li
         for value in getattr(choices, name) or ():
             if value not in allowed:
                 able = f"use {', '.join(allowed)}" if allowed else "it has none"
+                able += frozen.no_recompute(job.training) if name == "recompute" else ""
                 raise InputError(f"{name}={value} is not offered by {job.stack.name}: {able}")
     _check_chunks(choices)
     for name in CHOSEN_DEGREES:
@@ -193,7 +195,8 @@ def solve_layout(
             f"{layout.schedule}, which is not modelled: use {', '.join(runs)}, or another schedule"
         )
     if not set(policies) <= set(job.stack.policies):
-        raise InputError(f"recompute={recompute!r}: use auto, {', '.join(job.stack.policies)}")
+        why = frozen.no_recompute(job.training)
+        raise InputError(f"recompute={recompute!r}: use auto, {', '.join(job.stack.policies)}{why}")
     candidate = price(job, layout, policies).spread()
     if layers is None and len(policies) == 1:
         layers = [rows * layout.chunks for rows in _even_rows(candidate)]

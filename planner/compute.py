@@ -124,7 +124,7 @@ class Compute:
         part = sum(again(term, strategies) for term in work) / len(work)  # of the forward's kernels
         each = self.blocked if self.blocking else self.launch
         first, second = (count * each for count in self.job.stack.launches)
-        second += part * first
+        second = (second + part * first) * layer.backward
         if self.blocking:
             return forward + first, backward + second
         return np.maximum(forward, first), np.maximum(backward, second)
@@ -136,7 +136,10 @@ class Compute:
     def seconds(
         self, layer: Layer, term: Term, plain: Sequence[AbstractStrategy]
     ) -> tuple[Quantity, Quantity, Quantity]:
-        """Seconds of a term's forward, of its input's gradient and of its weight's, nothing recomputed."""
+        """Seconds of a term's forward, of its input's gradient and of its weight's, nothing recomputed.
+
+        A layer that no gradient reaches makes neither.
+        """
         if (key := (layer.kind, term.name)) not in self.memo:
             amount = held(term, plain)
             if term.role is Role.TRAFFIC:
@@ -150,6 +153,8 @@ class Compute:
                 self.memo[key] = self._product(term, amount, plain, rate)
             else:
                 self.memo[key] = self._attention(term, amount)
+            if not layer.backward:
+                self.memo[key] = self.memo[key][0], 0.0, 0.0
         return self.memo[key]
 
     def behind_attention(
@@ -164,11 +169,11 @@ class Compute:
     def _product(
         self, term: Term, flops: Quantity, plain: Sequence[AbstractStrategy], rate: float
     ) -> tuple[Quantity, Quantity, Quantity]:
-        """A weight's product with every token, its input's gradient and, if trained, its own: equal work."""
-        trained = term.unit == 6  # FLOPs of each element, 2 for each product
+        """A weight's product with every token, its input's gradient and its own, if made: equal work."""
+        trained, back_through = term.unit == 6, term.unit > 2  # FLOPs of each element, 2 for each product
         third = flops / rate / (term.unit / 2)
         if not self.multiprocessors:
-            return third, third, third * trained
+            return third, third * back_through, third * trained
         rows = {name: n for name, n in term.dims.items() if name in TOKENS}
         tokens = held(Term("", Role.ACTIVATION, rows, 1.0), plain)
         weight = [name for name in term.dims if name not in TOKENS]
@@ -181,7 +186,7 @@ class Compute:
             groups = held(Term("", Role.FLOPS, number, 1.0), plain)
         sides = (other, whole) if back else (whole, other)
         forward, inputs, weights = passes(tokens / groups, *sides, self.multiprocessors, groups)
-        return third * forward, third * inputs, third * weights * trained
+        return third * forward, third * inputs * back_through, third * weights * trained
 
     def _attention(self, term: Term, flops: Quantity) -> tuple[Quantity, Quantity, Quantity]:
         """The attention core: fused, at its kernel's rate; else products that move the scores."""

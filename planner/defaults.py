@@ -9,7 +9,9 @@ from typing import Any
 from planner import adapters
 from planner.catalog import step_time
 from planner.errors import InputError
+from planner.frozen import blocks_of, unmade_by_mixers
 from planner.hybrids import for_hybrids, notes_of
+from planner.model import Block
 from planner.optimizers import OPTIMIZERS, check_states, shardings_of
 from planner.precision import EIGHT_BITS, check_options, precision_of, words_of
 from planner.specs import ClusterSpec, ModelSpec, Profile, TrainingSpec
@@ -50,6 +52,11 @@ class Job:
         return self.training.global_batch_size
 
     @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The model's blocks, in order, and how far each is trained."""
+        return blocks_of(self.model, self.training)
+
+    @property
     def trained_parameters(self) -> int:
         """Parameters that have a gradient."""
         return adapters.trained_parameters(self.model, self.training, self.stack, self.recipe)
@@ -58,6 +65,12 @@ class Job:
     def flops_per_token(self) -> float:
         """Model FLOPs of one token, without the gradients of frozen weights."""
         return adapters.model_flops(self.model, self.training, self.stack, self.recipe)
+
+    @property
+    def attention_flops_per_token(self) -> float:
+        """The part of :attr:`flops_per_token` that mixers have besides their matrices."""
+        whole = self.model.attention_flops_per_token(self.seq_length)
+        return whole - unmade_by_mixers(self.model, self.training)
 
     @property
     def tokens_per_step(self) -> int:
@@ -240,6 +253,8 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     given_fields = training.model_dump(exclude_none=True)
     chosen = training.model_copy(update={"precision": precision, "options": options})
     adapters.check(model, chosen, stack)
+    if training.frozen.blocks:
+        stack = replace(stack, policies=("none",))
     if training.adapters:
         stack = adapters.with_launches(stack)
     if "seq_length" not in given_fields:

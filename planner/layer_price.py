@@ -82,7 +82,7 @@ def average(prices: Sequence[LayerPrice], counts: Sequence[Quantity] = ()) -> La
 def heaviest(prices: Sequence[LayerPrice]) -> LayerPrice:
     """The average of a row's layers, with the activations of the one that keeps most.
 
-    Chunks have unlike numbers of micro-batches in flight: no more than if all of these went through that layer.
+    Chunks have unlike numbers of micro-batches in flight: no more is kept than if all went through that one.
     """
     if len(prices) == 1:
         return prices[0]

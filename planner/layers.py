@@ -9,15 +9,16 @@ listed in :mod:`planner.weights`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from planner import mtp
+from planner import frozen, mtp
 from planner.adapter_rows import adapter_rows
 from planner.adapters import Tuning
-from planner.model import Block, Experts, Mixer, ModelSpec
+from planner.model import Block, Experts, Mixer, ModelSpec, Trained
 from planner.optimizers import in_backward, optimizer_named, resident, tensor_of
 from planner.specs import TrainingSpec
 from planner.stacks.base import (
@@ -32,23 +33,12 @@ from planner.stacks.base import (
     Row,
     Stack,
 )
+from planner.steps import STEPS
 from planner.weights import Weight, block_weights, embedding_weights, head_weights
 from strategies.base import Layer, Quantity, Role, Term, larger
 
 if TYPE_CHECKING:
     import networkx as nx
-
-STEPS = {
-    "embedding": ("embedding",),
-    "block": ("forward", "down", "act", "up", "norm2", "out", "core", "qkv", "norm1"),
-    "scan": ("forward", "down", "act", "up", "norm2", "out", "scan", "core", "qkv", "norm1"),
-    "head": ("loss", "head", "norm"),
-}
-"""The steps of a layer's backward, in order: of a block the end of its forward (beside which there is as
-much as at the start of its backward, or which is then run again), the down product, the activation function,
-the up (and gate) products, the second norm, the attention output product, the attention core, the query, key
-and value products, the first norm. A block with parallel residuals runs the same steps. In a block
-with a state space the core's has two: up to the gradients of its chunks' states (``scan``), and the rest."""
 
 
 def features(
@@ -225,7 +215,8 @@ class Builder:
             self.dims["routed"] = routed(model.experts, training, expert_parallel)
         self.width = {COMPUTE: recipe.compute, GRADIENT: stack.autograd_bytes(recipe), FP32: 4.0, BYTE: 1.0}
         self.width[INT64] = 8.0
-        self.kinds = model.block_kinds
+        self.blocks = frozen.blocks_of(model, training)
+        self.kinds = tuple(dict.fromkeys(self.blocks))
         self.features = features(model, training, stack)
         self.optimizer, self.shards = optimizer_named(training.optimizer), data_shards
         self.in_backward = in_backward(training.optimizer, training.options)
@@ -238,9 +229,9 @@ class Builder:
         heads = self.model.num_key_value_heads
         return larger(heads, tensor_parallel) if self.stack.repeats_heads else heads
 
-    def states(self, weight: Weight) -> Iterator[Term]:
+    def states(self, weight: Weight, trained: Trained = "all") -> Iterator[Term]:
         """Parameter, gradient and optimizer states of one weight."""
-        if self.tuning.freezes(weight):
+        if trained == "none" or self.tuning.freezes(weight):
             yield Term(weight.name, Role.PARAMETER, weight.dims, self.tuning.frozen_bytes(weight))
             return
         recipe = self.tuning.trained_recipe
@@ -268,12 +259,15 @@ class Builder:
                 "gradient, until its update", Role.TRANSIENT, largest, self.recipe.gradient, steps=(step,)
             )
 
-    def product(self, weight: Weight, kept_by: tuple[str, ...]) -> Term:
+    def product(self, weight: Weight, kept_by: tuple[str, ...], trained: Trained = "all") -> Term:
         """FLOPs of a matrix product with every token: 2 forward, 2 for each of two gradients.
 
-        An expert's is with the tokens that are sent to it: all together have each token ``routed`` times.
+        That of its input is not made where nothing below is trained. An expert's product is with the tokens
+        sent to it: all together have each token ``routed`` times.
         """
-        flops = 4.0 if self.tuning.freezes(weight) else 6.0
+        flops = 4.0 if trained == "none" or self.tuning.freezes(weight) else 6.0
+        if trained == "none" or (trained == "lowest" and self.tuning.ends_at(weight)):
+            flops -= 2.0
         tokens, dims = {"batch": self.dims["batch"], "seq": self.dims["seq"]}, weight.dims
         if "experts" in dims:
             tokens["routed"] = self.dims["routed"]
@@ -353,26 +347,27 @@ class Builder:
         """The words of one kind of block."""
         return features(self.model, self.training, self.stack, kind)
 
-    def block(self, kind: Block | None = None, first: bool = False) -> Layer:
-        """A block of a kind, the first if not said; of frozen weights the model's ``first`` keeps less."""
-        kind = kind or self.kinds[0]
+    def block(self, kind: Block | None = None) -> Layer:
+        """A block of a kind; the model's first one, trained in full, if not said."""
+        kind = kind or self.model.blocks[0]
         weights = [*block_weights(self.model, kind), *self.tuning.weights()]
         terms: list[Term] = [*self.passing_gradients(weights)]
         for weight in weights:
-            terms += self.states(weight)
+            terms += self.states(weight, kind.trained)
             if weight.matrix:
                 kept = self.stack.rerun.get(weight.name, UNTIL_FULL)
-                terms.append(self.product(weight, kept))
+                terms.append(self.product(weight, kept, kind.trained))
         if kind.mixer in ("full", "window", "bidirectional"):
             terms += self.attention(kind)
         elif kind.mixer in ("mamba", "delta"):
             terms.append(self.scan(kind))
         words = self.words(kind)
-        terms += self.rows(
-            self.tuning.rows("first block" if first else "block", self.stack.rows["block"]), words
-        )
+        rows = [*self.tuning.rows("block", self.stack.rows["block"])]
         if self.training.adapters:
-            terms += self.rows(adapter_rows(self.tuning), words)
+            rows += adapter_rows(self.tuning)
+        terms += self.rows(
+            frozen.above(rows, self.tuning.lowest) if kind.trained == "lowest" else rows, words
+        )
         terms.append(self.regions(self.crossings(kind), UNTIL_FULL))
         if self.tuning.crossings:
             terms.append(self.regions(self.tuning.crossings, UNTIL_FULL))
@@ -380,9 +375,18 @@ class Builder:
             dims = {name: self.dims[name] for name in ("batch", "seq", "routed", "width")}
             sent, kept = "tokens sent to experts", self.stack.rerun.get("tokens sent to experts", UNTIL_FULL)
             terms.append(Term(sent, Role.MESSAGE, dims, self.recipe.compute, kept))
-        name = "block" if len(self.kinds) == 1 else f"{kind.mixer} {kind.mlp} block"
+        name = "block" if len(self.model.block_kinds) == 1 else f"{kind.mixer} {kind.mlp} block"
+        if kind.trained == "none":
+            return self.resting(f"frozen {name}", kind, terms)
+        name = f"lowest trained {name}" if kind.trained == "lowest" else name
         steps = STEPS["scan" if kind.mixer in ("mamba", "delta") else "block"]
-        return Layer(name, tuple(terms), self.model.blocks.count(kind), steps)
+        return Layer(name, tuple(terms), self.blocks.count(kind), steps)
+
+    def resting(self, name: str, kind: Block, terms: Iterable[Term]) -> Layer:
+        """A block that no gradient reaches: its weights, and a forward that is never run again."""
+        kept = (Role.PARAMETER, Role.FLOPS, Role.TRAFFIC, Role.MESSAGE)
+        of = tuple(replace(term, kept_by=ALWAYS) for term in terms if term.role in kept)
+        return Layer(name, of, self.blocks.count(kind), STEPS["block"], backward=False)
 
     def embedding(self) -> Layer:
         """Word and position embedding."""

@@ -274,7 +274,7 @@ def enumerate_layouts(job: Job, choices: Choices = Choices()) -> Space:
     layers = Builder(job.model, job.training, job.stack, job.recipe).layers()
     depth = job.model.num_hidden_layers
     rows: dict[tuple[str, bool, bool, str, str, int], list[tuple[int, ...]]] = defaultdict(list)
-    unlike = len(job.model.block_kinds) > 1  # then each number of chunks makes rows of its own
+    unlike = len(set(job.blocks)) > 1  # then each number of chunks makes rows of its own
     within = in_backward(job.training.optimizer, job.training.options)
     for place in _places(job, choices, layers, space):
         data, pipeline, context = place.data_parallel, place.pipeline_parallel, place.context_parallel

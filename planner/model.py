@@ -23,13 +23,22 @@ Mixer = Literal["full", "window", "bidirectional", "cross", "mamba", "delta", "n
 causal attention and then attention to an encoder's output; a Mamba-2 state space; a gated delta net;
 nothing."""
 Mlp = Literal["dense", "experts", "none"]
+Trained = Literal["all", "lowest", "none"]
+"""Of a job's blocks: one that gradients go through, the lowest that they reach, one that they do not."""
 
 
 class Block(NamedTuple):
-    """One kind of transformer block."""
+    """One kind of transformer block. A model's are all trained; a job's as it says (planner/frozen.py)."""
 
     mixer: Mixer = "full"
     mlp: Mlp = "dense"
+    trained: Trained = "all"
+
+
+def numbered(blocks: tuple[Block, ...]) -> tuple[int, ...]:
+    """The number of every block's kind, in order: kinds are counted as they come first."""
+    number = {block: index for index, block in enumerate(dict.fromkeys(blocks))}
+    return tuple(number[block] for block in blocks)
 
 
 class Experts(BaseModel):
@@ -230,8 +239,7 @@ class ModelSpec(BaseModel):
     @property
     def kinds(self) -> tuple[int, ...]:
         """The number of every block's kind, in order."""
-        number = {block: index for index, block in enumerate(self.block_kinds)}
-        return tuple(number[block] for block in self.blocks)
+        return numbered(self.blocks)
 
     @property
     def runs(self) -> tuple[tuple[Block, int], ...]:

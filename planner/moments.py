@@ -14,6 +14,7 @@ layers it holds; :mod:`planner.replay` goes through all of them, layer by layer,
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -67,7 +68,7 @@ def stage_moments(
     start = start + waiting * (pipeline.last_chunk_in_flight - whole) * last
     started = fixed(there, 1.0) + start + head
     # The second layer may need more than the first: what is left of the first one's gradients.
-    lightest = np.minimum.reduce([price.saved for price in prices.blocks])
+    lightest = reduce(np.minimum, [price.saved for price in prices.blocks])
     left = highest(
         p.states[Role.GRADIENT] * (1.0 - there) - p.gathered * (1 - prices.pipelined) for p in blocks
     )

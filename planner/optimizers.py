@@ -8,14 +8,15 @@ and AdamW's two of everything else. A master copy of the weights is the precisio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from math import prod
 
 import numpy as np
 
 from planner.errors import InputError, nearest_names
-from planner.model import ModelSpec
+from planner.model import Block, ModelSpec
 from planner.specs import TrainingSpec
 from planner.stacks.base import WIDTHS, Recipe, Stack
 from planner.weights import Weight, block_weights, embedding_weights, head_weights
@@ -358,13 +359,14 @@ def moved(optimizer: Optimizer, recipe: Recipe, step: str | None, states: Quanti
     return 2 * (states + optimizer.paged) + recipe.gradient + recipe.weight
 
 
-def step_flops(name: str, model: ModelSpec) -> float:
-    """FLOPs of the optimizer step's matrix products, of a whole model."""
+def step_flops(name: str, model: ModelSpec, blocks: Iterable[Block] | None = None) -> float:
+    """FLOPs of the optimizer step's matrix products, of all trained blocks: a model's own, if not given."""
     flops = optimizer_named(name).flops
     if flops is None:
         return 0.0
     total = 0.0
-    for block, count in model.runs:
+    for block, same in groupby(model.blocks if blocks is None else blocks):
+        count = len(list(same)) * (block.trained != "none")
         for weight in block_weights(model, block):
             tensor = tensor_of(weight, model)  # of which the weight is a part, or there are two
             total += count * prod(weight.dims.values()) / tensor.elements * flops(tensor)

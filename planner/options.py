@@ -62,7 +62,10 @@ Lora = Annotated[
     str | None, option("--lora", help="Adapters: 16, or rank=16,targets=q+v,dropout=0.05,dtype=fp32,double.")
 ]
 Quantize = Annotated[str | None, option("--quantize", help="nf4: the frozen matrices in 4 bits (QLoRA).")]
-Freeze = Annotated[str | None, option("--freeze", help="embeddings: they are not trained.")]
+Freeze = Annotated[
+    str | None,
+    option("--freeze", help="embeddings, or blocks=8: they and the first 8 blocks are not trained."),
+]
 
 # One layout.
 TP = Annotated[int, option("--tensor-parallel", "-tp", help="Tensor-parallel degree.")]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from planner.model import ModelSpec
+from planner.model import Block, numbered
 from strategies.layout import Layout
 from strategies.pipeline_parallel import FOLDED
 
@@ -59,14 +59,13 @@ def layer_at(chunk: int, row: int, layers: int, chunks: int, schedule: str) -> i
     return chunk * ((layers + short) // chunks) + row - (short == 2)
 
 
-def order_of(model: ModelSpec, layout: Layout) -> Order:
-    """The order of a model's blocks under a layout, or under a family of them with equal chunks."""
-    kinds = model.block_kinds
-    if len(kinds) == 1:
+def order_of(given: tuple[Block, ...], layout: Layout) -> Order:
+    """The order of a job's blocks under a layout, or under a family of them with equal chunks."""
+    blocks = numbered(given)
+    if not any(blocks):
         return Order()
     first = layout.chunks
     chunks = int(first if isinstance(first, int) else first.flat[0])
-    blocks = model.kinds
     depth = len(blocks)
     rows = depth if layout.schedule == "dualpipe" else -(-depth // chunks)
     made = []

@@ -96,16 +96,12 @@ def read_training(given: dict[str, Any]) -> TrainingSpec:
         values["profile"] = read_profile(values["profile"])
     if "tokens" in values:
         values["tokens"] = read_count(values["tokens"])
-    from planner import adapters
+    from planner import adapters, frozen
 
     if lora := adapters.read(given.get("lora"), given.get("quantize")):
         values["adapters"] = lora
     if given.get("freeze"):
-        if given["freeze"].lower() != "embeddings":
-            raise InputError(
-                f"--freeze {given['freeze'][:40]}: only embeddings can be frozen: use --freeze embeddings"
-            )
-        values["frozen"] = {"embeddings": True}
+        values["frozen"] = frozen.read(given["freeze"])
     try:
         return TrainingSpec(**values)
     except ValidationError as error:

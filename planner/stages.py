@@ -21,6 +21,7 @@ from planner.compute import Compute
 from planner.defaults import Job
 from planner.layer_price import LayerPrice, StepPrice, average, heaviest, role_sum, working_set
 from planner.layers import Builder
+from planner.model import numbered
 from planner.moments import stage_moments
 from planner.optimizers import FOREACH, TEMPORARIES, moved, step_flops, tensors_of, unscaled
 from planner.order import order_of
@@ -112,8 +113,8 @@ class Prices:
         depth = job.model.num_hidden_layers
         self.short = (-depth) % layout.chunks
         self.rows = (depth + self.short) * self.pipeline.copies // layout.chunks
-        self.order = order_of(job.model, layout)
-        self.kinds = job.model.kinds
+        self.order = order_of(job.blocks, layout)
+        self.kinds = numbered(job.blocks)
         self.counts = list(self.order.counts) or [self.rows]
         of_rows = [
             [self.blocks[kind * len(self.policies) + policy] for kind in row]
@@ -297,14 +298,19 @@ class Prices:
         depth = self.job.model.num_hidden_layers * self.pipeline.copies / self.layout.pipeline_parallel
         block = self.plain
         window = block.seconds * depth
+        # Blocks that no gradient reaches are not there in the backward.
+        own = zip(self.layers[1:-1], self.blocks[:: len(self.policies)], strict=True)
+        resting = sum(layer.count * price.seconds for layer, price in own if not layer.backward)
+        behind_of = {"forward": window, "backward": window - resting * depth / len(self.kinds), "": window}
         exposed: Quantity = 0.0
         for behind, seconds in block.per_step.items():
             around = self._around(*(end.per_step.get(behind, 0.0) for end in (self.embedding, self.head)))
             share = {"backward": 2 / 3, "forward": 1 / 3, "": 0.0}[behind]
-            exposed = exposed + np.maximum(0.0, seconds * depth + around - share * window)
+            exposed = exposed + np.maximum(0.0, seconds * depth + around - share * behind_of[behind])
         around = self._around(self.embedding.update_bytes, self.head.update_bytes)
         total = exposed + (block.update_bytes * depth + around) / self.bandwidth
-        total = total + step_flops(self.job.training.optimizer, self.job.model) / self.compute.half_products
+        flops = step_flops(self.job.training.optimizer, self.job.model, self.job.blocks)
+        total = total + flops / self.compute.half_products
         if self.pipeline.copies > 1:  # the two stages that hold a layer add up its gradients
             around = self._around(*(end.states[Role.GRADIENT] for end in (self.embedding, self.head)))
             total = total + self._messages.send_seconds(block.states[Role.GRADIENT] * depth + around)

@@ -2,7 +2,8 @@
 
 - *Model FLOPs* of a token: ``6 N + 12 L s a d`` (:meth:`planner.specs.ModelSpec.flops_per_token`), nothing
   recomputed, attention as if it were not causal: Chowdhery et al. 2022, arXiv:2204.02311, appendix B;
-  of frozen weights ``4 N``, as nobody makes their gradients (:mod:`planner.adapters`).
+  of frozen weights ``4 N``, as nobody makes their gradients (:mod:`planner.adapters`), and of blocks that
+  no gradient reaches a third of all.
   **MFU** is model FLOPs per second over the peak of all GPUs.
 - **MFU, causal**: the same with half of the attention, which is what causal kernels compute.
 - *Hardware FLOPs* add what recomputation runs again, at the same count: Korthikanti et al. 2022,
@@ -38,7 +39,7 @@ def utilization(prices: Prices, rows: Sequence[Sequence[int]], tokens_per_s: flo
     job = prices.job
     each = [_again(prices, block) for block in range(len(prices.blocks))]
     model = job.flops_per_token
-    attention = job.model.attention_flops_per_token(job.seq_length)
+    attention = job.attention_flops_per_token
     repeated = 0.0
     for stage in range(len(rows)):
         blocks = [block for chunk in chunk_blocks(prices, rows, stage) for block in chunk]

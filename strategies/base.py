@@ -97,13 +97,15 @@ class Layer:
     """A bill of terms: the embedding, one transformer block, or the head with its loss.
 
     ``kind`` is ``embedding``, ``head`` or ends in ``block``, of which a model may have several kinds;
-    ``steps`` are the steps of its backward, in the order in which they run.
+    ``steps`` are the steps of its backward, in the order in which they run; ``backward`` is False where no
+    gradient reaches it: then its work and its messages are those of the forward alone.
     """
 
     kind: str
     terms: tuple[Term, ...]
     count: int = 1
     steps: tuple[str, ...] = ()
+    backward: bool = True
     by_role: Mapping[Role, tuple[Term, ...]] = field(init=False, repr=False, compare=False)
 
     @property

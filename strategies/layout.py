@@ -254,10 +254,15 @@ def strategies_of(
 
 
 def collectives_of(layer: Layer, strategies: Sequence[AbstractStrategy]) -> Iterator[Collective]:
-    """What the GPUs send each other for a layer; what is recomputed is sent once more, in the backward."""
+    """What the GPUs send each other for a layer; what is recomputed is sent once more, in the backward.
+
+    A layer that no gradient reaches sends nothing in a micro-batch's backward.
+    """
     plain = [one for one in strategies if one.axis != "recompute"]
     for strategy in plain:
         for sent in strategy.collectives(layer, size_seen_by(strategy, plain)):
+            if not layer.backward and sent.way == "backward" and sent.per == "micro-batch":
+                continue
             yield sent
             if sent.of is not None and sent.way == "forward":
                 factor = prod(one.share(sent.of) for one in strategies if one.axis == "recompute")

@@ -39,7 +39,7 @@ class Row:
     ``rotary !eager``. ``steps`` lists the steps of the layer's backward (planner/layers.py) that the
     tensors belong to, evenly: after which an activation is freed, during which a transient lives.
     ``read_by`` says that only gradients of weights need them, and of which: ``norms``, ``head``, or the
-    products of those steps, one for each of ``steps``.
+    products of those steps, one for each of ``steps``; or that only that of an adapter's ``input`` does.
     """
 
     name: str

@@ -17,11 +17,11 @@ from planner.cli import app
 from planner.defaults import Job
 from planner.errors import InputError
 from planner.families import model_from_config
-from planner.layers import STEPS as IN_LAYERS
 from planner.layers import Builder
 from planner.replay import StageReplay
 from planner.runs import load_runs
 from planner.stages import Prices, price
+from planner.steps import STEPS as IN_LAYERS
 from planner.validate import predict, predict_step
 from strategies.base import Layer, Role, held
 from strategies.layout import Layout, Wire, strategies_of
@@ -56,14 +56,14 @@ def whole(row: dict[str, Any]) -> Job:
 
 
 def highest(prices: Prices) -> float:
-    rows = (int(prices.rows), *(0 for _ in prices.policies[1:]))
-    return max(size for _, size in StageReplay(prices, 0, [rows]).run().snapshots)
+    rows = prices.spread().under_one([int(prices.rows)])
+    return max(size for _, size in StageReplay(prices, 0, rows).run().snapshots)
 
 
 def bills(job: Job, batch: int = 1) -> tuple[Layer, Layer, Layer, Layer]:
     """Embedding, first block, any other block, head."""
     builder = Builder(job.model, job.training, job.stack, job.recipe, batch)
-    return builder.embedding(), builder.block(first=True), builder.block(), builder.head()
+    return builder.embedding(), builder.block(builder.kinds[0]), builder.block(), builder.head()
 
 
 @pytest.mark.parametrize("row", MODELS, ids=lambda row: row["id"])
@@ -90,15 +90,9 @@ def test_states_of_a_model_with_adapters(row: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("row", MODELS, ids=lambda row: row["id"])
 def test_peak_of_a_model_with_adapters(row: dict[str, Any]) -> None:
-    """Within 0.5 % but for what the first block keeps less than any other, which is not taken off."""
-    job = whole(row)
-    prices = price(job, Layout(micro_batch_size=row["b"]), (row["recompute"],))
-    _, first, block, _ = bills(job, row["b"])
-    less = saved(block, policy=row["recompute"]) - saved(first, policy=row["recompute"])
-    assert highest(prices) - less == pytest.approx(row["peak"], rel=0.005)
-    assert highest(prices) >= row["peak"] * 0.999
-    if row["layers"] > 2:
-        assert highest(prices) == pytest.approx(row["peak"], rel=0.01)
+    """Of whole models and of cuts of one and two layers, with the lowest block a kind of its own."""
+    prices = price(whole(row), Layout(micro_batch_size=row["b"]), (row["recompute"],))
+    assert highest(prices) == pytest.approx(row["peak"], rel=0.005)
 
 
 def traced(row: dict[str, Any]) -> Job:
@@ -124,17 +118,17 @@ def traced(row: dict[str, Any]) -> Job:
 def test_a_block_with_adapters(row: dict[str, Any]) -> None:
     """What it keeps, exactly but for 512-byte rounding; its states; a peak that is never much too low.
 
-    The peak is of three blocks with a small vocabulary, of which the first keeps less: too high by up to
-    its part, most where nothing before the last product is adapted.
+    The peak is of three blocks with a small vocabulary: above by what the lowest block has of the steps below
+    its adapters, which is counted while it is at work, most where nothing but the last product is adapted.
     """
     prices = price(traced(row), Layout(), (row["recompute"],))
     if row["block"] is not None:
-        assert float(prices.blocks[0].saved) == pytest.approx(row["block"], rel=3e-4)
-    sizes = [one.states for one in (prices.embedding, prices.head, *[prices.blocks[0]] * 3)]
+        assert float(prices.blocks[-1].saved) == pytest.approx(row["block"], rel=3e-4)
+    sizes = [one.states for one in (prices.embedding, prices.head, *[prices.blocks[-1]] * 3)]
     assert sum(size[Role.PARAMETER] for size in sizes) == pytest.approx(row["parameters"], rel=1e-3)
     assert sum(size[Role.GRADIENT] for size in sizes) == pytest.approx(row["gradients"], rel=1e-3)
-    high = 1.24 if row["targets"] == ["down"] else 1.10
-    assert 0.985 < highest(prices) / row["peak"] < high
+    high = 1.13 if row["targets"] == ["down"] else 1.07
+    assert 0.994 < highest(prices) / row["peak"] < high
 
 
 def test_sums_per_layer_of_llama_2_7b() -> None:
@@ -292,7 +286,7 @@ def test_frozen_embeddings_keep_neither_gradients_nor_what_is_below_the_blocks()
 
 
 REFUSED = {
-    "first 2 blocks": ({"frozen": Frozen(blocks=2)}, "blocks are priced alike"),
+    "frozen blocks in megatron": ({"frozen": Frozen(embeddings=True, blocks=2)}, "use --framework hf"),
     "frozen embeddings in megatron": ({"frozen": Frozen(embeddings=True)}, "use --framework hf"),
     "torchtitan": ({"framework": "torchtitan", "adapters": Adapters(rank=8)}, "adapts every Linear"),
     "dora in megatron": ({"adapters": Adapters(rank=8, dora=True)}, "plan LoRA of the same rank"),

@@ -169,7 +169,7 @@ def test_the_module_that_predicts_a_second_token_is_deepseeks() -> None:
 
 
 def test_a_step_of_the_backward_is_named_for_every_weight() -> None:
-    from planner.layers import STEPS
+    from planner.steps import STEPS
 
     for row in ROWS:
         model = model_from_config(row["config"], "config.json")

@@ -68,6 +68,11 @@ def expert_problems(job: Job, layout: Layout, layers: list[Layer]) -> Iterator[s
             f"tensor_parallel={t} without sequence_parallel would route every token {t} times: use "
             "sequence_parallel, or tensor_parallel 1"
         )
+    if t > 1 and e == 1 and job.stack.tensor_cuts_experts:
+        yield (
+            f"tensor_parallel={t}: {job.stack.name} cuts routed experts by it where expert_parallel is 1, "
+            f"which is not planned: use expert_parallel {t}, or tensor_parallel 1"
+        )
     ranks = layout.data_shards * near
     carved = f"expert_parallel={e} x expert_tensor_parallel={own}"
     if near % own or (near % (e * own) and (e * own) % near) or ranks % (e * own):

@@ -36,6 +36,8 @@ SCORES_MOVED = 6
 
 TOKENS = ("batch", "seq", "routed")
 """Dimensions of a product that are not those of its weight."""
+STATES = frozenset(("state", "key_dim"))
+"""Dimensions of a scan's states: of a state space, of a delta net."""
 NONE: Mapping[str, Quantity] = {"forward": 0.0, "backward": 0.0}
 """No messages."""
 
@@ -139,6 +141,9 @@ class Compute:
             amount = held(term, plain)
             if term.role is Role.TRAFFIC:
                 third = amount / self.kernels / 3
+                self.memo[key] = third, 2 * third, 0.0
+            elif "hidden" not in term.dims and not STATES.isdisjoint(term.dims):  # a scan, without weights
+                third = amount / self.products / 3
                 self.memo[key] = third, 2 * third, 0.0
             elif "seq_k" not in term.dims:
                 rate = self.head_products if layer.kind == "head" else self.products

@@ -9,12 +9,13 @@ from typing import Any
 from planner import adapters
 from planner.catalog import step_time
 from planner.errors import InputError
+from planner.hybrids import for_hybrids, notes_of
 from planner.optimizers import OPTIMIZERS, check_states, shardings_of
 from planner.precision import EIGHT_BITS, check_options, precision_of, words_of
 from planner.specs import ClusterSpec, ModelSpec, Profile, TrainingSpec
 from planner.stacks import STACKS, stack_named
 from planner.stacks.base import WIDTHS, Recipe, Stack
-from planner.unplanned import unplanned, unplanned_with
+from planner.unplanned import uncounted, unplanned
 
 USUAL_TOKENS = 4 * 2**20
 """Tokens per step where none are given: LLaMA's 4M (Touvron et al. 2023, arXiv:2302.13971, 2.3)."""
@@ -205,10 +206,10 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
         raise InputError(f"expert_imbalance and expert_capacity_factor: {model.name} has no routed experts")
     options = _options(stack, training, model, cluster.num_gpus, precision)
     check_options(precision, stack, options)
-    if reason := unplanned_with(model, stack.recipes[precision].unit == "fp8", options):
-        raise InputError(reason)
     stack = _with_profile(stack.under(options), training.profile)
     stack = replace(stack, precision_words=words_of(precision, stack, cluster.gpu))
+    if reason := uncounted(model, stack, options):
+        raise InputError(reason)
     if options.get("compile") == "on" and not (model.gated_mlp and model.norm == "rmsnorm"):
         raise InputError(
             "compile=on: what compiled blocks keep is known of gated MLPs with RMSNorm only, "
@@ -236,7 +237,7 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
         recipe = replace(recipe, gradient=4 + recipe.compute)
     stack = replace(stack, shardings=stack.takes(stack.shardings, recipe))
     shardings = shardings_of(stack, training.optimizer, model, options)
-    stack = replace(stack, shardings=shardings)
+    stack = for_hybrids(replace(stack, shardings=shardings), model, recipe, options)
 
     given_fields = training.model_dump(exclude_none=True)
     chosen = training.model_copy(update={"precision": precision, "options": options})
@@ -272,6 +273,7 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
         notes.append(optimizer.note)
     if recipe.rest:
         notes.append(EIGHT_BITS)
+    notes += notes_of(model)
     notes.append("MFU counts attention in full, as if it were not causal")
     low, high, tie = (step_time(name).value for name in ("least", "most", "tie"))
     notes.append(

@@ -17,7 +17,7 @@ import numpy as np
 from planner import mtp
 from planner.adapter_rows import adapter_rows
 from planner.adapters import Tuning
-from planner.model import Block, Experts, ModelSpec
+from planner.model import Block, Experts, Mixer, ModelSpec
 from planner.optimizers import in_backward, optimizer_named, resident, tensor_of
 from planner.specs import TrainingSpec
 from planner.stacks.base import (
@@ -41,12 +41,14 @@ if TYPE_CHECKING:
 STEPS = {
     "embedding": ("embedding",),
     "block": ("forward", "down", "act", "up", "norm2", "out", "core", "qkv", "norm1"),
+    "scan": ("forward", "down", "act", "up", "norm2", "out", "scan", "core", "qkv", "norm1"),
     "head": ("loss", "head", "norm"),
 }
 """The steps of a layer's backward, in order: of a block the end of its forward (beside which there is as
 much as at the start of its backward, or which is then run again), the down product, the activation function,
 the up (and gate) products, the second norm, the attention output product, the attention core, the query, key
-and value products, the first norm. A block with parallel residuals runs the same steps."""
+and value products, the first norm. A block with parallel residuals runs the same steps. In a block
+with a state space the core's has two: up to the gradients of its chunks' states (``scan``), and the rest."""
 
 
 def features(
@@ -84,6 +86,8 @@ def features(
     }
     if block:
         words |= {f"mixer:{block.mixer}", f"mlp:{block.mlp}"}
+        chosen |= {"attends": block.mixer in ATTENTION, "mixes": block.mixer != "none"}
+        chosen["feeds"] = block.mlp != "none"
         chosen["gated"] = model.gated_mlp and block.mlp != "none"
         chosen["latent"] = model.latent is not None and block.mixer in ("full", "window")
         chosen["query_rank"] = bool(chosen["latent"] and model.latent and model.latent.q_lora_rank)
@@ -93,6 +97,7 @@ def features(
     return frozenset(words | {word for word, holds in chosen.items() if holds})
 
 
+ATTENTION: tuple[Mixer, ...] = ("full", "window", "bidirectional", "cross")
 UNFUSED = 12.0
 ATTENTION_FLOPS = {"eager": UNFUSED, "sdpa": 7.0, "flash": 7.0, "flash1": 7.0}
 """FLOPs per batch x seq x seq_k x head x head_dim, forward and backward: two products of 2 FLOPs
@@ -125,11 +130,12 @@ def routed(experts: Experts, training: TrainingSpec, expert_parallel: Quantity) 
 
 
 def part_lengths(model: ModelSpec) -> dict[str, Quantity]:
-    """Lengths of a mixture's, and of latent attention's, dimensions."""
+    """Lengths of the dimensions of a mixture, of latent attention, of a state space and of a delta net."""
     found: dict[str, Quantity] = {}
     if experts := model.experts:
         found |= {
             "experts": experts.num_experts,
+            "chosen": experts.num_experts_per_tok,
             "router": experts.num_experts,
             "expert_ffn": experts.intermediate_size,
             "width": model.hidden_size,
@@ -143,6 +149,20 @@ def part_lengths(model: ModelSpec) -> dict[str, Quantity]:
             "qk_dim": latent.qk_nope_head_dim + latent.qk_rope_head_dim,
             "kv_dim": latent.qk_nope_head_dim + latent.v_head_dim,
             "v_dim": latent.v_head_dim,
+        }
+    if space := model.state_space:
+        found |= {
+            "ssm_heads": space.num_heads,
+            "ssm_head_dim": space.head_dim,
+            "ssm_groups": space.n_groups,
+            "state": space.state_size,
+        }
+    if net := model.delta:
+        found |= {
+            "delta_heads": net.num_value_heads,
+            "value_dim": net.value_head_dim,
+            "delta_key_heads": net.num_key_heads,
+            "key_dim": net.key_head_dim,
         }
     return found
 
@@ -197,6 +217,7 @@ class Builder:
             "ffn": model.intermediate_size,
             "vocab": self.vocab,
             "tensor_group": (tensor_parallel > 1) * 1,
+            "expert_group": (expert_parallel > 1) * 1,
             "tied": model.tie_word_embeddings * (1 - self.copies),
             **part_lengths(model),
         }
@@ -276,6 +297,16 @@ class Builder:
             yield Term("query, key and value", Role.MESSAGE, gathered, self.recipe.compute, UNTIL_FULL)
         yield from self.sent_by_attention(kept)
 
+    def scan(self, kind: Block) -> Term:
+        """FLOPs of a state space's scan or of a delta net's rule, as :mod:`planner.model_flops` counts."""
+        names, per_state = (
+            (("ssm_heads", "ssm_head_dim", "state"), 21.0)
+            if kind.mixer == "mamba"
+            else (("delta_heads", "value_dim", "key_dim"), 24.0)
+        )
+        dims = {name: self.dims[name] for name in ("batch", "seq", *names)}
+        return Term("scan", Role.FLOPS, dims, per_state, self.stack.rerun.get("scan", UNTIL_FULL))
+
     def crossings(self, kind: Block) -> int:
         """How often a block's residual stream goes into and out of a tensor-parallel region.
 
@@ -341,6 +372,8 @@ class Builder:
                 terms.append(self.product(weight, kept))
         if kind.mixer in ("full", "window", "bidirectional"):
             terms += self.attention(kind)
+        elif kind.mixer in ("mamba", "delta"):
+            terms.append(self.scan(kind))
         words = self.words(kind)
         terms += self.rows(
             self.tuning.rows("first block" if first else "block", self.stack.rows["block"]), words
@@ -355,7 +388,8 @@ class Builder:
             sent, kept = "tokens sent to experts", self.stack.rerun.get("tokens sent to experts", UNTIL_FULL)
             terms.append(Term(sent, Role.MESSAGE, dims, self.recipe.compute, kept))
         name = "block" if len(self.kinds) == 1 else f"{kind.mixer} {kind.mlp} block"
-        return Layer(name, tuple(terms), self.model.blocks.count(kind), STEPS["block"])
+        steps = STEPS["scan" if kind.mixer in ("mamba", "delta") else "block"]
+        return Layer(name, tuple(terms), self.model.blocks.count(kind), steps)
 
     def embedding(self) -> Layer:
         """Word and position embedding."""

@@ -22,6 +22,7 @@ from planner.axes import (
     unsupported_axes,
 )
 from planner.defaults import Job
+from planner.hybrids import uneven_chunks
 from planner.layers import Builder
 from planner.network import Network, group
 from planner.optimizers import in_backward
@@ -223,6 +224,8 @@ def _schedules(job: Job, choices: Choices, pipeline: int, layers: int) -> Iterat
 
 def _schedule_refusal(job: Job, choices: Choices, schedule: str, pipeline: int, accum: int) -> str:
     """Why a schedule cannot run so many micro-batches on so many stages; empty if it can."""
+    if reason := uneven_chunks(job.model, schedule):
+        return reason
     if schedule == "interleaved" and accum % pipeline:
         return "interleaved schedule: grad_accum is no multiple of the stages"
     if accum < PipelineParallel(pipeline, schedule=schedule).least_microbatches:

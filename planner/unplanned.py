@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 
+from planner.hybrids import hybrid_reasons
 from planner.model import Block, ModelSpec
 from planner.stacks.base import Stack
 
@@ -14,6 +16,8 @@ COUNTED = (
     *("gpt_bigcode", "gpt_neo", "starcoder2", "falcon"),
 )
 """Others that have blocks of the same parts: what their modules keep was not traced."""
+PLANNED_MIXERS = {"full", "window", "mamba", "none"}
+"""Mixers that unlike blocks of one model may have."""
 
 MEGATRON = ("ministral", "phi3", "stablelm", "nemotron", "gemma", "starcoder2")
 """Others of ``COUNTED`` whose blocks Megatron Core runs as its usual parts: its flags choose norm, activation
@@ -26,16 +30,20 @@ OTHER_MIXTURES = ("granitemoe", "phimoe", "llama4_text")
 
 def unplanned(model: ModelSpec, stack: Stack) -> str:
     """Why no memory can be said of a model in a framework, with what is missing; empty where it can be."""
-    return next(_reasons(model, stack), "")
+    return next(chain(hybrid_reasons(model, stack.name), _reasons(model, stack)), "")
 
 
-def unplanned_with(model: ModelSpec, eight_bits: bool, options: Mapping[str, str]) -> str:
-    """Why a model's parts are not planned in 8 bits or with an option; empty where they are."""
-    if eight_bits and (model.experts or model.latent):
-        part = "experts" if model.experts else "latent attention"
-        return f"{model.name}: which 8-bit copies {part} keep is not planned (yet): use precision bf16"
-    if model.latent and options.get("attention") == "eager":
-        return f"{model.name}: latent attention is planned with fused kernels only: use attention=flash"
+def uncounted(model: ModelSpec, stack: Stack, options: Mapping[str, str]) -> str:
+    """Which choice a stack's rows of a model's parts were not counted with; empty where none."""
+    words = {*stack.precision_words, *(f"{name}:{value}" for name, value in options.items())}
+    for part, without in stack.parts.items():
+        for word in without:
+            if getattr(model, part) and word in words:
+                choice = word.replace(":", "=")
+                return (
+                    f"{choice}: what {part} of {model.model_type} keep is known of framework {stack.name} "
+                    f"without it only: leave out {choice.partition('=')[0]}"
+                )
     return ""
 
 
@@ -44,23 +52,25 @@ def _reasons(model: ModelSpec, stack: Stack) -> Iterator[str]:
     in_megatron = stack.name == "megatron"
     if model.kind != "decoder":
         yield f"{model.name}: an {model.kind} model {needed}"
-    if model.experts is not None and (not in_megatron or model.model_type in OTHER_MIXTURES):
+    parts = stack.parts if not stack.families or model.model_type in stack.families else {}
+    if model.experts is not None and (
+        "experts" not in parts or (in_megatron and model.model_type in OTHER_MIXTURES)
+    ):
         yield (
             f"{model.name}: mixtures of experts of {model.model_type}'s kind are not planned in {stack.name} "
             "(yet): they are counted only"
         )
-    if model.latent is not None and not in_megatron:
+    if model.latent is not None and "latent" not in parts:
         yield f"{model.name}: multi-head latent attention {needed} in {stack.name}"
-    if model.state_space is not None or model.delta is not None:
-        yield f"{model.name}: a state space {needed}"
-    if len(model.block_kinds) > 1 and not {block.mixer for block in model.block_kinds} <= {"full", "window"}:
+    if len(model.block_kinds) > 1 and not {block.mixer for block in model.block_kinds} <= PLANNED_MIXERS:
         kinds = " and ".join(_name(block) for block in model.block_kinds)
         yield f"{model.name}: a model of unlike blocks ({kinds}) {needed}"
     if model.norm_placement != "pre" or model.norm_vectors is not None:
         yield f"{model.name}: norms of {model.model_type}'s kind and place: a block of them {needed}"
-    if model.position_embedding in ("relative", "none") or model.head != "language" or model.head_bias:
+    unplaced = model.position_embedding == "none" and model.state_space is None
+    if unplaced or model.position_embedding == "relative" or model.head != "language" or model.head_bias:
         yield f"{model.name}: positions or a head of {model.model_type}'s kind: such a model {needed}"
-    sinks = model.attention_sinks and not in_megatron  # its --softmax-type learnable
+    sinks = model.attention_sinks and "attention_sinks" not in parts
     if model.attention_gate or sinks or model.attention_softcap or model.logits_softcap:
         yield f"{model.name}: attention with gates, sinks or capped scores {needed}"
     if model.qk_norm and model.qk_norm_weights != "shared":

@@ -1,8 +1,8 @@
 """A model's weights, listed once: parameters, gradients, optimizer states and FLOPs follow from the list.
 
-Tensor parallelism cuts the dimensions ``heads``, ``kv_heads``, ``ffn`` and ``vocab``, and nothing else.
-Experts have ``experts`` and ``expert_ffn``, their router ``router``. A state space has ``ssm_heads`` and
-``ssm_groups``, a gated delta net ``delta_heads`` and ``delta_key_heads``.
+Tensor parallelism cuts the dimensions ``heads``, ``kv_heads``, ``ffn`` and ``vocab``, of a state space
+``ssm_heads`` and ``ssm_groups``, of a gated delta net ``delta_heads`` and ``delta_key_heads``, nothing else.
+Experts have ``experts`` and ``expert_ffn``, their router ``router``.
 """
 
 from __future__ import annotations

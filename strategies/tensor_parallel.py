@@ -16,9 +16,12 @@ from strategies.base import (
     Term,
 )
 
-CUT = frozenset(("heads", "kv_heads", "ffn", "shared_ffn", "vocab", "rank"))
+CUT = frozenset(("heads", "kv_heads", "ffn", "shared_ffn", "vocab", "rank")).union(
+    ("ssm_heads", "ssm_groups", "delta_heads", "delta_key_heads")
+)
 """The dimensions that tensor parallelism cuts; the rank of adapters too, as Megatron Bridge does
-(peft/utils.py, ``ParallelLinearAdapter``)."""
+(peft/utils.py, ``ParallelLinearAdapter``); of a state space its heads and the groups of them that share B
+and C (Dao and Gu 2024, arXiv:2405.21060, section 8.1), of a delta net those of values and of keys."""
 
 
 @dataclass(frozen=True)

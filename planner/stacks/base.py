@@ -162,6 +162,7 @@ class Stack:
     rotated_bytes: float = 0.0  # of the gradients that PyTorch's own context parallelism sends round
     expert_parallel: bool = False
     expert_tensor_parallel: bool = False
+    tensor_cuts_experts: bool = False  # where expert parallelism is off, the width of routed experts
     policies: tuple[str, ...] = POLICIES  # the recompute policies it knows
     split_policies: tuple[str, ...] = POLICIES  # those it runs where a schedule splits the backward
     block_policies: tuple[str, ...] = ("full",)  # those that run a whole block again before its backward
@@ -172,6 +173,9 @@ class Stack:
     concerns: Mapping[str, str] = field(default_factory=dict)
     """What a model must have for an option to mean anything: option -> a field of the model."""
     families: tuple[str, ...] = ()  # the model types it has; all, if empty
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Parts of a model (``experts latent attention_sinks``) that its rows have, and the feature words that
+    these rows were not counted with."""
     separate_root: bool = False  # FSDP units: embedding and head each one of their own, unless root=one
     keeps_last: bool = False  # with one root unit, FSDP does not reshard the last block after its forward
     sizes: Mapping[str, float] = field(default_factory=dict)  # options that are numbers of elements

@@ -25,6 +25,7 @@ from planner.stacks.base import (
     Row,
     Stack,
 )
+from planner.stacks.megatron_hybrid import MAMBA, by_parts, of_stage
 from strategies.base import Role
 
 H, A, AD, KD, F, SS, V = (
@@ -263,9 +264,14 @@ MEGATRON = Stack(
     version="Megatron-LM core 0.16, Transformer Engine kernels",
     rows={
         "embedding": EMBEDDING + traffic.EMBEDDING,
-        "block": (*parts.usual(BLOCK + traffic.FUSED + FP8_TRAFFIC), *parts.MIXTURE, *parts.LATENT),
+        "block": (
+            *parts.usual(by_parts(*BLOCK, *traffic.FUSED, *FP8_TRAFFIC)),
+            *parts.MIXTURE,
+            *parts.LATENT,
+            *MAMBA,
+        ),
         "head": HEAD + traffic.HEAD,
-        "stage": (*parts.usual(STAGE), *parts.STAND_INS),
+        "stage": (*parts.usual(of_stage(*STAGE)), *parts.STAND_INS),
     },
     recipes={
         "bf16": Recipe(2, 4, 4, 4),
@@ -299,6 +305,8 @@ MEGATRON = Stack(
         **parts.OPTIONS,
     },
     concerns=parts.CONCERNS,
+    # Attention sinks by --softmax-type learnable.
+    parts={"experts": ("fp8",), "latent": ("fp8", "attention:eager"), "attention_sinks": ()},
     reruns=parts.RERUNS,
     # transformer_config.py: cp_comm_type; Transformer Engine's attention has them.
     context_comms={

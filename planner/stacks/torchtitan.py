@@ -9,6 +9,7 @@ the outputs of every second product and of attention; ``full`` keeps ``2sbh``. C
 
 from __future__ import annotations
 
+from planner.stacks import torchtitan_experts as mixtures
 from planner.stacks import traffic
 from planner.stacks.base import (
     ALWAYS,
@@ -35,6 +36,7 @@ H, W, A, AD, KD, F, V = (
 TRANSIENT = Role.TRANSIENT
 ALL = "down act up norm2 out core qkv norm1"
 AUTOCAST = "mixed_precision:autocast"
+ALTERNATE = "!query_rank !mlp:experts"  # elsewhere the last product is none of those that are kept
 
 BLOCK = (
     Row("block input", H, 1, COMPUTE, ALWAYS, "!norm:eager", steps="norm1"),
@@ -55,11 +57,14 @@ BLOCK = (
     # Of three separate products, every second one is run again under selective checkpointing: the key's.
     Row("key", KD, 1, COMPUTE, UNTIL_FULL, "!qkv:separate", steps="core"),
     Row("key", KD, 1, COMPUTE, NONE, "qkv:separate", steps="core"),
-    Row("rotary angles", "batch seq head_dim", 1, FP32, NONE, "rotary !compile:on", steps="core"),
+    Row("rotary angles", "batch seq head_dim", 1, FP32, NONE, "rotary !compile:on !latent", steps="core"),
+    # Its mixtures have cosines and sines, each as wide as a head.
+    Row("rotary angles, the other half", "batch seq head_dim", 1, FP32, NONE, "qwen3_moe", steps="core"),
+    Row("rotary angles, the other half", "batch seq head_dim", 1, FP32, NONE, "gpt_oss", steps="core"),
     Row("attention output", AD, 1, COMPUTE, UNTIL_FULL, steps="core"),
     Row("log-sum-exp of the scores", A, 1, FP32, UNTIL_FULL, steps="core"),
     Row("input of the second norm", H, 1, COMPUTE, NONE, "!norm:eager", steps="norm2"),
-    Row("MLP input (norm output)", W, 1, COMPUTE, NONE, steps="up"),
+    Row("MLP input (norm output)", W, 1, COMPUTE, NONE, "!mlp:experts", steps="up"),
     Row("gate (first product's output)", F, 1, COMPUTE, UNTIL_FULL, steps="act"),
     Row("up", F, 1, COMPUTE, NONE, "gated", steps="act"),
     Row("activated gate", F, 1, COMPUTE, NONE, "!compile:on", steps="act"),
@@ -93,7 +98,7 @@ BLOCK = (
     Row("gate and up weights, cast", "hidden ffn", 2, COMPUTE, UNTIL_FULL, AUTOCAST, steps="up"),
     Row("down weight, cast", "hidden ffn", 1, COMPUTE, UNTIL_FULL, AUTOCAST, steps="down"),
     # Kept only because op-level selective checkpointing keeps every second product's output.
-    Row("MLP output", W, 1, COMPUTE, ("selective",), "!compile:on", steps="norm1"),
+    Row("MLP output", W, 1, COMPUTE, ("selective",), f"!compile:on {ALTERNATE}", steps="norm1"),
     Row("reduce-scattered outputs", f"{H} tensor_group", 2, COMPUTE, ("selective",), steps="norm1"),
     Row("gradient of the block's output", H, 8, role=TRANSIENT, steps=ALL),
     Row("gradient of the second product's input", F, 2, role=TRANSIENT, steps="down act"),
@@ -131,7 +136,9 @@ BLOCK = (
     Row("gradients of the attention output and down products", W, 2, role=Role.OUTPUT_GRADIENT),
     Row("gradients of the norms", H, 2, role=Role.OUTPUT_GRADIENT),
     # The table of rotary angles, a copy in every layer, of all positions.
-    Row("rotary table", "seq_k head_dim", 1, FP32, when="rotary !rotary_table:model", role=Role.BUFFER),
+    Row(
+        "rotary table", "seq_k head_dim", 1, FP32, when="rotary !rotary_table:model !latent", role=Role.BUFFER
+    ),
 )
 
 EMBEDDING = (
@@ -219,7 +226,7 @@ TORCHTITAN = Stack(
     version="torchtitan 0.3.0, torch 2.13, eager",
     rows={
         "embedding": EMBEDDING + traffic.EMBEDDING,
-        "block": BLOCK + TRAFFIC + FP8_TRAFFIC,
+        "block": mixtures.apart(*BLOCK, *TRAFFIC, *FP8_TRAFFIC) + mixtures.ROWS,
         "head": HEAD + traffic.HEAD,
         "stage": STAGE,
     },
@@ -257,6 +264,7 @@ TORCHTITAN = Stack(
     context_attention=("flash",),
     rotated_bytes=4.0,
     expert_parallel=True,
+    tensor_cuts_experts=True,  # models/common/moe_sharding.py
     options={
         "attention": ("flash",),
         "loss": ("eager", "eager-kept", "eager-chunked", "compiled", "chunked"),
@@ -269,13 +277,19 @@ TORCHTITAN = Stack(
         "optimizer_step": ("fused", "foreach"),
         "async_tp": ("off", "on"),
         "rotary_table": ("layers", "model"),  # a copy in every layer; until 2025 one for all
+        "router": ("fp32", "half"),  # of a mixture; half until March 2026
+        "all_to_all": ("kept", "rerun"),  # by selective checkpointing; run again until September 2025
     },
     alone={"mixed_precision": "autocast"},
     block_policies=("selective", "full"),
-    rerun={"attention output weight": NONE, "up weight": NONE},
+    rerun={"attention output weight": NONE, "up weight": NONE, **mixtures.RERUN},
     casts_weights=True,
     receives_ahead=True,
-    families=("llama", "mistral", "qwen2", "qwen3"),
+    families=("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss"),
+    concerns={"router": "experts", "all_to_all": "experts"},
+    parts=dict.fromkeys(
+        ("experts", "latent", "attention_sinks"), ("compile:on", "fp8", AUTOCAST, "norm:eager")
+    ),
     separate_root=True,
     keeps_last=True,
 )

@@ -15,6 +15,7 @@ from planner.catalog import names
 from planner.defaults import resolve
 from planner.errors import InputError
 from planner.families import FAMILIES, model_from_config
+from planner.hybrids import HYBRIDS
 from planner.model import Block
 from planner.reading import read_model
 from planner.specs import ClusterSpec, TrainingSpec
@@ -281,8 +282,7 @@ def test_remote_code_is_ignored() -> None:
     ("name", "named"),
     [
         ("olmoe-1b-7b", "query and key norms"),
-        ("nemotron-h-8b", "state space"),
-        ("mamba-codestral-7b", "state space"),
+        ("qwen3-next-80b-a3b", "gated delta net"),
         ("gemma-2-9b", "norms of gemma2's kind"),
         ("bert-large", "encoder"),
         ("t5-11b", "encoder-decoder"),
@@ -308,17 +308,23 @@ def planned(framework: str) -> tuple[set[str], set[str]]:
     return of_catalog, of_models
 
 
-@pytest.mark.parametrize("framework", [name for name in STACKS if name != "megatron"])
+@pytest.mark.parametrize("framework", [name for name in STACKS if not STACKS[name].parts])
 def test_the_traced_families_are_planned_and_no_others(framework: str) -> None:
     """None of the others' shapes either, down to the smallest that its keys allow."""
     assert planned(framework) == (set(TRACED), set(TRACED))
 
 
-def test_megatron_runs_mixtures_and_latent_attention_too() -> None:
+def test_megatron_runs_mixtures_latent_attention_and_state_spaces_too() -> None:
     mixtures = {"mixtral", "deepseek_v2", "deepseek_v3", "qwen2_moe", "qwen3_moe", "glm4_moe", "gpt_oss"}
+    mixtures |= {*HYBRIDS}
     of_catalog, of_models = planned("megatron")
     assert of_catalog == {*TRACED, *mixtures, *MEGATRON, "kimi_k2"} - {"ministral"}
     assert of_models == {*TRACED, *mixtures, *MEGATRON, "kimi_k2"}
+
+
+def test_torchtitan_runs_its_own_mixtures() -> None:
+    mixtures = {"deepseek_v2", "deepseek_v3", "qwen3_moe", "gpt_oss"}
+    assert planned("torchtitan") == ({*TRACED, *mixtures}, {*TRACED, *mixtures})
 
 
 def test_a_shape_is_llamas_and_with_experts_mixtrals() -> None:

@@ -1,0 +1,77 @@
+"""State spaces, alone or between attention and MLPs: which of them are planned, and under what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from planner.errors import InputError
+from planner.model import ModelSpec
+from planner.stacks.base import Recipe, Stack
+
+HYBRIDS = ("mamba2", "nemotron_h")
+"""Families whose blocks have one part each, as the layers of Megatron-LM's ``HybridStack``."""
+SHARDED = ("ddp", "zero1")
+"""What shares out a hybrid's states. FSDP's units would be of unlike sizes."""
+
+
+def hybrid_reasons(model: ModelSpec, stack: str) -> Iterator[str]:
+    """Why no memory can be said of a model's state spaces, or of blocks of one part, under a stack."""
+    mixers = {block.mixer for block in model.blocks}
+    if "delta" in mixers:
+        yield (
+            f"{model.name}: a gated delta net is counted (planner catalog models) and not planned (yet): "
+            "what it keeps depends on how torch.compile fuses its kernels' inputs"
+        )
+    if not mixers & {"mamba", "none"}:
+        return
+    if stack != "megatron":
+        yield (
+            f"{model.name}: a state space is planned with Megatron-LM's kernels only, not under {stack}: "
+            "use --framework megatron"
+        )
+    if model.model_type not in HYBRIDS:
+        yield (
+            f"{model.name}: Megatron-LM makes two layers of a block of {model.model_type}, a state space and "
+            f"an MLP, which is not planned (yet): planned are {', '.join(HYBRIDS)}"
+        )
+    space = model.state_space
+    if space and (space.bias or not space.conv_bias):
+        # megatron/core/ssm/mamba_mixer.py: assert not bias, assert conv_bias
+        yield f"{model.name}: in Megatron-LM a state space's convolution has a bias, its products none"
+    if space and space.num_heads % space.n_groups:
+        yield f"{model.name}: n_groups={space.n_groups} does not divide the {space.num_heads} heads"
+
+
+def for_hybrids(stack: Stack, model: ModelSpec, recipe: Recipe, options: Mapping[str, str]) -> Stack:
+    """The stack with what shares out a hybrid's states. Raises InputError for what is not planned of one.
+
+    A model without state spaces has the stack as it is.
+    """
+    if model.state_space is None:
+        return stack
+    if recipe.unit == "fp8":
+        raise InputError(f"{model.name}: state spaces with 8-bit products are not planned: use bf16")
+    if options.get("norm") == "recomputed":
+        raise InputError(
+            "norm=recomputed: Megatron-LM's state spaces keep their norms' output: use norm=kept"
+        )
+    shardings = {name: pipelined for name, pipelined in stack.shardings.items() if name in SHARDED}
+    return replace(stack, shardings=shardings)
+
+
+def notes_of(model: ModelSpec) -> list[str]:
+    """What is assumed of a model's state spaces."""
+    if model.state_space is None:
+        return []
+    return ["a scan takes its FLOPs at the rate of matrix products and then its kernels' bytes (assumed)"]
+
+
+def uneven_chunks(model: ModelSpec, schedule: str) -> str:
+    """Why the search leaves a schedule out: chunks hold unlike numbers of micro-batches, of unlike layers.
+
+    Its closed form takes the average of a row. Layouts given by hand are replayed layer by layer.
+    """
+    if schedule == "interleaved" and model.state_space and len(model.block_kinds) > 1:
+        return "interleaved: unlike blocks with state spaces are planned in layouts given by hand only"
+    return ""

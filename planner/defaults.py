@@ -215,6 +215,8 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
             f"{model.name}: use {model.max_position_embeddings} or less"
         )
     batch = training.global_batch_size or usual_batch(seq, cluster.num_gpus)
+    if not model.experts and (training.expert_capacity_factor or training.expert_imbalance != 1):
+        raise InputError(f"expert_imbalance and expert_capacity_factor: {model.name} has no routed experts")
     options = _options(stack, training, model, cluster.num_gpus, precision)
     check_options(precision, stack, options)
     stack = _with_profile(stack.under(options), training.profile)
@@ -271,6 +273,8 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     notes.append(f"{stack.version}; bytes per parameter (weight, gradient, master, moments): {states}")
     shown = {name: value for name, value in options.items() if name != "swiglu" or model.gated_mlp}
     notes.append(", ".join(f"{name} {value}" for name, value in shown.items()))
+    if model.experts and not training.expert_capacity_factor and training.expert_imbalance == 1:
+        notes.append("tokens are spread evenly over the GPUs' experts (--expert-imbalance)")
     if model.mtp_layers and options.get("mtp") != "on":
         how = ": option mtp=on" if "mtp" in options else f", which {stack.name} is planned without"
         notes.append(f"modules that predict further tokens are left out{how}")

@@ -278,9 +278,7 @@ class Builder:
         """FLOPs of the attention core, and what context parallelism sends of it."""
         names = ("batch", "seq", "heads", "head_dim")
         core = {name: self.dims[name] for name in names}
-        if latent := self.model.latent:
-            # Queries and keys are of one width, values of another: two products, of the average.
-            core["head_dim"] = (latent.qk_nope_head_dim + latent.qk_rope_head_dim + latent.v_head_dim) / 2
+        core["head_dim"] = self.attention_width
         per_pair = ATTENTION_FLOPS[str(self.training.attention)]
         kept = self.stack.rerun.get("attention core", UNTIL_FULL)
         keys: float = self.training.seq_length or 0
@@ -330,14 +328,23 @@ class Builder:
         name = "residual stream across regions"
         return Term(name, Role.MESSAGE, dims | {"crossings": crossings}, self.recipe.compute, kept_by)
 
+    @property
+    def attention_width(self) -> Quantity:
+        """Elements of a head: of latent attention, whose values are narrower than its keys, the average."""
+        if latent := self.model.latent:
+            return (latent.qk_nope_head_dim + latent.qk_rope_head_dim + latent.v_head_dim) / 2
+        return self.dims["head_dim"]
+
     def sent_by_attention(self, kept_by: tuple[str, ...]) -> Iterator[Term]:
         """Keys and values, queries and output, as context parallelism sends them; and what that keeps."""
         for name, heads in (("keys and values", "kv_heads"), ("queries and attention output", "heads")):
-            dims = {name: self.dims[name] for name in ("batch", "seq", heads, "head_dim")}
-            yield Term(name, Role.MESSAGE, dims | {"pair": 2}, self.recipe.compute, kept_by)
+            dims = {name: self.dims[name] for name in ("batch", "seq", heads)}
+            dims |= {"head_dim": self.attention_width, "pair": 2}
+            yield Term(name, Role.MESSAGE, dims, self.recipe.compute, kept_by)
         if not (isinstance(self.context_heads, int) and self.context_heads == 0):
             # Attention keeps the output of its heads, the next product that of its tokens.
-            dims = {name: self.dims[name] for name in ("batch", "seq", "heads", "head_dim")}
+            width = self.model.latent.v_head_dim if self.model.latent else self.dims["head_dim"]
+            dims = {name: self.dims[name] for name in ("batch", "seq", "heads")} | {"head_dim": width}
             dims["handed_out"] = self.context_heads
             yield Term(
                 "attention output, by heads", Role.ACTIVATION, dims, self.recipe.compute, kept_by, ("core",)

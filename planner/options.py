@@ -53,6 +53,12 @@ Optimizer = Annotated[
 Attention = Annotated[str | None, option("--attention", help="flash, sdpa or eager.")]
 Swiglu = Annotated[str | None, option("--swiglu", help="fused, unfused or recomputed.")]
 Dropout = Annotated[float | None, option("--dropout", help="Dropout, if not the model's own.")]
+Imbalance = Annotated[
+    float | None, option("--expert-imbalance", help="Tokens of the fullest GPU's experts over the average.")
+]
+Capacity = Annotated[
+    float | None, option("--expert-capacity-factor", help="Experts padded to so many times the average.")
+]
 GradientType = Annotated[str | None, option("--gradient-dtype", help="fp32, bf16 or fp16.")]
 OptimizerType = Annotated[str | None, option("--optimizer-dtype", help="fp32, bf16, or fp8 (megatron).")]
 Master = Annotated[
@@ -168,6 +174,8 @@ TRAINING: Options = {
     "option": (Choice, None),
     "profile": (Profile, None),
     "dropout": (Dropout, None),
+    "expert_imbalance": (Imbalance, None),
+    "expert_capacity_factor": (Capacity, None),
     "gradient_dtype": (GradientType, None),
     "optimizer_dtype": (OptimizerType, None),
     "master_weights": (Master, None),

@@ -198,6 +198,16 @@ def test_what_is_left_out_of_further_tokens_is_said() -> None:
     assert any("further tokens are left out: option mtp=on" in n for n in job.assumptions)
 
 
+def test_context_parallelism_sends_keys_and_narrower_values() -> None:
+    """128 heads of 192 and 128 elements a token, over 2 GPUs: half of them go to the other."""
+    model = cut(DEEPSEEK, 2)
+    training = TrainingSpec(seq_length=8192, global_batch_size=4)
+    layout = Layout(4, context_parallel=2, expert_parallel=8, sharding="zero1")
+    found = explain(model, ClusterSpec.parse("8xH200"), training, layout)
+    sent = {m.size for m in found.messages if m.axis == "context"}
+    assert 4096 * 128 * (192 + 128) * 2 in sent
+
+
 # --- Refusals -------------------------------------------------------------------------------------
 
 
@@ -212,6 +222,8 @@ def test_what_is_left_out_of_further_tokens_is_said() -> None:
         ("deepseek-v3", {"attention": "eager"}, "planned with fused kernels only"),
         ("llama-4-scout", {}, "mixtures of experts of llama4_text's kind"),
         ("deepseek-v3", {"framework": "torchtitan"}, "not planned in torchtitan"),
+        ("llama-3.1-8b", {"expert_imbalance": 1.5}, "has no routed experts"),
+        ("llama-3.1-8b", {"expert_capacity_factor": 1.5}, "has no routed experts"),
     ],
 )
 def test_what_megatron_is_not_planned_with_is_refused(

@@ -1,4 +1,5 @@
-"""The integer program: which layout, how many layers on each stage, under which recompute policy.
+"""The integer program: which layout, how many layers on each stage, under which recompute policy, and what of it
+is offloaded.
 
 For candidates c with stages j and policies r:
 
@@ -13,8 +14,11 @@ For candidates c with stages j and policies r:
     memory           sum_r bytes rows + working uses + fixed choose <= capacity choose
     slowest_stage    sum_r seconds rows + fixed choose <= slowest[c]
     least_slowest    slowest[c] >= (what bounds.slowest_at_least says) choose[c]
+    elsewhere        sum_r bytes rows + fixed choose <= room choose, on the host and on NVMe
+    slowest_update   sum_r seconds rows + fixed choose <= update[c], of the optimizer on the host
+    not_all          sum_j rows[c,j,r] <= (R[c] - 1) choose[c], where a way leaves out a row at least
 
-    min  sum_c fill sum_j seconds[c,j] + repeat slowest[c] + step choose[c]
+    min  sum_c fill sum_j seconds[c,j] + repeat slowest[c] + update[c] + step choose[c]
 
 A row is one layer in each chunk of a stage (one layer, without interleaving); where blocks are unlike, so
 are rows, and r stands for a kind of row under a policy (planner/order.py). ``working uses``
@@ -85,6 +89,7 @@ class _Model:
         ]
         self.every_layer(index, candidate, choose, rows)
         self.memory(index, candidate, choose, rows)
+        self.elsewhere(index, candidate, choose, rows)
         self.time(index, candidate, least, choose, rows)
         return choose, rows
 
@@ -154,6 +159,22 @@ class _Model:
                     name = f"memory_{index}_{j}_{moment.replace(' ', '_')}_{number}"
                     self.require(name, [*pairs, *spare, (choose, constant)], "<=")
 
+    def elsewhere(self, index: int, candidate: Candidate, choose: Any, rows: list[list[Any]]) -> None:
+        """``sum bytes rows + fixed choose <= room choose``, in rooms, on the host and on NVMe."""
+        for j, (stage, own) in enumerate(zip(rows, candidate.stages, strict=True)):
+            for place, (per_row, fixed) in own.elsewhere.items():
+                if not (fixed or any(per_row)):
+                    continue
+                room = candidate.rooms[place] or 1.0  # of nothing: all that is not 0 is too much
+                pairs = [(x, b / room) for x, b in zip(stage, per_row, strict=True)]
+                full = 1.0 if candidate.rooms[place] else 0.0
+                self.require(f"{place}_{index}_{j}", [*pairs, (choose, fixed / room - full)], "<=")
+        several = len(candidate.policies)
+        for r, never in enumerate(candidate.not_all):
+            if never:
+                pairs = [(x, 1.0) for stage in rows for x in stage[r::several]]
+                self.require(f"not_all_{index}_{r}", [*pairs, (choose, 1.0 - candidate.rows)], "<=")
+
     def time(
         self, index: int, candidate: Candidate, least: float, choose: Any, rows: list[list[Any]]
     ) -> None:
@@ -168,6 +189,13 @@ class _Model:
             pairs += [(choose, own.fixed_seconds / unit), (slowest, -1.0)]
             self.require(f"slowest_stage_{index}_{j}", pairs, "<=")
         self.require(f"least_slowest_{index}", [(slowest, 1.0), (choose, -least / unit)], ">=")
+        if any(own.fixed_update or any(own.updates) for own in candidate.stages):
+            update = self.problem.add_variable(f"update_{index}", 0, None)
+            for j, (stage, own) in enumerate(zip(rows, candidate.stages, strict=True)):
+                pairs = [(x, seconds / unit) for x, seconds in zip(stage, own.updates, strict=True)]
+                pairs += [(choose, own.fixed_update / unit), (update, -1.0)]
+                self.require(f"slowest_update_{index}_{j}", pairs, "<=")
+            self.cost.append((update, 1.0))
         fixed = candidate.fill * sum(own.fixed_seconds for own in candidate.stages)
         self.cost += [(slowest, candidate.repeat), (choose, (fixed + candidate.step_seconds) / unit)]
 
@@ -216,7 +244,7 @@ def _even(candidate: Candidate, least: float) -> Solution | None:
     cost = candidate.cost(rows)
     if cost > sharp_bound(candidate, least) * (1 + RELATIVE_GAP):
         return None
-    fits = all(candidate.peak(j, own)[0] <= candidate.capacity for j, own in enumerate(rows))
+    fits = all(candidate.fits(j, own) for j, own in enumerate(rows)) and candidate.allows(rows)
     return Solution(candidate, rows, cost, True) if fits else None
 
 
@@ -230,17 +258,23 @@ def settle(solution: Solution) -> Solution:
         return solution
     rows = [list(own) for own in solution.rows]
     slowest = max(candidate.stage_seconds(j, own) for j, own in enumerate(rows))
+    update = max(candidate.update_seconds(j, own) for j, own in enumerate(rows))
     peaks = [candidate.peak(j, own)[0] for j, own in enumerate(rows)]
     for _ in range(candidate.rows * len(rows)):
         fullest = max(range(len(rows)), key=peaks.__getitem__)
-        if not _hand_over(candidate, rows, peaks, fullest, slowest):
+        if not _hand_over(candidate, rows, peaks, fullest, slowest, update):
             break
     settled = tuple(tuple(own) for own in rows)
     return replace(solution, rows=settled, cost=candidate.cost(settled))
 
 
 def _hand_over(
-    candidate: Candidate, rows: list[list[int]], peaks: list[float], fullest: int, slowest: float
+    candidate: Candidate,
+    rows: list[list[int]],
+    peaks: list[float],
+    fullest: int,
+    slowest: float,
+    update: float,
 ) -> bool:
     """Moves one row from the fullest stage to the emptiest that stays below it and in time, if any."""
     if sum(rows[fullest]) == 1:
@@ -251,7 +285,9 @@ def _hand_over(
                 continue
             more = [n + (r == policy) for r, n in enumerate(rows[taker])]
             peak = candidate.peak(taker, more)[0]
-            if peak < peaks[fullest] and candidate.stage_seconds(taker, more) <= slowest:
+            in_time = candidate.stage_seconds(taker, more) <= slowest
+            in_time = in_time and candidate.update_seconds(taker, more) <= update
+            if peak < peaks[fullest] and in_time and candidate.fits(taker, more):
                 rows[taker], peaks[taker] = more, peak
                 rows[fullest][policy] -= 1
                 peaks[fullest] = candidate.peak(fullest, rows[fullest])[0]
@@ -266,8 +302,9 @@ def _spared(candidate: Candidate, stage: int, rows: tuple[int, ...]) -> tuple[in
     """
     several = len(candidate.policies)
     plain = tuple(sum(rows[at : at + several]) if at % several == 0 else 0 for at in range(len(rows)))
-    fits = candidate.peak(stage, plain)[0] <= candidate.capacity
+    fits = candidate.fits(stage, plain)
     quicker = candidate.stage_seconds(stage, plain) <= candidate.stage_seconds(stage, rows)
+    quicker = quicker and candidate.update_seconds(stage, plain) <= candidate.update_seconds(stage, rows)
     return plain if fits and quicker else rows
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,17 @@ from planner.defaults import Job
 from planner.layer_price import LayerPrice, StepPrice, average, role_sum, working_set
 from planner.layers import Builder
 from planner.moments import stage_moments
+from planner.offload import (
+    HostShare,
+    Traffic,
+    elsewhere,
+    host_buffers,
+    moves,
+    offloading_of,
+    surely,
+    traffic,
+    wire_of,
+)
 from planner.order import order_of
 from planner.overheads import tensor_capacity
 from planner.residence import Residence, residence_of
@@ -39,6 +51,7 @@ from strategies.base import (
     smaller,
 )
 from strategies.layout import Layout, collectives_of, strategies_of
+from strategies.offload import PLACES, Way
 from strategies.pipeline_parallel import PipelineParallel
 
 FOREACH = 20
@@ -73,7 +86,9 @@ class Prices:
         self.overlap = chosen.get("overlap", "on") == "on"
         self.tensor_overlap = "on" in (chosen.get("tp_comm_overlap"), chosen.get("async_tp"))
         self.forward_share = self.weight_share = 1 / 3  # until a layer's price says
-        self.wire = job.stack.wire(job.recipe, job.training.options)
+        self.wire = wire_of(job, layout)
+        self.offloads = bool(layout.offload) or any("+" in policy for policy in self.policies)
+        self.host = HostShare.of(job.cluster)
         builder = Builder(
             job.model,
             job.training,
@@ -131,6 +146,11 @@ class Prices:
         *shared, _ = strategies_of(layout, self.wire)
         self.once_bytes = role_sum(self.once, Role.BUFFER, shared)
 
+    @property
+    def brought_back(self) -> int:
+        """Layers whose offloaded activations are on the GPU while one of them runs backward."""
+        return 1 if offloading_of(self.job.stack, self.layout).checkpoints else 2
+
     def take(self, selector: Any) -> Prices:
         """The same prices for a part of the family: an index, or an index array and new axes."""
         part = copy.copy(self)
@@ -164,6 +184,7 @@ class Prices:
         """Transients when a layer's forward ends, what its backward makes again, and its steps."""
         *strategies, _ = strategies_of(self.layout, self.wire, 0, policy)
         *plain, _ = strategies_of(self.layout, self.wire, 0, "none")
+        way, policy = Way.of(policy), Way.of(policy).recompute
         data = plain[0]
         size = size_seen_by(data, plain)
         freed, again, whole, final, passing = (dict.fromkeys(layer.steps, 0.0) for _ in range(5))
@@ -180,6 +201,11 @@ class Prices:
         for term in layer.by_role[Role.ACTIVATION]:
             if policy in term.kept_by:
                 add(freed, term, held(term, strategies) * (1 - split))
+                if "activations" in way.offload:
+                    # They come back before the backward; copies that run ahead bring the next layer's too.
+                    made = held(term, plain)
+                    add(freed, term, made)
+                    recomputed = recomputed + made * self.brought_back
             elif "none" in term.kept_by:
                 made = held(term, plain)
                 add(again, term, made)
@@ -230,6 +256,16 @@ class Prices:
                 sent = seconds * (message.axis == "tensor" and self.tensor_overlap)
                 hidden[way], exposed[way] = hidden[way] + sent, exposed[way] + waiting - sent
         passes = self.compute.passes(layer, plain, strategies, hidden, exposed, copied)
+        moved, there = Traffic(), {}
+        forward, inputs = passes.forward, passes.inputs + passes.again
+        if self.offloads:
+            moved = traffic(self.job, self.layout, layer, policy, strategies, self.host)
+            there = elsewhere(layer, moves(self.job, self.layout, policy), strategies)
+            if not self.overlap:
+                moved = moved.in_the_open()
+            forward = np.maximum(forward, moved.forward) + moved.opened / 2
+            late = np.maximum(0.0, moved.backward - passes.backward) + moved.opened / 2
+            inputs = inputs + late
         return LayerPrice(
             states={role: role_sum(layer, role, strategies) for role in (*STATES, Role.BUFFER)},
             gathered=sum(data.gathered(term, size) for term in layer.by_role[Role.PARAMETER]),
@@ -240,11 +276,13 @@ class Prices:
             recomputed=recomputed,
             walk=walk,
             working=working_set(recomputed, walk),
-            forward=passes.forward,
-            inputs=passes.inputs + passes.again,
+            forward=forward,
+            inputs=inputs,
             weights=passes.weights,
             exposed=exposed,
             per_step=per_step,
+            elsewhere=there,
+            update_seconds=moved.update,
         )
 
     def _update_bytes(self, layer: Layer, strategies: Sequence[AbstractStrategy]) -> Quantity:
@@ -360,6 +398,39 @@ class Prices:
             total = total + size * share * (gradients if role is Role.GRADIENT else 1)
         return total
 
+    def elsewhere(self, first: bool, last: bool) -> dict[str, tuple[list[Quantity], Quantity]]:
+        """Bytes that a stage may need in each place outside the GPU: of a row under each way, and besides."""
+        ends = [*([self.embedding] if first else []), *([self.head] if last else [])]
+        *strategies, _ = strategies_of(self.layout, self.wire)
+        buffers = host_buffers(self.job, self.layout, self.stage_layers(first, last), strategies)
+        found = {}
+        for place in PLACES:
+            most = surely(place)
+            rows = [p.elsewhere.get(place, 0.0) * self.layout.chunks * most for p in self.columns]
+            around = sum(p.elsewhere.get(place, 0.0) for p in ends)
+            lacking = sum(n * p.elsewhere.get(place, 0.0) for n, p in self.missing(first, last))
+            beside = sum(size for _, size in buffers) if place == "host" else 0.0
+            found[place] = rows, (around + beside - lacking) * most
+        return found
+
+    def updates(self, first: bool, last: bool) -> tuple[list[Quantity], Quantity]:
+        """Seconds that the host takes for a stage's update: of a row under each way, and besides."""
+        ends = [*([self.embedding] if first else []), *([self.head] if last else [])]
+        lacking = sum(n * price.update_seconds for n, price in self.missing(first, last))
+        rows = [price.update_seconds * self.layout.chunks for price in self.columns]
+        return rows, sum(price.update_seconds for price in ends) - lacking
+
+    @property
+    def least_update(self) -> Quantity:
+        """Seconds of the slowest stage's update on the host, at least: those of an average one."""
+        if not self.offloads:
+            return 0.0
+        several = len(self.policies)
+        rows, around = self.updates(True, True)
+        least = [reduce(np.minimum, rows[k * several : (k + 1) * several]) for k in range(len(self.counts))]
+        work = sum(n * row for n, row in zip(self.counts, least, strict=True)) + around
+        return np.maximum(0.0, work / self.layout.pipeline_parallel)
+
     def fixed_seconds(self, first: bool, last: bool) -> Quantity:
         """Seconds of one micro-batch on a stage besides its rows of layers."""
         ends = self.embedding.seconds * first + self.head.seconds * last
@@ -386,13 +457,12 @@ class Prices:
                 name: (tuple(map(float, per_row)), float(fixed), tuple(map(float, working)))
                 for name, (per_row, fixed, working) in stage_moments(self, j, first, last).items()
             }
-            stages.append(
-                Stage(
-                    moments=moments,
-                    seconds=tuple(map(float, self.row_seconds)),
-                    fixed_seconds=float(self.fixed_seconds(first, last)),
-                )
+            stage = Stage(
+                moments=moments,
+                seconds=tuple(map(float, self.row_seconds)),
+                fixed_seconds=float(self.fixed_seconds(first, last)),
             )
+            stages.append(self._with_host(stage, first, last) if self.offloads else stage)
         return Candidate(
             layout=self.layout.plain(),
             policies=self.policies,
@@ -404,6 +474,22 @@ class Prices:
             repeat=float(self.pipeline.repeat),
             step_seconds=float(self.step_seconds),
             mirrored=self.pipeline.copies > 1,
+            rooms={place: size * self.job.stretch for place, size in self.host.capacity.items()},
+            not_all=tuple(
+                "activations" in Way.of(way).offload and self.brought_back > 1 for way in self.policies
+            ),
+        )
+
+    def _with_host(self, stage: Stage, first: bool, last: bool) -> Stage:
+        rows, fixed = self.updates(first, last)
+        return replace(
+            stage,
+            elsewhere={
+                place: (tuple(map(float, per_row)), float(besides))
+                for place, (per_row, besides) in self.elsewhere(first, last).items()
+            },
+            updates=tuple(map(float, rows)),
+            fixed_update=float(fixed),
         )
 
 

@@ -17,6 +17,7 @@ from planner.stacks.base import (
     INT64,
     NONE,
     UNTIL_FULL,
+    Offloading,
     Overhead,
     Recipe,
     Row,
@@ -127,6 +128,19 @@ STAGE = (
     Row("attention scores, shared", SS, 1, when="mcore eager", role=BUFFER),
 )
 
+# core/optimizer/cpu_offloading/hybrid_optimizer.py: fp32 weights, gradients and moments on the host, in pinned
+# memory; gradients stay in their buffer on the GPU and are copied in the step, the weights come back.
+# transformer_config.py takes no pipeline and no recomputation with cpu_offloading, which leaves one layer out.
+ACTIVATIONS = {"activations": "--cpu-offloading-num-layers"}
+OFFLOADING = {
+    "ddp": Offloading(layers=ACTIVATIONS),
+    "zero1": Offloading(
+        whole={"optimizer": "--optimizer-cpu-offload --use-precision-aware-optimizer"},
+        layers={"optimizer": "--optimizer-offload-fraction", **ACTIVATIONS},
+        returned=2.0,
+    ),
+}
+
 MEGATRON = Stack(
     name="megatron",
     version="Megatron-LM core 0.16, Transformer Engine kernels",
@@ -168,6 +182,7 @@ MEGATRON = Stack(
     expert_parallel=True,
     expert_tensor_parallel=True,
     rerun={"attention core": NONE},
+    offloading=OFFLOADING,
     vocabulary_multiple=128,
     gradients_resident=True,
     fused_accumulation=True,

@@ -26,6 +26,7 @@ import numpy.typing as npt
 from planner.candidate import Candidate
 from planner.layer_price import highest
 from planner.moments import stage_moments
+from planner.places import least_update
 from planner.stages import Prices
 
 Array = npt.NDArray[np.float64]
@@ -33,6 +34,8 @@ End = tuple[bool, bool]
 """Is it the first stage, is it the last?"""
 SHORT_STAGE = 24
 """Rows of one stage up to which its hand-outs to the policies are looked at one by one."""
+HAND_OUTS = 100_000
+"""Hand-outs of one stage's rows that are looked at, at most."""
 HALVINGS = 20
 NOTHING = -1e18
 """Bytes besides the layers of a moment that a stage does not have: finite, so that 0 x it is 0."""
@@ -49,7 +52,7 @@ def quick_bound(prices: Prices) -> tuple[Array, Array]:
     fullest = -(-prices.rows // p) * reduce(np.minimum, rows) + prices.send - highest(lacking)
     slowest = np.maximum(total / p, fullest)
     pipeline = prices.pipeline
-    seconds = pipeline.fill * total + pipeline.repeat * slowest + prices.step_seconds + prices.least_update
+    seconds = pipeline.fill * total + pipeline.repeat * slowest + prices.step_seconds + least_update(prices)
     last = prices.pipeline_at(p - 1)
     there = prices.resident.backward
     states = [prices.state_bytes(price, last, there) for price in (prices.embedding, prices.head)]
@@ -219,7 +222,7 @@ def tight_bound(prices: Prices, objective: str = "time") -> Array:
     work = sum(n * row for n, row in zip(prices.counts, rows, strict=True))
     total = work + np.where(exists, fixed_seconds, 0.0).sum(axis=1, keepdims=True)
     pipeline = prices.pipeline
-    cost = pipeline.fill * total + pipeline.repeat * low[:, None] + prices.step_seconds + prices.least_update
+    cost = pipeline.fill * total + pipeline.repeat * low[:, None] + prices.step_seconds + least_update(prices)
     quick, _ = quick_bound(prices)
     return np.where(possible, np.maximum(np.ravel(cost), np.ravel(quick)), np.inf)
 
@@ -248,6 +251,8 @@ def slowest_at_least(candidate: Candidate) -> float:
     slowest stage's.
     """
     if len(candidate.order.rows) > 1 or (most := _rows_worth_trying(candidate)) > SHORT_STAGE:
+        return fullest_stage(candidate)
+    if (most + 1) ** len(candidate.policies) > HAND_OUTS:
         return fullest_stage(candidate)
     splits = np.array(
         [one for one in product(range(most + 1), repeat=len(candidate.policies)) if 1 <= sum(one) <= most]
@@ -291,7 +296,7 @@ def sharp_bound(candidate: Candidate, slowest: float) -> float:
 
 
 def _average_update(candidate: Candidate) -> float:
-    """Seconds of the slowest stage's update on the host, at least: an average stage's, as little as can be."""
+    """Seconds of the slowest stage's update on the host, at least: the average of as little as can be."""
     if not any(own.updates for own in candidate.stages):
         return 0.0
     several, updates = len(candidate.policies), candidate.stages[0].updates

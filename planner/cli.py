@@ -136,28 +136,6 @@ def progress(quiet: bool) -> Iterator[Callable[[int, int], None]]:
             sys.stderr.write("\r\x1b[K")
 
 
-def as_document(model: ModelSpec, cluster: ClusterSpec, plans: list[Plan]) -> dict[str, Any]:
-    """The JSON of a command that answers with plans."""
-    dumped = [plan.model_dump(mode="json") for plan in plans]
-    return {
-        "schema": "planner.plans/1",
-        "model": {"num_parameters": model.num_parameters, **model.model_dump(mode="json")},
-        "cluster": {
-            "gpu": cluster.gpu.name,
-            "num_gpus": cluster.num_gpus,
-            "gpus_per_node": cluster.gpus_per_node,
-            "nodes_per_leaf": cluster.nodes_per_leaf,
-            "oversubscription": cluster.oversubscription,
-            "usable_bytes": cluster.gpu.usable_bytes,
-            "capacity_bytes": cluster.capacity_bytes,
-        },
-        "training": dumped[0]["training"],
-        "assumptions": dumped[0]["assumptions"],
-        "plans": dumped,
-        "proof": dumped[0]["proof"],
-    }
-
-
 @app.command(
     epilog="Example: planner search --model llama-2-70b --gpus 8x8xH100 --seq-length 4096 --headroom 10%"
 )
@@ -171,6 +149,10 @@ def search(
     headroom: o.Headroom = None,
     nodes_per_leaf: o.Leaf = None,
     oversubscription: o.Oversubscription = None,
+    host_memory: o.HostMemory = None,
+    host_bandwidth: o.HostBandwidth = None,
+    nvme: o.Nvme = None,
+    nvme_bandwidth: o.NvmeBandwidth = None,
     framework: o.Framework = "megatron",
     precision: o.Precision = None,
     optimizer: o.Optimizer = "adamw",
@@ -194,6 +176,7 @@ def search(
     sharding: o.OnlySharding = None,
     schedule: o.OnlySchedule = None,
     recompute: o.OnlyRecompute = None,
+    offload: o.MayOffload = None,
     rank_order: o.OnlyRankOrder = None,
     sequence_parallel: o.WithSP = True,
     across_nodes: o.AcrossNodes = False,
@@ -234,7 +217,9 @@ def search(
         if trace:
             write_trace(spec, cluster, plans[0], trace)
         if as_json:
-            return print_json(as_document(spec, cluster, plans))
+            from planner.documents import document_of
+
+            return print_json(document_of(spec, cluster, plans))
         from planner.render import console_for, show_search
 
         show_search(console_for(), plans, verbose, quiet)
@@ -245,7 +230,9 @@ def cluster_of(given: dict[str, Any]) -> ClusterSpec:
     from planner import reading
 
     names = ("gpus", "memory_budget", "headroom", "nodes_per_leaf", "oversubscription")
-    return reading.read_cluster(*(given[name] for name in names))
+    places = ("host_memory", "host_bandwidth", "nvme", "nvme_bandwidth")
+    options: list[Any] = [given.get(name) for name in (*names, *places)]
+    return reading.read_cluster(*options)
 
 
 def write_trace(model: ModelSpec, cluster: ClusterSpec, plan: Plan, path: str) -> None:
@@ -290,6 +277,7 @@ def estimate(
     sequence_parallel: o.SequenceParallel = None,
     rank_order: o.RankOrder = "tp-dp-pp",
     recompute: o.Recompute = "none",
+    offload: o.Offload = None,
     layers_per_stage: o.Layers = None,
     seq_length: o.Seq = None,
     global_batch_size: o.Batch = None,
@@ -298,6 +286,10 @@ def estimate(
     headroom: o.Headroom = None,
     nodes_per_leaf: o.Leaf = None,
     oversubscription: o.Oversubscription = None,
+    host_memory: o.HostMemory = None,
+    host_bandwidth: o.HostBandwidth = None,
+    nvme: o.Nvme = None,
+    nvme_bandwidth: o.NvmeBandwidth = None,
     framework: o.Framework = "megatron",
     precision: o.Precision = None,
     optimizer: o.Optimizer = "adamw",
@@ -320,11 +312,13 @@ def estimate(
         from planner import api, reading
 
         layers = reading.numbers("--layers-per-stage", layers_per_stage)
-        plan = api.estimate(*job, recompute=recompute, layers=layers)
+        plan = api.estimate(*job, recompute=reading.read_way(recompute, offload), layers=layers)
         if trace:
             write_trace(job[0], job[1], plan, trace)
         if as_json:
-            print_json(as_document(job[0], job[1], [plan]))
+            from planner.documents import document_of
+
+            print_json(document_of(job[0], job[1], [plan]))
         else:
             from planner.render import console_for, show_plan
 
@@ -355,6 +349,7 @@ def explain(
     sequence_parallel: o.SequenceParallel = None,
     rank_order: o.RankOrder = "tp-dp-pp",
     recompute: o.Recompute = "none",
+    offload: o.Offload = None,
     layers_per_stage: o.Layers = None,
     seq_length: o.Seq = None,
     global_batch_size: o.Batch = None,
@@ -363,6 +358,10 @@ def explain(
     headroom: o.Headroom = None,
     nodes_per_leaf: o.Leaf = None,
     oversubscription: o.Oversubscription = None,
+    host_memory: o.HostMemory = None,
+    host_bandwidth: o.HostBandwidth = None,
+    nvme: o.Nvme = None,
+    nvme_bandwidth: o.NvmeBandwidth = None,
     framework: o.Framework = "megatron",
     precision: o.Precision = None,
     optimizer: o.Optimizer = "adamw",
@@ -387,7 +386,8 @@ def explain(
 
         layers = reading.numbers("--layers-per-stage", layers_per_stage)
         when = moment.lower() if moment else None
-        found = api.explain(*job, recompute=recompute, layers=layers, stage=stage, moment=when)
+        way = reading.read_way(recompute, offload)
+        found = api.explain(*job, recompute=way, layers=layers, stage=stage, moment=when)
         if as_json:
             from dataclasses import asdict
 
@@ -417,6 +417,10 @@ def compare(
     headroom: o.Headroom = None,
     nodes_per_leaf: o.Leaf = None,
     oversubscription: o.Oversubscription = None,
+    host_memory: o.HostMemory = None,
+    host_bandwidth: o.HostBandwidth = None,
+    nvme: o.Nvme = None,
+    nvme_bandwidth: o.NvmeBandwidth = None,
     framework: o.Framework = "megatron",
     precision: o.Precision = None,
     optimizer: o.Optimizer = "adamw",

@@ -25,6 +25,7 @@ from planner.defaults import Job
 from planner.errors import InputError
 from planner.layers import Builder
 from planner.network import Network, group
+from planner.offload_choices import offload_problems
 from planner.stacks import STACKS
 from planner.stacks.base import Stack
 from strategies.base import Layer
@@ -79,6 +80,7 @@ class Choices:
     schedule: tuple[str, ...] | None = None
     recompute: tuple[str, ...] | None = None
     rank_order: tuple[str, ...] | None = None
+    offload: tuple[str, ...] = ()  # what may be offloaded, as in ("optimizer", "parameters:nvme")
     sequence_parallel: bool = True
     across_nodes: bool = False  # may a tensor-parallel group leave its node?
 
@@ -406,6 +408,7 @@ def _layout_problems(job: Job, layout: Layout) -> Iterator[str]:
     yield from TensorParallel(tensor).objections(layers)
     if layout.sequence_parallel:
         yield from SequenceParallel(tensor).objections(layers)
+    yield from offload_problems(job, layout)
     yield from context_problems(job, layout, layers)
     yield from expert_problems(job, layout, layers)
     yield from PipelineParallel(

@@ -1,4 +1,4 @@
-"""What is offloaded: where its bytes go, what moving them takes, and who can do it.
+"""What is offloaded: where its bytes go, and what moving them takes.
 
 The host's memory and NVMe are budgets of their own, of a node; each of its GPUs has an equal share. The
 host holds what the GPUs do not (the same terms, with the same shares of all strategies but the offload's),
@@ -10,21 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from planner.catalog import host as figure
 from planner.defaults import Job
-from planner.errors import InputError
 from planner.layer_price import highest
+from planner.layers import MOMENTS
 from planner.specs import ClusterSpec
-from planner.stacks import STACKS
 from planner.stacks.base import Offloading, Stack
 from strategies.base import AbstractStrategy, Layer, Quantity, Role, Term, held
 from strategies.layout import Layout, Wire
-from strategies.offload import OFFLOADS, PLACES, Way, places_of
+from strategies.offload import PLACES, Way, places_of
 
 MOST_IN_HOST, PARAMETER_BUFFERS = 1e9, 5 * 1e8
 """Elements that DeepSpeed keeps of parameters on NVMe (``max_in_cpu``), and its buffers for the rest
@@ -132,7 +130,9 @@ def moves(job: Job, layout: Layout, way: str = "none") -> list[Move]:
     return found
 
 
-def moved_terms(layer: Layer, move: Move, strategies: Sequence[AbstractStrategy]) -> Iterator[tuple[Term, Any]]:
+def moved_terms(
+    layer: Layer, move: Move, strategies: Sequence[AbstractStrategy]
+) -> Iterator[tuple[Term, Any]]:
     """The terms of a move, and bytes of each that this GPU has elsewhere."""
     others = [one for one in strategies if one.axis not in ("offload", "pipeline")]
     for term in layer.by_role[move.role]:
@@ -235,8 +235,6 @@ def _update_seconds(
     """The CPU reads and writes states, reads gradients: 28 bytes of fp32 Adam. Then weights go back."""
     if "optimizer" not in places:
         return 0.0
-    from planner.layers import MOMENTS
-
     recipe = job.recipe
     states = (recipe.master or recipe.weight) + recipe.moment * MOMENTS[job.training.optimizer]
     read = 4 if offloading.gradients is not None else recipe.gradient
@@ -248,128 +246,3 @@ def _update_seconds(
         returned = 0.0
     fetched = 0.0 if offloading.takes_gradients else read
     return seconds + own * (returned + fetched) / share.link
-
-
-def canonical(text: str) -> str:
-    """An offload of a whole model in the one way it is written; raises InputError for what is none.
-
-    >>> canonical("Parameters,optimizer:NVMe")
-    'optimizer:nvme,parameters'
-    """
-    found: dict[str, str] = {}
-    for item in text.lower().replace(" ", "").split(","):
-        name, _, place = item.partition(":")
-        if name not in OFFLOADS or place not in ("", *PLACES):
-            allowed = ", ".join(OFFLOADS)
-            raise InputError(f"offload {item[:40]!r}: use {allowed}, each with :nvme if it goes there")
-        if name == "activations" and place == "nvme":
-            raise InputError("offload activations:nvme is not modelled: use activations")
-        if found.setdefault(name, place) != place:
-            raise InputError(f"offload {name} is given twice")
-    return written({name: place or "host" for name, place in found.items()})
-
-
-def written(places: dict[str, str]) -> str:
-    """Places as they are written in a layout."""
-    return ",".join(name + ":nvme" * (places[name] == "nvme") for name in OFFLOADS if name in places)
-
-
-def offload_problems(job: Job, layout: Layout) -> Iterator[str]:
-    """Why the framework cannot offload what a layout has of the whole model, and what it can."""
-    if not layout.offload:
-        return
-    stack, named = job.stack, layout.offload
-    able = offloading_of(stack, layout).whole
-    if named not in able:
-        others = {s: name for s, one in stack.offloading.items() for name in one.whole if s in stack.shardings}
-        here = f"use offload {' or '.join(able)}" if able else ""
-        there = [f"sharding {s} with {name}" for s, name in others.items() if s != layout.sharding]
-        frameworks = [
-            f"framework {name}"
-            for name, other in STACKS.items()
-            if name != stack.name and any(named in one.whole for one in other.offloading.values())
-        ]
-        fix = ", or ".join([part for part in (here, *there) if part] or frameworks) or "none"
-        yield f"{stack.name} with {layout.sharding} does not offload {named}: {'use ' * (not here)}{fix}"
-        return
-    if layout.sharding == "fsdp" and np.any(np.asarray(layout.pipeline_parallel) > 1):
-        yield f"{stack.name} offloads {named} without a pipeline only: use pipeline_parallel 1"
-    if layout.schedule == "pipedream":
-        yield "pipedream updates weights after every micro-batch, which an offload is not modelled with: use 1f1b"
-    if "nvme" in named and not job.cluster.nvme_bytes:
-        yield f"offload {named}: say how much NVMe a node has, with --nvme 10TB"
-    if not any(term.unit for layer in (_states(job),) for term in layer):
-        yield f"offload {named}: {job.training.optimizer} without master weights has no states to offload"
-
-
-def _states(job: Job) -> list[Term]:
-    from planner.layers import MOMENTS
-
-    unit = job.recipe.master + job.recipe.moment * MOMENTS[job.training.optimizer]
-    return [Term("states", Role.OPTIMIZER, {}, unit)]
-
-
-def offloads(job: Job, family: Layout, wanted: Sequence[str]) -> list[str]:
-    """What of the whole model may be offloaded, of the items that are wanted: nothing, too."""
-    items = [item for item in wanted if not item.startswith("activations")]
-    found = [""]
-    for count in range(1, len(items) + 1):
-        for chosen in combinations(items, count):
-            places = places_of(",".join(chosen))
-            if len(places) < count:  # the same item in two places
-                continue
-            text = written(places)
-            if not any(offload_problems(job, replace(family, offload=text))):
-                found.append(text)
-    return found
-
-
-def menus(job: Job, family: Layout, policies: Sequence[str], wanted: Sequence[str]) -> list[tuple[str, ...]]:
-    """Sets of ways that the layers of a layout may be run in, side by side.
-
-    Megatron offloads no activations beside recomputation; DeepSpeed those that recomputation keeps.
-    Single layers offload without a pipeline's chunks only, activations without a pipeline.
-    """
-    ways = tuple(job.stack.policies_with(family.schedule, policies))
-    offloading = offloading_of(job.stack, family)
-    alone = [item for item in wanted if item in offloading.layers]
-    found = [ways]
-    if "activations" in alone and not np.any(np.asarray(family.pipeline_parallel) > 1):
-        if offloading.checkpoints:
-            if "full" in ways:
-                found.append(tuple("full+activations" if way == "full" else way for way in ways))
-        elif "none" in ways and job.model.num_hidden_layers > 1:
-            found.append(("none", "none+activations"))
-    plain = family.schedule in ("1f1b", "gpipe")
-    if "optimizer" in alone and not family.offload and plain and not any(offload_problems(
-        job, replace(family, offload="optimizer")
-    )):
-        found += [(*menu, *(_with(way, "optimizer") for way in menu)) for menu in found]
-    return found
-
-
-def _with(way: str, item: str) -> str:
-    one = Way.of(way)
-    return str(Way(one.recompute, (item, *one.offload)))
-
-
-def activation_problem(job: Job, layout: Layout, recompute: str) -> str:
-    """Why activations cannot be offloaded under a layout and a recompute policy (or auto); else empty."""
-    stack, offloading = job.stack, offloading_of(job.stack, layout)
-    if "activations" not in offloading.layers:
-        able = [
-            f"framework {other.name}" + (f" with option {variant.replace(':', '=')}" if variant else "")
-            for other in STACKS.values()
-            for variant, one in {"": other, **{v: other.under(dict([v.split(":")])) for v in other.variants}}.items()
-            if any("activations" in own.layers for own in one.offloading.values())
-        ]
-        return f"{stack.name} with {layout.sharding} offloads no activations that are modelled: use {able[0]}"
-    if layout.pipeline_parallel > 1:
-        return "offload activations: no framework is known to with a pipeline: use pipeline_parallel 1"
-    if offloading.checkpoints and recompute not in ("full", "auto"):
-        return f"{stack.name} offloads what recompute full keeps (cpu_checkpointing): use recompute full or auto"
-    if not offloading.checkpoints and recompute not in ("none", "auto"):
-        return f"{stack.name} offloads activations without recomputation only: use recompute none or auto"
-    if not offloading.checkpoints and job.model.num_hidden_layers < 2:
-        return f"{stack.name} offloads the activations of fewer than all layers: of one layer, none"
-    return ""

@@ -31,6 +31,12 @@ Leaf = Annotated[int | None, option("--nodes-per-leaf", help="Nodes that share l
 Oversubscription = Annotated[
     float | None, option("--oversubscription", help="Of leaf switches: bandwidth down to nodes over that up.")
 ]
+HostMemory = Annotated[
+    str | None, option("--host-memory", help="Of a node, for what is offloaded, as in 1TiB.")
+]
+HostBandwidth = Annotated[str | None, option("--host-bandwidth", help="Of its memory, a second: 400GB.")]
+Nvme = Annotated[str | None, option("--nvme", help="Of a node, for what is offloaded there, as in 10TB.")]
+NvmeBandwidth = Annotated[str | None, option("--nvme-bandwidth", help="Of a node's NVMe, a second: 20GB.")]
 
 # The stack.
 Framework = Annotated[str, option("--framework", help="megatron, torchtitan, fsdp, deepspeed or hf.")]
@@ -81,6 +87,10 @@ Schedule = Annotated[
 ]
 SequenceParallel = Annotated[bool | None, option(SP, help="Cut the residual stream too; on with TP.")]
 RankOrder = Annotated[str, option("--rank-order", help="Axes, innermost first, as in tp-dp-pp.")]
+Offload = Annotated[
+    str | None,
+    option("--offload", help="optimizer, parameters, activations, as in optimizer:nvme,parameters."),
+]
 Recompute = Annotated[str, option("--recompute", help="none, selective, full, or auto: as memory forces.")]
 Layers = Annotated[
     str | None, option("--layers-per-stage", help="As in 20,20,20,20; as even as they go by default.")
@@ -110,6 +120,10 @@ OnlyRankOrder = Annotated[
     str | None, option("--rank-order", help="Only these, innermost axis first, as in tp-dp-pp,tp-pp-dp.")
 ]
 OnlyRecompute = Annotated[str | None, option("--recompute", help="Only these: none, selective, full.")]
+MayOffload = Annotated[
+    str | None,
+    option("--offload", help="What may be offloaded: optimizer,parameters,activations; :nvme behind it."),
+]
 WithSP = Annotated[bool, option(SP, help="Sequence parallelism wherever there is TP.")]
 AcrossNodes = Annotated[bool, option("--across-nodes", help="Tensor-parallel groups may leave their node.")]
 Objective = Annotated[str, option("--objective", help="time or headroom.")]

@@ -1,5 +1,4 @@
-"""The integer program: which layout, how many layers on each stage, under which recompute policy, and what of it
-is offloaded.
+"""The integer program: which layout, how many layers on each stage, recomputing and offloading what.
 
 For candidates c with stages j and policies r:
 
@@ -40,6 +39,7 @@ from typing import Any
 from planner.bounds import fullest_stage, sharp_bound, slowest_at_least
 from planner.candidate import Candidate
 from planner.errors import SolverError
+from strategies.offload import Way
 
 RELATIVE_GAP = 1e-6
 
@@ -231,7 +231,7 @@ def solve(
     candidate = candidates[winner]
     rows = tuple(tuple(round(x.varValue or 0.0) for x in stage) for stage in added[winner][1])
     if objective == "time":
-        rows = tuple(_spared(candidate, j, own) for j, own in enumerate(rows))
+        rows = tuple(_kept(candidate, j, _spared(candidate, j, own)) for j, own in enumerate(rows))
     return Solution(candidate, rows, cost_of(candidate, rows, objective), outcome == "optimal")
 
 
@@ -306,6 +306,26 @@ def _spared(candidate: Candidate, stage: int, rows: tuple[int, ...]) -> tuple[in
     quicker = candidate.stage_seconds(stage, plain) <= candidate.stage_seconds(stage, rows)
     quicker = quicker and candidate.update_seconds(stage, plain) <= candidate.update_seconds(stage, rows)
     return plain if fits and quicker else rows
+
+
+def _kept(candidate: Candidate, stage: int, rows: tuple[int, ...]) -> tuple[int, ...]:
+    """The same rows with as many optimizer states on the GPU as fit: the update is never slower for it.
+
+    A stage whose update is not the slowest may offload more than it needs to at no cost.
+    """
+    several, found = len(candidate.policies), list(rows)
+    for column in range(len(rows)):
+        way = Way.of(candidate.policies[column % several])
+        plain = str(Way(way.recompute, tuple(item for item in way.offload if item != "optimizer")))
+        if "optimizer" not in way.offload or plain not in candidate.policies:
+            continue
+        home = column - column % several + candidate.policies.index(plain)
+        while found[column]:
+            moved = [n + (r == home) - (r == column) for r, n in enumerate(found)]
+            if not candidate.fits(stage, moved):
+                break
+            found = moved
+    return tuple(found)
 
 
 def _outcome(pulp: Any, problem: Any, answer: Any) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -27,15 +26,14 @@ from planner.offload import (
     HostShare,
     Traffic,
     elsewhere,
-    host_buffers,
     moves,
     offloading_of,
-    surely,
     traffic,
     wire_of,
 )
 from planner.order import order_of
 from planner.overheads import tensor_capacity
+from planner.places import with_places
 from planner.residence import Residence, residence_of
 from planner.spans import SPANS_OF
 from strategies.base import (
@@ -51,7 +49,7 @@ from strategies.base import (
     smaller,
 )
 from strategies.layout import Layout, collectives_of, strategies_of
-from strategies.offload import PLACES, Way
+from strategies.offload import Way
 from strategies.pipeline_parallel import PipelineParallel
 
 FOREACH = 20
@@ -398,39 +396,6 @@ class Prices:
             total = total + size * share * (gradients if role is Role.GRADIENT else 1)
         return total
 
-    def elsewhere(self, first: bool, last: bool) -> dict[str, tuple[list[Quantity], Quantity]]:
-        """Bytes that a stage may need in each place outside the GPU: of a row under each way, and besides."""
-        ends = [*([self.embedding] if first else []), *([self.head] if last else [])]
-        *strategies, _ = strategies_of(self.layout, self.wire)
-        buffers = host_buffers(self.job, self.layout, self.stage_layers(first, last), strategies)
-        found = {}
-        for place in PLACES:
-            most = surely(place)
-            rows = [p.elsewhere.get(place, 0.0) * self.layout.chunks * most for p in self.columns]
-            around = sum(p.elsewhere.get(place, 0.0) for p in ends)
-            lacking = sum(n * p.elsewhere.get(place, 0.0) for n, p in self.missing(first, last))
-            beside = sum(size for _, size in buffers) if place == "host" else 0.0
-            found[place] = rows, (around + beside - lacking) * most
-        return found
-
-    def updates(self, first: bool, last: bool) -> tuple[list[Quantity], Quantity]:
-        """Seconds that the host takes for a stage's update: of a row under each way, and besides."""
-        ends = [*([self.embedding] if first else []), *([self.head] if last else [])]
-        lacking = sum(n * price.update_seconds for n, price in self.missing(first, last))
-        rows = [price.update_seconds * self.layout.chunks for price in self.columns]
-        return rows, sum(price.update_seconds for price in ends) - lacking
-
-    @property
-    def least_update(self) -> Quantity:
-        """Seconds of the slowest stage's update on the host, at least: those of an average one."""
-        if not self.offloads:
-            return 0.0
-        several = len(self.policies)
-        rows, around = self.updates(True, True)
-        least = [reduce(np.minimum, rows[k * several : (k + 1) * several]) for k in range(len(self.counts))]
-        work = sum(n * row for n, row in zip(self.counts, least, strict=True)) + around
-        return np.maximum(0.0, work / self.layout.pipeline_parallel)
-
     def fixed_seconds(self, first: bool, last: bool) -> Quantity:
         """Seconds of one micro-batch on a stage besides its rows of layers."""
         ends = self.embedding.seconds * first + self.head.seconds * last
@@ -462,7 +427,7 @@ class Prices:
                 seconds=tuple(map(float, self.row_seconds)),
                 fixed_seconds=float(self.fixed_seconds(first, last)),
             )
-            stages.append(self._with_host(stage, first, last) if self.offloads else stage)
+            stages.append(with_places(self, stage, first, last) if self.offloads else stage)
         return Candidate(
             layout=self.layout.plain(),
             policies=self.policies,
@@ -478,18 +443,6 @@ class Prices:
             not_all=tuple(
                 "activations" in Way.of(way).offload and self.brought_back > 1 for way in self.policies
             ),
-        )
-
-    def _with_host(self, stage: Stage, first: bool, last: bool) -> Stage:
-        rows, fixed = self.updates(first, last)
-        return replace(
-            stage,
-            elsewhere={
-                place: (tuple(map(float, per_row)), float(besides))
-                for place, (per_row, besides) in self.elsewhere(first, last).items()
-            },
-            updates=tuple(map(float, rows)),
-            fixed_update=float(fixed),
         )
 
 

@@ -192,7 +192,7 @@ class AbstractStrategy(ABC):
     """Four answers about terms. The defaults are those of a strategy that does nothing."""
 
     axis: ClassVar[str]
-    """The group it works in: data, tensor, context, expert, pipeline, or recompute and offload (groups of one)."""
+    """The group it works in: data, tensor, context, expert, pipeline; recompute and offload have but one."""
     label: ClassVar[str]
     """The column heading that ``planner explain`` gives it."""
     gradient_stream: ClassVar[str] = "compute"

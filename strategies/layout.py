@@ -12,7 +12,7 @@ from strategies.context_parallel import COMMS, ContextParallel
 from strategies.ddp import DataParallel
 from strategies.expert_parallel import ExpertParallel
 from strategies.fsdp import FullyShardedDataParallel
-from strategies.offload import Offload, Staging, Way, places_of
+from strategies.offload import NO_STAGING, Offload, Staging, Way, places_of
 from strategies.pipeline_parallel import PipelineParallel
 from strategies.recompute import Recompute
 from strategies.sequence_parallel import SequenceParallel
@@ -52,7 +52,7 @@ class Wire:
         0.0  # of an element of the gradients that PyTorch's context parallelism sends round
     )
     takes_gradients: bool = False  # gradients leave the GPU with the optimizer states
-    staging: Staging = Staging()  # what an offload's traffic takes on the GPU
+    staging: Staging = NO_STAGING  # what an offload's traffic takes on the GPU
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,9 @@ class Staging:
     updated: float = 0.0
 
 
+NO_STAGING = Staging()
+
+
 @dataclass(frozen=True)
 class Offload(AbstractStrategy):
     """A GPU holds nothing of the roles that have moved, but what is on its way.
@@ -74,7 +77,7 @@ class Offload(AbstractStrategy):
     axis: ClassVar[str] = "offload"
     label: ClassVar[str] = "offload"
     roles: frozenset[Role] = frozenset()
-    staging: Staging = Staging()
+    staging: Staging = NO_STAGING
 
     def share(self, term: Term) -> Quantity:
         return 0 if term.role in self.roles else 1
@@ -101,7 +104,9 @@ class Offload(AbstractStrategy):
                 yield Buffer("gradients on their way to the host", leaving * staging.moving, span)
         if staging.fetched and Role.PARAMETER in self.roles:
             units = [sum(size(t) for t in one.by_role[Role.PARAMETER]) for one in layers if one.is_block]
-            units.append(sum(size(t) for one in layers if not one.is_block for t in one.by_role[Role.PARAMETER]))
+            units.append(
+                sum(size(t) for one in layers if not one.is_block for t in one.by_role[Role.PARAMETER])
+            )
             yield Buffer("parameters on their way from the host", reduce(larger, units, 0.0))
         if staging.updated:
             own = sum(one.count * size(t) / t.unit for one in layers for t in one.by_role[Role.OPTIMIZER])

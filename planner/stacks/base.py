@@ -17,7 +17,7 @@ from typing import Any
 from strategies.base import POLICIES, Role
 from strategies.context_parallel import COMMS
 from strategies.layout import Wire
-from strategies.offload import Staging
+from strategies.offload import NO_STAGING, Staging
 from strategies.pipeline_parallel import SPLIT
 
 COMPUTE, GRADIENT, FP32, BYTE, INT64 = "compute", "gradient", "fp32", "byte", "int64"
@@ -122,10 +122,10 @@ ALLOCATOR = Overhead(
 class Offloading:
     """What a stack offloads under one kind of sharding, and how.
 
-    ``whole`` maps what of the whole model it offloads (a Layout's ``offload``) to how it is asked for, ``layers``
-    what it offloads of single layers, as many as one likes. Beside what the GPU no longer holds, the host has
-    ``gradients`` bytes of fp32 gradients per parameter of a GPU's own part (None: the gradients as they are),
-    and ``halves`` of half-precision ones; these only where micro-batches are accumulated if ``accumulated``.
+    ``whole`` maps what of the whole model it offloads (a Layout's ``offload``) to how it is asked for,
+    ``layers`` what it offloads of single layers, as many as one likes. Beside what the GPU no longer holds,
+    the host has ``gradients`` bytes of fp32 gradients per parameter of a GPU's own part (None: the gradients
+    as they are), and ``halves`` of half-precision ones, if ``accumulated`` only of accumulated micro-batches.
     """
 
     whole: Mapping[str, str] = field(default_factory=dict)
@@ -134,7 +134,7 @@ class Offloading:
     gradients: float | None = 4.0
     halves: float = 0.0
     accumulated: bool = False
-    staging: Staging = Staging()
+    staging: Staging = NO_STAGING
     returned: float = 0.0  # bytes per parameter that the update brings back, in the open
     checkpoints: bool = False  # the activations that it moves are those of recomputed layers, in the open
 

@@ -35,8 +35,8 @@ def _takes(shardings: Mapping[str, bool], recipe: Recipe) -> Mapping[str, bool]:
     return {**shardings, "ddp": shardings["ddp"] and recipe.unit != "bf16"}
 
 
-# runtime/zero/stage_1_and_2.py and stage3.py: fp32 weights, gradients and moments of the own part on the host,
-# half-precision gradients too where stage 2 accumulates micro-batches, and always in stage 3
+# runtime/zero/stage_1_and_2.py and stage3.py: fp32 weights, gradients and moments of the own part are on the
+# host, half-precision gradients too where stage 2 accumulates micro-batches, and always in stage 3
 # (grad_partitions_flat_buffer). Stage 2 has a buffer of the largest weight on the GPU, casts a weight's
 # gradient to fp32 there, and brings the whole fp32 part back before it casts it.
 OFFLOADING = {

@@ -17,9 +17,9 @@ OFFLOADING = Offloading(
     gradients=None,
     staging=Staging(moving=4, units=True, fetched=True),
 )
-"""torch/distributed/fsdp/_fully_shard: shards, their gradients and all states are on the host; a unit's shard is
-copied to the GPU before it is gathered, its reduced gradients to the host behind the next unit's backward; the
-optimizer runs on the CPU."""
+"""torch/distributed/fsdp/_fully_shard: shards, their gradients and all states are on the host; a unit's shard
+is copied to the GPU before it is gathered, its reduced gradients to the host behind the next unit's backward;
+the optimizer runs on the CPU."""
 
 FSDP = Stack(
     name="fsdp",

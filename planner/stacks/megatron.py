@@ -128,9 +128,9 @@ STAGE = (
     Row("attention scores, shared", SS, 1, when="mcore eager", role=BUFFER),
 )
 
-# core/optimizer/cpu_offloading/hybrid_optimizer.py: fp32 weights, gradients and moments on the host, in pinned
-# memory; gradients stay in their buffer on the GPU and are copied in the step, the weights come back.
-# transformer_config.py takes no pipeline and no recomputation with cpu_offloading, which leaves one layer out.
+# core/optimizer/cpu_offloading/hybrid_optimizer.py: fp32 weights, gradients and moments on the host, pinned;
+# gradients stay in their buffer on the GPU and are copied in the step, the weights come back.
+# transformer_config.py takes no pipeline and no recomputation with cpu_offloading, of fewer than all layers.
 ACTIVATIONS = {"activations": "--cpu-offloading-num-layers"}
 OFFLOADING = {
     "ddp": Offloading(layers=ACTIVATIONS),

@@ -7,6 +7,7 @@ For candidates c with stages j and policies r:
     one_layout       sum_c choose[c] = 1
     every_layer      sum_{j,r} rows[c,j,k,r] = R[c,k] choose[c], for each kind k of row
     in_order         stages take rows as they come, where these are unlike
+    moved_rows       moved[c,j,k] <= sum_r rows[c,j,k,r], rows whose optimizer states lie elsewhere
     no_empty_stage   sum_r rows[c,j,r] >= choose[c]
     mirrored         rows[c,j,r] = rows[c,p-1-j,r], where the stages from both ends hold the same layers
     working_set      rows[c,j,r] <= R[c] uses[c,j,r]
@@ -36,6 +37,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from planner.apart import Moved, apart, together
 from planner.bounds import fullest_stage, sharp_bound, slowest_at_least
 from planner.candidate import Candidate
 from planner.errors import SolverError
@@ -52,6 +54,11 @@ class Solution:
     rows: tuple[tuple[int, ...], ...]
     cost: float
     optimal: bool
+
+
+Gone = tuple[list[Any], Moved]
+"""A stage's ``moved`` and what they change."""
+NOTHING_MOVED = Moved({}, {}, ())
 
 
 class _Model:
@@ -80,18 +87,35 @@ class _Model:
         constraint = {"<=": left <= right, "==": left == right, ">=": left >= right}[sense]
         self.problem += constraint, name
 
-    def add(self, index: int, candidate: Candidate, least: float) -> tuple[Any, list[list[Any]]]:
-        """The variables and constraints of one candidate; its ``choose`` and ``rows``."""
+    def add(
+        self, index: int, candidate: Candidate, least: float
+    ) -> tuple[Any, list[list[Any]], list[list[Any]]]:
+        """The variables and constraints of one candidate; its ``choose``, ``rows`` and ``moved``."""
+        candidate, changes = apart(candidate)
         choose = self.integer(f"choose_{index}", 1)
         rows = [
             [self.integer(f"rows_{index}_{j}_{r}", candidate.rows) for r in range(candidate.columns)]
             for j in range(len(candidate.stages))
         ]
+        moved = [self.moved(index, j, candidate, rows[j], change) for j, change in enumerate(changes)]
+        gone = list(zip(moved, changes, strict=True)) or [([], NOTHING_MOVED)] * len(rows)
         self.every_layer(index, candidate, choose, rows)
-        self.memory(index, candidate, choose, rows)
-        self.elsewhere(index, candidate, choose, rows)
-        self.time(index, candidate, least, choose, rows)
-        return choose, rows
+        self.memory(index, candidate, choose, rows, gone)
+        self.elsewhere(index, candidate, choose, rows, gone)
+        self.time(index, candidate, least, choose, rows, gone)
+        return choose, rows, moved
+
+    def moved(
+        self, index: int, stage: int, candidate: Candidate, rows: list[Any], change: Moved
+    ) -> list[Any]:
+        """``moved[j,k] <= sum_r rows[j,k,r]``: rows of a kind whose optimizer states lie elsewhere."""
+        several, found = len(candidate.policies), []
+        for k in range(len(change.updates)):
+            one = self.integer(f"moved_{index}_{stage}_{k}", candidate.rows)
+            pairs = [(x, -1.0) for x in rows[k * several : (k + 1) * several]]
+            self.require(f"moved_rows_{index}_{stage}_{k}", [(one, 1.0), *pairs], "<=")
+            found.append(one)
+        return found
 
     def every_layer(self, index: int, candidate: Candidate, choose: Any, rows: list[list[Any]]) -> None:
         """``sum_{j,r} rows[k] = R[k] choose``, ``sum_{k,r} rows[j] >= choose``, equal twins if mirrored."""
@@ -130,7 +154,9 @@ class _Model:
                 self.require(f"in_order_{index}_{j}_{k}", pairs, "==")
             before = upto
 
-    def memory(self, index: int, candidate: Candidate, choose: Any, rows: list[list[Any]]) -> None:
+    def memory(
+        self, index: int, candidate: Candidate, choose: Any, rows: list[list[Any]], gone: list[Gone]
+    ) -> None:
         """``sum bytes rows + working uses + fixed choose <= capacity choose``, in capacities."""
         scale = candidate.capacity
         spare = []
@@ -153,20 +179,29 @@ class _Model:
                 alone = [(uses, working[r] - least) for r, uses in heavy if working[r] > least]
                 for number, one in enumerate(alone or [None]):
                     pairs = [(x, b / scale) for x, b in zip(stage, per_row, strict=True)]
+                    moved, change = gone[j]
+                    pairs += [
+                        (x, b / scale) for x, b in zip(moved, change.moments.get(moment, ()), strict=True)
+                    ]
                     if one:
                         pairs.append((one[0], one[1] / scale))
                     constant = (fixed + least) / scale - 1.0
                     name = f"memory_{index}_{j}_{moment.replace(' ', '_')}_{number}"
                     self.require(name, [*pairs, *spare, (choose, constant)], "<=")
 
-    def elsewhere(self, index: int, candidate: Candidate, choose: Any, rows: list[list[Any]]) -> None:
+    def elsewhere(
+        self, index: int, candidate: Candidate, choose: Any, rows: list[list[Any]], gone: list[Gone]
+    ) -> None:
         """``sum bytes rows + fixed choose <= room choose``, in rooms, on the host and on NVMe."""
         for j, (stage, own) in enumerate(zip(rows, candidate.stages, strict=True)):
             for place, (per_row, fixed) in own.elsewhere.items():
-                if not (fixed or any(per_row)):
+                moved, change = gone[j]
+                more = change.elsewhere.get(place, ())
+                if not (fixed or any(per_row) or any(more)):
                     continue
                 room = candidate.rooms[place] or 1.0  # of nothing: all that is not 0 is too much
                 pairs = [(x, b / room) for x, b in zip(stage, per_row, strict=True)]
+                pairs += [(x, b / room) for x, b in zip(moved, more, strict=True)]
                 full = 1.0 if candidate.rooms[place] else 0.0
                 self.require(f"{place}_{index}_{j}", [*pairs, (choose, fixed / room - full)], "<=")
         several = len(candidate.policies)
@@ -176,7 +211,13 @@ class _Model:
                 self.require(f"not_all_{index}_{r}", [*pairs, (choose, 1.0 - candidate.rows)], "<=")
 
     def time(
-        self, index: int, candidate: Candidate, least: float, choose: Any, rows: list[list[Any]]
+        self,
+        index: int,
+        candidate: Candidate,
+        least: float,
+        choose: Any,
+        rows: list[list[Any]],
+        gone: list[Gone],
     ) -> None:
         """``sum seconds rows + fixed choose <= slowest``, and the candidate's cost."""
         if self.objective == "headroom":
@@ -189,10 +230,13 @@ class _Model:
             pairs += [(choose, own.fixed_seconds / unit), (slowest, -1.0)]
             self.require(f"slowest_stage_{index}_{j}", pairs, "<=")
         self.require(f"least_slowest_{index}", [(slowest, 1.0), (choose, -least / unit)], ">=")
-        if any(own.fixed_update or any(own.updates) for own in candidate.stages):
+        changed = any(any(change.updates) for _, change in gone)
+        if changed or any(own.fixed_update or any(own.updates) for own in candidate.stages):
             update = self.problem.add_variable(f"update_{index}", 0, None)
             for j, (stage, own) in enumerate(zip(rows, candidate.stages, strict=True)):
+                moved, change = gone[j]
                 pairs = [(x, seconds / unit) for x, seconds in zip(stage, own.updates, strict=True)]
+                pairs += [(x, seconds / unit) for x, seconds in zip(moved, change.updates, strict=True)]
                 pairs += [(choose, own.fixed_update / unit), (update, -1.0)]
                 self.require(f"slowest_update_{index}_{j}", pairs, "<=")
             self.cost.append((update, 1.0))
@@ -219,7 +263,7 @@ def solve(
     model = _Model(candidates, objective)
     pulp = model.pulp
     added = [model.add(index, candidate, slowest[index]) for index, candidate in enumerate(candidates)]
-    model.require("one_layout", [(choose, 1.0) for choose, _ in added], "==", 1.0)
+    model.require("one_layout", [(choose, 1.0) for choose, _, _ in added], "==", 1.0)
     model.problem.setObjective(model.sum(model.cost))
     solver = pulp.HiGHS(msg=False, gapRel=RELATIVE_GAP, timeLimit=time_limit, threads=1)
     outcome = _outcome(pulp, model.problem, model.problem.solve(solver))
@@ -229,7 +273,11 @@ def solve(
         raise SolverError("the solver gave no layout" + (f" within {time_limit:.3g} s" if time_limit else ""))
     winner = max(range(len(candidates)), key=lambda i: added[i][0].varValue or 0.0)
     candidate = candidates[winner]
-    rows = tuple(tuple(round(x.varValue or 0.0) for x in stage) for stage in added[winner][1])
+    _, chosen, moved = added[winner]
+    rows = tuple(
+        together(candidate, *(tuple(round(x.varValue or 0.0) for x in own) for own in pair))
+        for pair in zip(chosen, moved or [[]] * len(chosen), strict=True)
+    )
     if objective == "time":
         rows = tuple(_kept(candidate, j, _spared(candidate, j, own)) for j, own in enumerate(rows))
     return Solution(candidate, rows, cost_of(candidate, rows, objective), outcome == "optimal")

@@ -259,7 +259,7 @@ class Prices:
         if self.offloads:
             moved = traffic(self.job, self.layout, layer, policy, strategies, self.host)
             there = elsewhere(layer, moves(self.job, self.layout, policy), strategies)
-            if not self.overlap:
+            if not self.overlap and self.wire.takes_gradients:  # DeepSpeed copies on the stream of its passes
                 moved = moved.in_the_open()
             forward = np.maximum(forward, moved.forward) + moved.opened / 2
             late = np.maximum(0.0, moved.backward - passes.backward) + moved.opened / 2

@@ -157,13 +157,21 @@ def host_buffers(
     """Buffers that an offload has on the host, in bytes, besides what lies there."""
     places = places_of(layout.offload)
     others = [one for one in strategies if one.axis not in ("offload", "pipeline")]
-    sizes = [(one.count, held(t, others) / t.unit) for one in layers for t in one.by_role[Role.PARAMETER]]
-    own_share = [(one.count, held(t, others) / t.unit) for one in layers for t in one.by_role[Role.OPTIMIZER]]
+
+    def elements(role: Role) -> list[tuple[int, Quantity]]:
+        return [
+            (one.count, held(Term(t.name, role, t.dims, 1.0), others))
+            for one in layers
+            for t in one.by_role[role]
+        ]
+
     found: list[tuple[str, Quantity]] = []
     kept = offloading_of(job.stack, layout).staging.kept
     if "optimizer" in places and kept:
-        found.append(("staging buffer of the offload", kept * highest(n for _, n in sizes)))
-    own = sum(count * n for count, n in own_share)
+        found.append(
+            ("staging buffer of the offload", kept * highest(n for _, n in elements(Role.PARAMETER)))
+        )
+    own = sum(count * n for count, n in elements(Role.OPTIMIZER))
     if places.get("optimizer") == "nvme":
         group = np.minimum(own, job.stack.size("sub_group_size", job.training.options))
         found.append(("buffers of optimizer states on NVMe", OPTIMIZER_BUFFERS * 4 * group))

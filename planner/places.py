@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from planner.candidate import Stage
-from planner.offload import host_buffers, surely
+from planner.offload import surely
 from strategies.base import Quantity
-from strategies.layout import strategies_of
 from strategies.offload import PLACES
 
 if TYPE_CHECKING:
@@ -24,16 +23,13 @@ Linear = tuple[list[Quantity], Quantity]
 def bytes_elsewhere(prices: Prices, first: bool, last: bool) -> dict[str, Linear]:
     """Bytes that such a stage may need in each place outside the GPU."""
     ends = [*([prices.embedding] if first else []), *([prices.head] if last else [])]
-    *strategies, _ = strategies_of(prices.layout, prices.wire)
-    layers = prices.stage_layers(first, last)
-    buffers = sum(size for _, size in host_buffers(prices.job, prices.layout, layers, strategies))
     found: dict[str, Linear] = {}
     for place in PLACES:
         most = surely(place)
         rows = [p.elsewhere.get(place, 0.0) * prices.layout.chunks * most for p in prices.columns]
         around = sum(p.elsewhere.get(place, 0.0) for p in ends)
         lacking = sum(n * p.elsewhere.get(place, 0.0) for n, p in prices.missing(first, last))
-        besides = buffers if place == "host" else 0.0
+        besides = prices.host_bytes[first, last] if place == "host" else 0.0
         found[place] = rows, (around + besides - lacking) * most
     return found
 

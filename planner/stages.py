@@ -26,6 +26,7 @@ from planner.offload import (
     HostShare,
     Traffic,
     elsewhere,
+    host_buffers,
     moves,
     offloading_of,
     traffic,
@@ -142,6 +143,7 @@ class Prices:
         self.buffer_bytes = {end: self._buffer_bytes(*end) for end in ends}
         self.gather_bytes = {end: self._buffer_bytes(*end, stream="gather") for end in ends}
         *shared, _ = strategies_of(layout, self.wire)
+        self.host_bytes = {end: self._host_bytes(*end, shared) for end in ends if self.offloads}
         self.once_bytes = role_sum(self.once, Role.BUFFER, shared)
 
     @property
@@ -370,6 +372,10 @@ class Prices:
         return {
             place: sum((b.size for b in buffers if b.span in spans), 0.0) for place, spans in SPANS_OF.items()
         }
+
+    def _host_bytes(self, first: bool, last: bool, strategies: Sequence[AbstractStrategy]) -> Quantity:
+        layers = self.stage_layers(first, last)
+        return sum(size for _, size in host_buffers(self.job, self.layout, layers, strategies))
 
     def buffers(self, first: bool, last: bool) -> list[Buffer]:
         """What the strategies and the pipeline allocate besides the terms on such a stage."""

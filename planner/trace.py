@@ -48,7 +48,7 @@ def trace(job: Job, plan: Plan) -> dict[str, Any]:
     layout = plan.layout.to_layout()
     ways = dict.fromkeys(name for stage in plan.stages for name in stage.rows)
     offloads = any("+" in name for name in ways)
-    prices = price(job, layout, (*job.stack.policies, *ways) if offloads else None)
+    prices = price(job, layout, tuple(ways) if offloads else None)
     rows = rows_of(plan, prices.policies)
     seconds = pass_seconds(prices, rows)
     m, chunks = layout.grad_accum, layout.chunks

@@ -215,10 +215,11 @@ class Stack:
         return next((name for name in wanted if name in there), "")
 
     def policies_with(self, schedule: str, wanted: Sequence[str] | None = None) -> tuple[str, ...]:
-        """The recompute policies, of those wanted, that it runs with a pipeline schedule."""
+        """The recompute policies, or ways of running a layer, of those wanted, that a schedule allows."""
         policies = tuple(wanted or self.policies)
-        able = self.split_policies if schedule in SPLIT else policies
-        return tuple(policy for policy in policies if policy.partition("+")[0] in able)
+        if schedule not in SPLIT:
+            return policies
+        return tuple(way for way in policies if way.partition("+")[0] in self.split_policies)
 
     def autograd_bytes(self, recipe: Recipe) -> float:
         """Bytes per element of the gradients that autograd makes, before they are stored."""

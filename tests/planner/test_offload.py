@@ -336,21 +336,32 @@ def small_job(**cluster: Any) -> Job:
 
 
 def test_the_search_offloads_no_more_layers_than_memory_forces() -> None:
-    """Less memory, more layers; and none where all fit."""
-    choices = Choices(offload=("optimizer",), data_parallel=(1,), pipeline_parallel=(2,), schedule=("1f1b",))
+    """Less memory, more layers; none where all fit, and no stage more than one more of it."""
+    choices = Choices(
+        offload=("optimizer",),
+        tensor_parallel=(1,),
+        pipeline_parallel=(2,),
+        data_parallel=(2,),
+        schedule=("1f1b",),
+    )
     counts = []
-    for gib in (40, 9.5, 8.5, 7.5):
-        job = small_job(budget_bytes=int(gib * 2**30))
-        (best,) = find(job, replace(choices, data_parallel=(2,)), top=1).answers
-        ways = best.candidate.policies
-        counts.append(
-            sum(n for own in best.rows for way, n in zip(ways, own, strict=True) if "optimizer" in way)
-            if not best.candidate.layout.offload
-            else 6
-        )
+    for budget in (40, 6, 4.5, 4):
+        job = small_job(budget_bytes=int(budget * 2**30))
+        (best,) = find(job, choices, top=1).answers
+        candidate = best.candidate
+        assert not candidate.layout.offload
+        ways, moved = candidate.policies, 0
+        for stage, own in enumerate(best.rows):
+            for column, way in enumerate(ways):
+                if "optimizer" in way and own[column]:
+                    moved += own[column]
+                    home = ways.index(Way.of(way).recompute)
+                    kept = [n + (r == home) - (r == column) for r, n in enumerate(own)]
+                    assert not candidate.fits(stage, kept)
+        counts.append(moved)
     assert counts[0] == 0
     assert counts == sorted(counts)
-    assert counts[-1] > 0
+    assert counts[-1] > counts[1]
 
 
 def test_best_first_equals_every_layout_solved() -> None:

@@ -196,7 +196,12 @@ def _shardings(
             continue
         if pipeline > 1 and not with_pipeline:
             space.refused[f"{job.stack.name} runs {name} without a pipeline only"] += 1
-        elif ranks == 1 and name != next(iter(job.stack.shardings)) and choices.sharding is None:
+        elif (
+            ranks == 1
+            and name != next(iter(job.stack.shardings))
+            and choices.sharding is None
+            and not (choices.offload and name in job.stack.offloading)
+        ):
             continue  # one replica shares nothing out: the same layout under another name
         elif name == "fsdp":
             for shards in divisors(data)[1:] or [1]:

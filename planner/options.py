@@ -138,7 +138,9 @@ Trace = Annotated[
 Verbose = Annotated[bool, option("--verbose", "-v", help="Sources and refusals too.")]
 Quiet = Annotated[bool, option("--quiet", "-q", help="The answer and the ranking only.")]
 Stage = Annotated[int | None, option("--stage", help="Which stage; the fullest by default.")]
-Moment = Annotated[str | None, option("--moment", help="As estimate lists them; the peak by default.")]
+Moment = Annotated[
+    str | None, option("--moment", help="As estimate lists them, or host, nvme; the peak by default.")
+]
 
 # The catalog.
 What = Annotated[str, typer.Argument(help="models or gpus")]

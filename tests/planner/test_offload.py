@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from math import comb
@@ -11,13 +12,16 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from planner import ClusterSpec, TrainingSpec, estimate, explain, search
 from planner.apart import apart, together
+from planner.api import trace
 from planner.best_first import exhaustive, find
 from planner.bounds import quick_bound, sharp_bound, slowest_at_least, tight_bound
 from planner.candidate import Candidate
 from planner.catalog import host
+from planner.cli import app
 from planner.defaults import Job, resolve
 from planner.errors import InfeasibleError, InputError
 from planner.layouts import NUMBERS, Choices, enumerate_layouts
@@ -475,3 +479,75 @@ def test_explain_lists_what_lies_on_the_host() -> None:
     held = sum(one.held for one in found.entries)
     assert held == pytest.approx(found.plan.stages[0].elsewhere["host"].bytes, abs=1)
     assert resolve(model, job.cluster, job.training).stack.name == "deepspeed"
+
+
+# --- The command line --------------------------------------------------------------------------------
+
+MODEL = "layers=6,hidden=2048,heads=16,ffn=6144,vocab=32000"
+
+
+def run(*options: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(options), env={"COLUMNS": "140"})
+    return result.exit_code, result.output
+
+
+def test_a_search_that_offloads_says_what_of_which_stage_and_where() -> None:
+    options = ["search", "-m", MODEL, "-g", "4xA100", "-s", "2048", "-b", "8", "--memory-budget", "4GiB"]
+    options += ["-tp", "1", "-pp", "2", "--offload", "optimizer", "--host-memory", "1TiB"]
+    status, printed = run(*options)
+    assert status == 0
+    assert "Outside the GPUs" in printed
+    assert "--optimizer-offload-fraction" in printed or "--optimizer-cpu-offload" in printed
+    status, printed = run(*options, "--json")
+    document = json.loads(printed)
+    assert document["cluster"]["host_memory_bytes"] == 2**40
+    stages = document["plans"][0]["stages"]
+    assert all(stage["elsewhere"]["host"]["capacity_bytes"] == 2**40 / 4 for stage in stages)
+    assert all(stage["offload"]["optimizer"] for stage in stages)
+
+
+def test_where_nothing_fits_offload_is_among_what_would() -> None:
+    status, printed = run(
+        "search", "-m", MODEL, "-g", "1xA100", "-s", "2048", "-b", "8", "--memory-budget", "6GiB", "--json"
+    )
+    assert status == 1
+    assert "--offload optimizer" in {change["option"] for change in json.loads(printed)["changes"]}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--offload", "weights"), "use optimizer, parameters, activations"),
+        (("--offload", "optimizer", "--host-memory", "12"), "is not a size"),
+        (("--offload", "optimizer", "--host-memory", "0GB"), "more than nothing"),
+        (("--offload", "parameters"), "megatron"),
+    ],
+)
+def test_an_offload_that_cannot_be_is_bad_input(options: tuple[str, ...], says: str) -> None:
+    for command in ("search", "estimate"):
+        result = CliRunner().invoke(app, [command, "-m", MODEL, "-g", "1xA100", "-b", "8", *options])
+        assert result.exit_code == 2
+        assert says in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("offload", ["optimizer", "activations", "optimizer,activations"])
+def test_an_estimate_explains_and_traces_what_it_offloads(offload: str) -> None:
+    model = ["-m", MODEL, "-g", "1xA100", "-b", "8", "-s", "4096", "--offload", offload]
+    budget = ["--memory-budget", "9GiB"]
+    _, printed = run("estimate", *model, *budget, "--json")
+    (plan,) = json.loads(printed)["plans"]
+    held = plan["stages"][0]["elsewhere"]["host"]
+    _, printed = run("explain", *model, *budget, "--moment", "host", "--json")
+    entries = json.loads(printed)["entries"]
+    assert sum(entry["held"] for entry in entries) == pytest.approx(held["bytes"], abs=1)
+    assert {entry["component"] for entry in entries} == set(held["components"])
+
+
+def test_a_plan_that_offloads_has_a_timeline() -> None:
+    job = small_job(budget_bytes=int(4.5 * 2**30))
+    choices = Choices(
+        offload=("optimizer",), tensor_parallel=(1,), pipeline_parallel=(2,), schedule=("1f1b",)
+    )
+    plan = search(job.model, job.cluster, job.training, choices=choices, top=1)[0]
+    assert any("+" in way for stage in plan.stages for way in stage.rows)
+    assert trace(job.model, job.cluster, plan)["traceEvents"]

@@ -127,6 +127,13 @@ def _candidates(job: Job, choices: Choices) -> Iterator[tuple[str, str, Job, Cho
     if job.recipe.moment == 4 and job.recipe.master:  # else moments are of the weights' dtype
         lean = training.model_copy(update={"optimizer_dtype": "bf16"})
         yield "keep optimizer moments in bf16", "--optimizer-dtype bf16", _again(job, cluster, lean), choices
+    if not choices.offload:
+        for items in (("optimizer",), ("optimizer", "parameters")):
+            if any(",".join(items) in one.whole for one in job.stack.offloading.values()):
+                named = ",".join(items)
+                wider = replace(choices, offload=items)
+                yield f"offload {' and '.join(items)} to the host", f"--offload {named}", job, wider
+                break
     if (seq := job.seq_length // 2) >= 512:
         shorter = training.model_copy(
             update={"seq_length": seq, "global_batch_size": job.global_batch_size * 2}

@@ -14,7 +14,9 @@ from planner.defaults import Job, resolve
 from planner.errors import InfeasibleError, InputError, SolverError
 from planner.given import check_layout, check_supported, unsupported
 from planner.layouts import CHOSEN_DEGREES, Choices
-from planner.ledger import Entry, Message, entries, messages, view
+from planner.ledger import Entry, Message, entries, entries_elsewhere, messages, view
+from planner.offload import offloading_of
+from planner.offload_choices import activation_problem, canonical
 from planner.plan import Plan, make_plan
 from planner.program import Solution, settle, solve
 from planner.replay import StageReplay
@@ -105,6 +107,7 @@ def _check_choices(job: Job, choices: Choices, objective: str, top: int, time_li
                 able += frozen.no_recompute(job.training) if name == "recompute" else ""
                 raise InputError(f"{name}={value} is not offered by {job.stack.name}: {able}")
     _check_chunks(choices)
+    _check_offload(job, choices)
     for name in CHOSEN_DEGREES:
         values = getattr(choices, name)
         if values is not None and not isinstance(values, tuple):
@@ -114,6 +117,24 @@ def _check_choices(job: Job, choices: Choices, objective: str, top: int, time_li
                 raise InputError(f"{name}={value!r}: use whole numbers, 1 or more")
             if name.endswith("_parallel") and "expert" not in name and job.cluster.num_gpus % value:
                 raise InputError(f"{name}={value} does not divide the {job.cluster.num_gpus} GPUs")
+
+
+def _check_offload(job: Job, choices: Choices) -> None:
+    """Raises InputError for an offload that the framework has under none of the shardings to search."""
+    shardings = [name for name in choices.sharding or job.stack.shardings if name in job.stack.offloading]
+    for item in choices.offload:
+        name = canonical(item)
+        able = [
+            one
+            for sharding in shardings
+            for one in (*job.stack.offloading[sharding].whole, *job.stack.offloading[sharding].layers)
+        ]
+        if not any(name in one.split(",") for one in able):
+            has = dict.fromkeys(part for one in able for part in one.split(","))
+            fix = f"use {', '.join(has)}" if has else "use framework deepspeed, megatron, fsdp or torchtitan"
+            raise InputError(f"offload {item}: {job.stack.name} does not offload it: {fix}")
+        if name.endswith("nvme") and not job.cluster.nvme_bytes:
+            raise InputError(f"offload {item}: say how much NVMe a node has, with --nvme 10TB")
 
 
 def _check_chunks(choices: Choices) -> None:
@@ -143,6 +164,13 @@ def _nothing_found(job: Job, choices: Choices, found: Found, progress: Callable[
     layout = nearest.layout.to_layout().describe()
     fits = "fits for sure on" if nearest.verdict == "at risk" else "fits on"
     takes = f"takes {gib(stage.peak_bytes)} GiB ({gib(stage.least_bytes)} to {gib(stage.most_bytes)})"
+    if short := [
+        f"{place} is short of {gib(own.most_bytes - own.capacity_bytes, 2)} GiB a GPU"
+        for stage in nearest.stages
+        for place, own in stage.elsewhere.items()
+        if own.most_bytes > own.capacity_bytes
+    ]:
+        takes += f", its {short[0]},"
     usual, most = stage.peak_bytes - stage.capacity_bytes, stage.most_bytes - stage.capacity_bytes
     over = f"{gib(usual, 2)} GiB" if usual > 0 else f"up to {gib(most, 2)} GiB"
     message = (
@@ -188,6 +216,8 @@ def solve_layout(
     """
     check_layout(job, layout)
     runs = job.stack.policies_with(layout.schedule)
+    if recompute.endswith("+activations"):
+        return _as_memory_forces(price(job, layout, _ways(job, layout, recompute)).spread(), layers)
     policies = runs if recompute == "auto" else (recompute,)
     if recompute != "auto" and recompute in job.stack.policies and recompute not in runs:
         raise InputError(
@@ -197,17 +227,34 @@ def solve_layout(
     if not set(policies) <= set(job.stack.policies):
         why = frozen.no_recompute(job.training)
         raise InputError(f"recompute={recompute!r}: use auto, {', '.join(job.stack.policies)}{why}")
-    candidate = price(job, layout, policies).spread()
-    if layers is None and len(policies) == 1:
+    return _as_memory_forces(price(job, layout, policies).spread(), layers)
+
+
+def _ways(job: Job, layout: Layout, recompute: str) -> tuple[str, ...]:
+    """The ways of running a layer where activations are offloaded, as many layers' as memory forces."""
+    policy = recompute.partition("+")[0]
+    if problem := activation_problem(job, layout, policy):
+        raise InputError(problem)
+    if offloading_of(job.stack, layout).checkpoints:
+        return ("full+activations",) if policy == "full" else ("none", "full+activations")
+    return ("none", "none+activations")
+
+
+def _as_memory_forces(candidate: Candidate, layers: Sequence[int] | None) -> Solution:
+    """The layers split as given, evenly where there is one way to run them, else by the program."""
+    layout = candidate.layout
+    if layers is None and len(candidate.policies) == 1:
         layers = [rows * layout.chunks for rows in _even_rows(candidate)]
         layers = _with_missing(candidate, layers, -1)
     if layers is not None:
         return _as_given(candidate, layers)
     solution = solve([candidate])
     if solution is None:  # show by how much: the split that needs least, without a limit
-        everything = [n for kind in candidate.order.counts for n in (kind, *(0 for _ in policies[1:]))]
+        rest = [0 for _ in candidate.policies[1:]]
+        everything = [n for kind in candidate.order.counts for n in (kind, *rest)]
         ample = 2 * max(candidate.peak(j, everything)[0] for j in range(len(candidate.stages)))
-        solution = solve([replace(candidate, capacity=ample)], "headroom")
+        boundless = dict.fromkeys(candidate.rooms, 1e18)
+        solution = solve([replace(candidate, capacity=ample, rooms=boundless)], "headroom")
     assert solution is not None
     return settle(solution)
 
@@ -279,7 +326,8 @@ def estimate(
 ) -> Plan:
     """One given layout, fitting or not. Raises InputError if it cannot be, or the framework lacks it.
 
-    ``recompute`` is a policy for all layers, or ``auto``: as much as memory forces, per stage.
+    ``recompute`` is a policy for all layers, or ``auto``: as much as memory forces, per stage. With
+    ``+activations`` behind it, the activations of as many layers as memory forces are offloaded.
     ``layers`` are the layers on each stage; without them they are as even as they go, under ``auto``
     the quickest split.
     """
@@ -332,6 +380,9 @@ def explain(
     prices = price(job, candidate.layout, candidate.policies)
     timeline = StageReplay(prices, index, solution.rows).run()
     peaks = timeline.peaks()
+    if when in plan.stages[index].elsewhere:
+        there = list(entries_elsewhere(prices, view(prices, solution.rows, index), when))
+        return Explanation(plan, index, when, there, [])
     if when not in peaks:
         raise InputError(f"moment={when!r}: stage {index} has {', '.join(peaks)}")
     stage_view = view(prices, solution.rows, index)

@@ -20,6 +20,7 @@ from planner.candidate import Candidate
 from planner.defaults import Job
 from planner.errors import SolverError
 from planner.layouts import Choices, Space, enumerate_layouts
+from planner.offload_choices import menus, offloads
 from planner.program import RELATIVE_GAP, Solution, solve
 from planner.stages import Prices, price
 from strategies.layout import RANK_ORDERS, Layout
@@ -33,6 +34,7 @@ class Found:
     """What a search found: answers, best first, and the account of what it did."""
 
     space: Space
+    enumerated: int = 0  # layouts that were looked at: those that do not fit, were pruned or were solved
     answers: list[Solution] = field(default_factory=list)
     optimal: bool = True
     gap: float = 0.0  # by which fraction something better than the best answer may exist
@@ -40,11 +42,6 @@ class Found:
     pruned: int = 0  # proved not to be among the best, by a bound
     solved: int = 0  # split over its stages by the program
     seconds: float = 0.0
-
-    @property
-    def enumerated(self) -> int:
-        """Layouts that were looked at: those that do not fit, were pruned or were solved."""
-        return self.space.size
 
     @property
     def refused(self) -> int:
@@ -120,6 +117,19 @@ def layouts_for(job: Job, choices: Choices, objective: str) -> Space:
     return enumerate_layouts(job, choices)
 
 
+def priced(job: Job, choices: Choices, space: Space) -> list[Prices]:
+    """Every family with each offload that it may have, under each set of ways of running its layers."""
+    policies = choices.policies(job)
+    if not choices.offload:
+        return [price(job, family, policies) for family in space.families]
+    return [
+        price(job, one, menu)
+        for family in space.families
+        for one in (replace(family, offload=text) for text in offloads(job, family, choices.offload))
+        for menu in menus(job, one, policies, choices.offload)
+    ]
+
+
 def find(
     job: Job,
     choices: Choices = Choices(),
@@ -136,10 +146,10 @@ def find(
     layouts were solved and how many are left.
     """
     start = time.perf_counter()
-    policies = choices.policies(job)
     space = layouts_for(job, choices, objective)
-    frontier = _Frontier([price(job, family, policies) for family in space.families], objective)
-    found = Found(space)
+    prices = priced(job, choices, space)
+    frontier = _Frontier(prices, objective)
+    found = Found(space, sum(len(own.layout.data_parallel) for own in prices))
     worst = unproved = float("inf")
     while _beats(bound := frontier.next_bound(), worst):
         left = time_limit - (time.perf_counter() - start)
@@ -206,11 +216,9 @@ def best_of(answers: Sequence[Solution], top: int) -> list[Solution]:
 
 def exhaustive(job: Job, choices: Choices, objective: str, top: int) -> Sequence[Solution]:
     """Every layout solved, none pruned: what :func:`find` must agree with. For tests."""
-    policies = choices.policies(job)
     answers = []
-    for family in layouts_for(job, choices, objective).families:
-        prices = price(job, family, policies)
-        for index in range(len(family.data_parallel)):
+    for prices in priced(job, choices, layouts_for(job, choices, objective)):
+        for index in range(len(prices.layout.data_parallel)):
             solution = solve([prices.take(index).spread()], objective)
             if solution:
                 answers.append(solution)

@@ -27,6 +27,7 @@ from planner.candidate import Candidate
 from planner.in_order import slowest
 from planner.layer_price import highest
 from planner.moments import stage_moments
+from planner.places import least_update
 from planner.stages import Prices
 
 Array = npt.NDArray[np.float64]
@@ -34,6 +35,8 @@ End = tuple[bool, bool]
 """Is it the first stage, is it the last?"""
 SHORT_STAGE = 24
 """Rows of one stage up to which its hand-outs to the policies are looked at one by one."""
+HAND_OUTS = 100_000
+"""Hand-outs of one stage's rows that are looked at, at most."""
 HALVINGS = 20
 NOTHING = -1e18
 """Bytes besides the layers of a moment that a stage does not have: finite, so that 0 x it is 0."""
@@ -50,15 +53,15 @@ def quick_bound(prices: Prices) -> tuple[Array, Array]:
     fullest = -(-prices.rows // p) * reduce(np.minimum, rows) + prices.send - highest(lacking)
     slowest = np.maximum(total / p, fullest)
     pipeline = prices.pipeline
-    seconds = pipeline.fill * total + pipeline.repeat * slowest + prices.step_seconds
+    seconds = pipeline.fill * total + pipeline.repeat * slowest + prices.step_seconds + least_update(prices)
     last = prices.pipeline_at(p - 1)
     there = prices.resident.backward
     states = [prices.state_bytes(price, last, there) for price in (prices.embedding, prices.head)]
     least = sum(states)
     for k, count in enumerate(prices.counts):
         own = prices.columns[k * several : (k + 1) * several]
-        lightest = reduce(np.minimum, (price.saved for price in own))
-        least = least + count * v * (prices.state_bytes(own[0], last, there) + lightest)
+        lightest = (price.saved + prices.state_bytes(price, last, there) for price in own)
+        least = least + count * v * reduce(np.minimum, lightest)
     for n, block in prices.missing(True, True):
         least = least - n * (prices.state_bytes(block, last, there) + block.saved)
     return np.asarray(seconds, float), np.asarray(least <= p * prices.capacity)
@@ -220,7 +223,7 @@ def tight_bound(prices: Prices, objective: str = "time") -> Array:
     work = sum(n * row for n, row in zip(prices.counts, rows, strict=True))
     total = work + np.where(exists, fixed_seconds, 0.0).sum(axis=1, keepdims=True)
     pipeline = prices.pipeline
-    cost = pipeline.fill * total + pipeline.repeat * low[:, None] + prices.step_seconds
+    cost = pipeline.fill * total + pipeline.repeat * low[:, None] + prices.step_seconds + least_update(prices)
     quick, _ = quick_bound(prices)
     return np.where(possible, np.maximum(np.ravel(cost), np.ravel(quick)), np.inf)
 
@@ -252,6 +255,8 @@ def slowest_at_least(candidate: Candidate) -> float:
         return max(fullest_stage(candidate), slowest(candidate))
     if (most := _rows_worth_trying(candidate)) > SHORT_STAGE:
         return fullest_stage(candidate)
+    if (most + 1) ** len(candidate.policies) > HAND_OUTS:
+        return fullest_stage(candidate)
     splits = np.array(
         [one for one in product(range(most + 1), repeat=len(candidate.policies)) if 1 <= sum(one) <= most]
     )
@@ -263,6 +268,8 @@ def slowest_at_least(candidate: Candidate) -> float:
         for per_row, fixed, extra in stage.moments.values():
             working = np.where(splits > 0, np.array(extra), 0.0).max(axis=1)
             fits &= splits @ np.array(per_row) + fixed + working <= candidate.capacity
+        for place, (per_row, fixed) in stage.elsewhere.items():
+            fits &= splits @ np.array(per_row) + fixed <= candidate.rooms[place]
         quickest = np.full(most + 1, np.inf)
         np.minimum.at(quickest, totals, np.where(fits, seconds, np.inf))
         times.append(quickest[1:])
@@ -277,7 +284,7 @@ def _rows_worth_trying(candidate: Candidate) -> int:
     depth = len(candidate.stages)
     last = [0] * (len(candidate.policies) - 1) + [-(-candidate.rows // depth)]
     ceiling = candidate.rows - depth + 1
-    if any(candidate.peak(j, last)[0] > candidate.capacity for j in range(depth)):
+    if not all(candidate.fits(j, last) for j in range(depth)) or any(own.updates for own in candidate.stages):
         return ceiling
     slow = max(candidate.stage_seconds(j, last) for j in range(depth))
     return min(ceiling, int(slow / min(min(own.seconds) for own in candidate.stages)) + 1)
@@ -287,4 +294,15 @@ def sharp_bound(candidate: Candidate, least: float) -> float:
     """Seconds of a step of one layout, at least: nothing recomputed but on the slowest stage."""
     if least == float("inf"):  # which a single micro-batch does not wait for, but cannot do without
         return least
-    return candidate.fill * _work(candidate) + candidate.repeat * least + candidate.step_seconds
+    seconds = candidate.fill * _work(candidate) + candidate.repeat * least + candidate.step_seconds
+    return seconds + _average_update(candidate)
+
+
+def _average_update(candidate: Candidate) -> float:
+    """Seconds of the slowest stage's update on the host, at least: the average of as little as can be."""
+    if not any(own.updates for own in candidate.stages):
+        return 0.0
+    several, updates = len(candidate.policies), candidate.stages[0].updates
+    least = (min(updates[k : k + several]) for k in range(0, len(updates), several))
+    rows = sum(n * seconds for n, seconds in zip(candidate.order.counts, least, strict=True))
+    return (rows + sum(own.fixed_update for own in candidate.stages)) / len(candidate.stages)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from planner.order import Order
 from strategies.layout import Layout
@@ -15,12 +15,16 @@ class Stage:
 
     ``moments`` maps a moment to (bytes per row, bytes besides, bytes that one layer at work adds: the largest
     in use counts), the first and the last one number for each kind of row under each policy. A *row* is one
-    layer in each of the stage's chunks.
+    layer in each of the stage's chunks. Where something is offloaded, ``elsewhere`` maps a place outside the
+    GPU to (bytes per row, bytes besides), and ``updates`` are seconds of the host's update, per row.
     """
 
     moments: dict[str, tuple[tuple[float, ...], float, tuple[float, ...]]]
     seconds: tuple[float, ...]  # per row
     fixed_seconds: float
+    elsewhere: dict[str, tuple[tuple[float, ...], float]] = field(default_factory=dict)
+    updates: tuple[float, ...] = ()
+    fixed_update: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Candidate:
     repeat: float
     step_seconds: float
     mirrored: bool = False  # stage j holds the same layers as stage p - 1 - j
+    rooms: dict[str, float] = field(default_factory=dict)  # bytes that a GPU has in each place outside it
+    not_all: tuple[bool, ...] = ()  # policies under which one row at least is not run
 
     @property
     def rows(self) -> int:
@@ -62,7 +68,35 @@ class Candidate:
     def cost(self, rows: Sequence[Sequence[int]]) -> float:
         """Seconds of a step that hands ``rows[stage][column]`` rows to each stage."""
         times = [self.stage_seconds(j, own) for j, own in enumerate(rows)]
-        return self.fill * sum(times) + self.repeat * max(times) + self.step_seconds
+        update = max(self.update_seconds(j, own) for j, own in enumerate(rows))
+        return self.fill * sum(times) + self.repeat * max(times) + self.step_seconds + update
+
+    def update_seconds(self, stage: int, rows: Sequence[int]) -> float:
+        """Seconds of a stage's update on its host."""
+        own = self.stages[stage]
+        return own.fixed_update + sum(n * s for n, s in zip(rows, own.updates, strict=False))
+
+    def held_elsewhere(self, stage: int, rows: Sequence[int]) -> dict[str, float]:
+        """Bytes that a GPU of a stage may need in each place outside it."""
+        return {
+            place: fixed + sum(n * b for n, b in zip(rows, per_row, strict=True))
+            for place, (per_row, fixed) in self.stages[stage].elsewhere.items()
+        }
+
+    def fits(self, stage: int, rows: Sequence[int]) -> bool:
+        """Do so many rows of every column fit on a stage: on the GPU and in every other place?"""
+        if self.peak(stage, rows)[0] > self.capacity:
+            return False
+        return all(size <= self.rooms[place] for place, size in self.held_elsewhere(stage, rows).items())
+
+    def allows(self, rows: Sequence[Sequence[int]]) -> bool:
+        """Is no policy that must leave a row out used for all of them?"""
+        several = len(self.policies)
+        for index, never in enumerate(self.not_all):
+            count = sum(n for own in rows for n in own[index::several])
+            if never and count >= self.rows:
+                return False
+        return True
 
     def stage_seconds(self, stage: int, rows: Sequence[int]) -> float:
         """Seconds of one micro-batch on a stage, forward and backward."""

@@ -136,28 +136,6 @@ def progress(quiet: bool) -> Iterator[Callable[[int, int], None]]:
             sys.stderr.write("\r\x1b[K")
 
 
-def as_document(model: ModelSpec, cluster: ClusterSpec, plans: list[Plan]) -> dict[str, Any]:
-    """The JSON of a command that answers with plans."""
-    dumped = [plan.model_dump(mode="json") for plan in plans]
-    return {
-        "schema": "planner.plans/1",
-        "model": {"num_parameters": model.num_parameters, **model.model_dump(mode="json")},
-        "cluster": {
-            "gpu": cluster.gpu.name,
-            "num_gpus": cluster.num_gpus,
-            "gpus_per_node": cluster.gpus_per_node,
-            "nodes_per_leaf": cluster.nodes_per_leaf,
-            "oversubscription": cluster.oversubscription,
-            "usable_bytes": cluster.gpu.usable_bytes,
-            "capacity_bytes": cluster.capacity_bytes,
-        },
-        "training": dumped[0]["training"],
-        "assumptions": dumped[0]["assumptions"],
-        "plans": dumped,
-        "proof": dumped[0]["proof"],
-    }
-
-
 @app.command(
     epilog="Example: planner search --model llama-2-70b --gpus 8x8xH100 --seq-length 4096 --headroom 10%"
 )
@@ -204,7 +182,9 @@ def search(given: dict[str, Any]) -> None:
         if given["trace"]:
             write_trace(spec, cluster, plans[0], given["trace"])
         if given["as_json"]:
-            return print_json(as_document(spec, cluster, plans))
+            from planner.documents import document_of
+
+            return print_json(document_of(spec, cluster, plans))
         from planner.render import console_for, show_search
 
         show_search(console_for(), plans, given["verbose"], given["quiet"])
@@ -215,7 +195,9 @@ def cluster_of(given: dict[str, Any]) -> ClusterSpec:
     from planner import reading
 
     names = ("gpus", "memory_budget", "headroom", "nodes_per_leaf", "oversubscription")
-    return reading.read_cluster(*(given[name] for name in names))
+    places = ("host_memory", "host_bandwidth", "nvme", "nvme_bandwidth")
+    options: list[Any] = [given.get(name) for name in (*names, *places)]
+    return reading.read_cluster(*options)
 
 
 def write_trace(model: ModelSpec, cluster: ClusterSpec, plan: Plan, path: str) -> None:
@@ -254,11 +236,15 @@ def estimate(given: dict[str, Any]) -> None:
         from planner import api, reading
 
         layers = reading.numbers("--layers-per-stage", given["layers_per_stage"])
-        plan = api.estimate(*job, recompute=given["recompute"], layers=layers)
+        plan = api.estimate(
+            *job, recompute=reading.read_way(given["recompute"], given["offload"]), layers=layers
+        )
         if given["trace"]:
             write_trace(job[0], job[1], plan, given["trace"])
         if given["as_json"]:
-            print_json(as_document(job[0], job[1], [plan]))
+            from planner.documents import document_of
+
+            print_json(document_of(job[0], job[1], [plan]))
         else:
             from planner.render import console_for, show_plan
 
@@ -289,9 +275,8 @@ def explain(given: dict[str, Any]) -> None:
 
         layers = reading.numbers("--layers-per-stage", given["layers_per_stage"])
         when = given["moment"].lower() if given["moment"] else None
-        found = api.explain(
-            *job, recompute=given["recompute"], layers=layers, stage=given["stage"], moment=when
-        )
+        way = reading.read_way(given["recompute"], given["offload"])
+        found = api.explain(*job, recompute=way, layers=layers, stage=given["stage"], moment=when)
         if given["as_json"]:
             from dataclasses import asdict
 

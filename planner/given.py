@@ -11,6 +11,7 @@ from planner.errors import InputError
 from planner.layers import Builder
 from planner.layouts import NUMBERS, divisors, short_chunks
 from planner.network import Network, group
+from planner.offload_choices import offload_problems
 from planner.optimizers import in_backward
 from planner.stacks import STACKS
 from planner.stacks.base import Stack
@@ -78,6 +79,7 @@ def _layout_problems(job: Job, layout: Layout) -> Iterator[str]:
     yield from TensorParallel(tensor, repeats_heads=job.stack.repeats_heads).objections(layers)
     if layout.sequence_parallel:
         yield from SequenceParallel(tensor).objections(layers)
+    yield from offload_problems(job, layout)
     yield from context_problems(job, layout, layers)
     yield from expert_problems(job, layout, layers)
     yield from PipelineParallel(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
@@ -40,6 +40,8 @@ class LayerPrice:
     weights: Quantity  # seconds of the gradients of its weights
     exposed: Mapping[str, Quantity]  # of these the seconds of messages between kernels, by the pass
     per_step: Mapping[str, Quantity]  # seconds of once-a-step messages, by what hides them
+    elsewhere: Mapping[str, Quantity] = field(default_factory=dict)  # bytes outside the GPU, by place
+    update_seconds: Quantity = 0.0  # of the optimizer step on the host, with what it sends
 
     @property
     def seconds(self) -> Quantity:
@@ -47,7 +49,7 @@ class LayerPrice:
         return self.forward + self.inputs + self.weights
 
 
-SUMS = ("gathered", "update_bytes", "update_room", "saved", "ahead", "recomputed")
+SUMS = ("gathered", "update_bytes", "update_room", "saved", "ahead", "recomputed", "update_seconds")
 SECONDS = ("forward", "inputs", "weights")
 
 
@@ -74,6 +76,7 @@ def average(prices: Sequence[LayerPrice], counts: Sequence[Quantity] = ()) -> La
         states=means("states", prices[0].states),
         exposed=means("exposed", prices[0].exposed),
         per_step=means("per_step", behind),
+        elsewhere=means("elsewhere", prices[0].elsewhere),
         working=highest(price.working for price in prices),
         **{name: mean(getattr(price, name) for price in prices) for name in (*SUMS, *SECONDS)},
     )

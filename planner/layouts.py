@@ -78,6 +78,7 @@ class Choices:
     schedule: tuple[str, ...] | None = None
     recompute: tuple[str, ...] | None = None
     rank_order: tuple[str, ...] | None = None
+    offload: tuple[str, ...] = ()  # what may be offloaded, as in ("optimizer", "parameters:nvme")
     sequence_parallel: bool = True
     across_nodes: bool = False  # may a tensor-parallel group leave its node?
 
@@ -192,7 +193,12 @@ def _shardings(job: Job, choices: Choices, place: Layout, space: Space) -> Itera
             continue
         if pipeline > 1 and not with_pipeline:
             space.refused[f"{job.stack.name} runs {name} without a pipeline only"] += 1
-        elif place.data_ranks == 1 and name != next(iter(job.stack.shardings)) and choices.sharding is None:
+        elif (
+            place.data_ranks == 1
+            and name != next(iter(job.stack.shardings))
+            and choices.sharding is None
+            and not (choices.offload and name in job.stack.offloading)
+        ):
             continue  # one replica shares nothing out: the same layout under another name
         elif name == "fsdp":
             for shards in divisors(data)[1:] or [1]:

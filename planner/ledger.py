@@ -13,13 +13,15 @@ from typing import Any
 from planner.collectives import Messages
 from planner.layer_price import LayerPrice
 from planner.network import size_of
+from planner.offload import host_buffers, moved_terms, moves
 from planner.optimizers import TEMPORARIES
 from planner.overheads import groups, library_bytes
 from planner.replay import Snapshot, chunk_blocks
 from planner.spans import SPANS_OF
 from planner.stages import Prices
-from strategies.base import STATES, Layer, Role, Term, held, size_seen_by
+from strategies.base import Layer, Role, Term, held, size_seen_by
 from strategies.layout import collectives_of, strategies_of
+from strategies.offload import Way
 from strategies.recompute import Recompute
 
 COMPONENTS = (
@@ -131,6 +133,7 @@ def tensor_entries(prices: Prices, stage: StageView, now: Snapshot) -> Iterator[
             there = arrived + (count - arrived) * now.started
             kept = float(prices.resident.update) if now.at == "optimizer" else 1.0
             yield from _states(prices, stage, layer, count, there * kept)
+    yield from _optimizer_states(prices, stage)
     yield from _terms(prices, prices.once, Role.BUFFER, "none", 1)
     at_work_on = {"block": prices.block_layer(now.block), "head": head, "embedding": embedding}.get(now.at)
     for layer, kept, policy, of in _activations(prices, stage, now):
@@ -170,10 +173,64 @@ def _states(
     prices: Prices, stage: StageView, layer: Layer, count: float, gradients: float
 ) -> Iterator[Entry]:
     pipeline = prices.pipeline_at(stage.index)
-    for role in (*STATES, Role.BUFFER):
+    for role in (Role.PARAMETER, Role.GRADIENT, Role.BUFFER):
         copies = gradients if role is Role.GRADIENT else count
         share = float(pipeline.share(Term("", role, {}, 1.0)))
         yield from _terms(prices, layer, role, "none", copies, share)
+
+
+def held_layers(prices: Prices, stage: StageView) -> Iterator[tuple[Layer, str, int]]:
+    """The layers of a stage with their counts, alike where they offload alike; a way stands for each."""
+    embedding, *_, head = prices.layers
+    if stage.first:
+        yield embedding, "none", 1
+    counts: dict[tuple[int, tuple[str, ...]], tuple[str, int]] = {}
+    for block, count in enumerate(stage.layers):
+        way = prices.policy_of(block)
+        key = block // len(prices.policies), Way.of(way).offload
+        found, before = counts.get(key, (way, 0))
+        counts[key] = found, before + count
+    for (kind, _), (way, count) in counts.items():
+        if count:
+            yield prices.layers[1 + kind], way, count
+    if stage.last:
+        yield head, "none", 1
+
+
+def _optimizer_states(prices: Prices, stage: StageView) -> Iterator[Entry]:
+    for layer, way, count in held_layers(prices, stage):
+        yield from _terms(prices, layer, Role.OPTIMIZER, way, count)
+
+
+def entries_elsewhere(prices: Prices, stage: StageView, place: str) -> Iterator[Entry]:
+    """All that a GPU of this stage has on its host, or on NVMe."""
+    job, layout = prices.job, prices.layout
+    layers: list[tuple[Layer, str, int]] = []
+    for index, count in enumerate(stage.layers):
+        if count:
+            layers.append((prices.block_layer(index), prices.policy_of(index), count))
+    ends = [(prices.layers[0], "none", 1)] * stage.first + [(prices.layers[-1], "none", 1)] * stage.last
+    for layer, way, count in (*ends, *layers):
+        *strategies, _ = strategies_of(layout, prices.wire, 0, way)
+        shares_of = [one for one in strategies if one.axis not in ("offload", "recompute")]
+        for move in moves(job, layout, way):
+            if move.place != place:
+                continue
+            for term, size in moved_terms(layer, move, strategies):
+                if float(size):
+                    dims = {key: int(value) for key, value in term.dims.items()}
+                    shares = {one.label: float(one.share(term)) for one in shares_of}
+                    whole, unit = float(term.amount), float(term.unit)
+                    total = float(size) * count
+                    yield Entry(
+                        move.component, term.name, layer.kind, dims, unit, count, whole, shares, total
+                    )
+    if place == "host":
+        *strategies, _ = strategies_of(layout, prices.wire)
+        sizes = host_buffers(job, layout, prices.stage_layers(stage.first, stage.last), strategies)
+        for name, size in sizes:
+            if float(size):
+                yield _plain("communication_buffers", name, float(size))
 
 
 def _activations(
@@ -191,8 +248,9 @@ def _activations(
 
 def _delayed(prices: Prices, layer: Layer, policy: str, count: float) -> Iterator[Entry]:
     """What a split backward leaves for the gradients of the weights, besides what was kept before it."""
+    recompute = Way.of(policy).recompute
     for term in layer.by_role[Role.ACTIVATION]:
-        if policy not in term.kept_by and "none" in term.kept_by:
+        if recompute not in term.kept_by and "none" in term.kept_by:
             yield from _one(prices, layer, term, "none", count, f"{term.name}, recomputed")
     yield from _terms(prices, layer, Role.OUTPUT_GRADIENT, "none", count)
 
@@ -234,8 +292,12 @@ def _working(
     split = prices.pipeline.split
     if split and now.place != "logits":  # which end the forward
         yield from _terms(prices, layer, Role.OUTPUT_GRADIENT, "none", 1)
+    way, policy = Way.of(policy), Way.of(policy).recompute
     at_start = split or policy in prices.job.stack.block_policies
     for term in layer.by_role[Role.ACTIVATION]:
+        if policy in term.kept_by and "activations" in way.offload:
+            part = prices.brought_back - (0.0 if step is None else _before(term, layer, step))
+            yield from _one(prices, layer, term, "none", part, f"{term.name}, brought back", "workspace")
         if policy not in term.kept_by and "none" in term.kept_by:
             if at_start:
                 part = 1.0 if step is None or split else 1 - _before(term, layer, step)

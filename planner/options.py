@@ -34,6 +34,12 @@ Leaf = Annotated[int | None, option("--nodes-per-leaf", help="Nodes that share l
 Oversubscription = Annotated[
     float | None, option("--oversubscription", help="Of leaf switches: bandwidth down to nodes over that up.")
 ]
+HostMemory = Annotated[
+    str | None, option("--host-memory", help="Of a node, for what is offloaded, as in 1TiB.")
+]
+HostBandwidth = Annotated[str | None, option("--host-bandwidth", help="Of its memory, a second: 400GB.")]
+Nvme = Annotated[str | None, option("--nvme", help="Of a node, for what is offloaded there, as in 10TB.")]
+NvmeBandwidth = Annotated[str | None, option("--nvme-bandwidth", help="Of a node's NVMe, a second: 20GB.")]
 
 # The stack.
 Framework = Annotated[str, option("--framework", help="megatron, torchtitan, fsdp, deepspeed or hf.")]
@@ -102,6 +108,10 @@ Schedule = Annotated[
 ]
 SequenceParallel = Annotated[bool | None, option(SP, help="Cut the residual stream too; on with TP.")]
 RankOrder = Annotated[str, option("--rank-order", help="Axes, innermost first, as in tp-dp-pp.")]
+Offload = Annotated[
+    str | None,
+    option("--offload", help="optimizer, parameters, activations, as in optimizer:nvme,parameters."),
+]
 Recompute = Annotated[str, option("--recompute", help="none, selective, full, or auto: as memory forces.")]
 Layers = Annotated[
     str | None, option("--layers-per-stage", help="As in 20,20,20,20; as even as they go by default.")
@@ -131,6 +141,10 @@ OnlyRankOrder = Annotated[
     str | None, option("--rank-order", help="Only these, innermost axis first, as in tp-dp-pp,tp-pp-dp.")
 ]
 OnlyRecompute = Annotated[str | None, option("--recompute", help="Only these: none, selective, full.")]
+MayOffload = Annotated[
+    str | None,
+    option("--offload", help="What may be offloaded: optimizer,parameters,activations; :nvme behind it."),
+]
 WithSP = Annotated[bool, option(SP, help="Sequence parallelism wherever there is TP.")]
 AcrossNodes = Annotated[bool, option("--across-nodes", help="Tensor-parallel groups may leave their node.")]
 Objective = Annotated[str, option("--objective", help="time or headroom.")]
@@ -145,7 +159,9 @@ Trace = Annotated[
 Verbose = Annotated[bool, option("--verbose", "-v", help="Sources and refusals too.")]
 Quiet = Annotated[bool, option("--quiet", "-q", help="The answer and the ranking only.")]
 Stage = Annotated[int | None, option("--stage", help="Which stage; the fullest by default.")]
-Moment = Annotated[str | None, option("--moment", help="As estimate lists them; the peak by default.")]
+Moment = Annotated[
+    str | None, option("--moment", help="As estimate lists them, or host, nvme; the peak by default.")
+]
 
 # The catalog.
 What = Annotated[str, typer.Argument(help="models or gpus")]
@@ -166,6 +182,10 @@ TRAINING: Options = {
     "headroom": (Headroom, None),
     "nodes_per_leaf": (Leaf, None),
     "oversubscription": (Oversubscription, None),
+    "host_memory": (HostMemory, None),
+    "host_bandwidth": (HostBandwidth, None),
+    "nvme": (Nvme, None),
+    "nvme_bandwidth": (NvmeBandwidth, None),
     "framework": (Framework, "megatron"),
     "precision": (Precision, None),
     "optimizer": (Optimizer, "adamw"),
@@ -201,6 +221,7 @@ LAYOUT: Options = {
     "sequence_parallel": (SequenceParallel, None),
     "rank_order": (RankOrder, "tp-dp-pp"),
     "recompute": (Recompute, "none"),
+    "offload": (Offload, None),
     "layers_per_stage": (Layers, None),
 }
 """One layout."""
@@ -217,6 +238,7 @@ CHOICES: Options = {
     "sharding": (OnlySharding, None),
     "schedule": (OnlySchedule, None),
     "recompute": (OnlyRecompute, None),
+    "offload": (MayOffload, None),
     "rank_order": (OnlyRankOrder, None),
     "sequence_parallel": (WithSP, True),
     "across_nodes": (AcrossNodes, False),

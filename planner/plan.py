@@ -5,18 +5,19 @@ Sizes in bytes, times in seconds. Fields may be added; none of these goes away w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from planner.catalog import step_time
 from planner.defaults import Job, profile_notes
 from planner.given import beyond_node
 from planner.layer_price import LayerPrice
-from planner.ledger import components, entries, view
+from planner.ledger import StageView, components, entries, entries_elsewhere, view
+from planner.offload import offloading_of, rates_noted, surely
 from planner.overheads import device_bytes, library_bytes, reserved_bytes
 from planner.program import Solution
 from planner.replay import StageReplay, chunk_blocks
@@ -26,6 +27,7 @@ from planner.stages import Prices, price
 from planner.utilization import utilization
 from strategies.context_parallel import COMMS
 from strategies.layout import RANK_ORDERS, Layout
+from strategies.offload import PLACES, Way, places_of
 
 SCHEMA = "planner.plan/1"
 TOLERANCE = 1e-6
@@ -34,13 +36,26 @@ Verdict = Literal["fits", "at risk", "does not fit"]
 MODEL = ConfigDict(frozen=True, extra="forbid")
 
 
+class ElsewherePlan(BaseModel):
+    """What one GPU of a stage has on its node's host or NVMe, of its equal share of the node's."""
+
+    model_config = MODEL
+
+    bytes: int
+    most_bytes: int
+    capacity_bytes: int
+    components: dict[str, int]
+
+
 class StagePlan(BaseModel):
     """One pipeline stage: what it holds, and its peak with the moment and the components of it.
 
     ``rows`` are its rows of layers by policy, each a number for every kind of row (planner/order.py).
     ``tensor_bytes`` is what PyTorch calls allocated, at its peak, ``moments`` that of every moment;
     ``reserved_bytes`` is what its allocator is expected to hold, ``peak_bytes`` what is taken of the
-    GPU; the job needs at least ``least_bytes`` of it and no more than ``most_bytes``.
+    GPU; the job needs at least ``least_bytes`` of it and no more than ``most_bytes``. ``elsewhere`` is what
+    lies outside the GPU, by place, where something is offloaded; ``offload`` counts the layers that offload
+    an item.
     """
 
     model_config = MODEL
@@ -61,6 +76,9 @@ class StagePlan(BaseModel):
     seconds: float
     embedding: bool
     head: bool
+    offload: dict[str, int] = Field(default_factory=dict)
+    elsewhere: dict[str, ElsewherePlan] = Field(default_factory=dict)
+    update_seconds: float = 0.0
 
 
 class LayoutPlan(BaseModel):
@@ -84,6 +102,7 @@ class LayoutPlan(BaseModel):
     context_comm: str = COMMS[0]
     expert_parallel: int = 1
     expert_tensor_parallel: int = 1
+    offload: str = ""
 
     def to_layout(self) -> Layout:
         """The layout that the strategies are made from."""
@@ -159,11 +178,7 @@ def plan_stage(prices: Prices, solution: Solution, index: int) -> StagePlan:
 
     return StagePlan(
         layers=sum(stage.layers),
-        recompute={
-            policy: count
-            for r, policy in enumerate(prices.policies)
-            if (count := sum(stage.layers[r :: len(prices.policies)]))
-        },
+        recompute=_layers_by(prices, stage, lambda way: (way.recompute,)),
         rows={
             policy: own
             for r, policy in enumerate(prices.policies)
@@ -182,14 +197,52 @@ def plan_stage(prices: Prices, solution: Solution, index: int) -> StagePlan:
         seconds=candidate.stage_seconds(index, solution.rows[index]),
         embedding=stage.first,
         head=stage.last,
+        **(_of_offload(prices, solution, stage) if prices.offloads else {}),
     )
+
+
+def _layers_by(prices: Prices, stage: StageView, names: Callable[[Way], Iterable[str]]) -> dict[str, int]:
+    """A stage's layers by what their ways have: each of them under every name."""
+    found: dict[str, int] = {}
+    for block, count in enumerate(stage.layers):
+        for name in names(Way.of(prices.policy_of(block))) if count else ():
+            found[name] = found.get(name, 0) + count
+    return found
+
+
+def _of_offload(prices: Prices, solution: Solution, stage: StageView) -> dict[str, Any]:
+    """What a stage of a plan that offloads has more: layers, places, and the host's update."""
+    places = {}
+    for place in PLACES:
+        held = list(entries_elsewhere(prices, stage, place))
+        total = sum(entry.held for entry in held)
+        if total:
+            sizes = {name: round(size) for name, size in components(held).items() if size}
+            room = round(prices.host.capacity[place])
+            places[place] = ElsewherePlan(
+                bytes=round(total),
+                most_bytes=round(total * surely(place)),
+                capacity_bytes=room,
+                components=sizes,
+            )
+    layers = _layers_by(prices, stage, lambda way: way.offload)
+    whole = places_of(prices.layout.offload)
+    return {
+        "offload": {name: sum(stage.layers) if name in whole else count for name, count in layers.items()}
+        | {name: sum(stage.layers) for name in whole},
+        "elsewhere": places,
+        "update_seconds": solution.candidate.update_seconds(stage.index, solution.rows[stage.index]),
+    }
 
 
 def verdict_of(stages: Sequence[StagePlan]) -> Verdict:
     """``fits`` if every stage does at most, ``does not fit`` if one does not at least."""
-    if any(stage.least_bytes > stage.capacity_bytes * (1 + TOLERANCE) for stage in stages):
+    sizes = [(stage.least_bytes, stage.most_bytes, stage.capacity_bytes) for stage in stages]
+    places = [own for stage in stages for own in stage.elsewhere.values()]
+    sizes += [(own.bytes, own.most_bytes, own.capacity_bytes) for own in places]
+    if any(least > capacity * (1 + TOLERANCE) for least, _, capacity in sizes):
         return "does not fit"
-    if all(stage.most_bytes <= stage.capacity_bytes * (1 + TOLERANCE) for stage in stages):
+    if all(most <= capacity * (1 + TOLERANCE) for _, most, capacity in sizes):
         return "fits"
     return "at risk"
 
@@ -229,6 +282,22 @@ def _of_layout(job: Job, layout: Layout) -> list[str]:
         padded = -(-vocabulary // multiple) * multiple
         notes.append(f"vocabulary padded from {vocabulary:,} to {padded:,}, a multiple of {multiple:,}")
     return notes
+
+
+def _of_host(job: Job, layout: Layout, stages: Sequence[StagePlan]) -> list[str]:
+    """How an offload is asked for, and what is assumed of the host."""
+    offloading = offloading_of(job.stack, layout)
+    notes = []
+    if layout.offload:
+        notes.append(f"offload {layout.offload} is {job.stack.name}'s {offloading.whole[layout.offload]}")
+    for name, flag in offloading.layers.items():
+        counts = [stage.offload.get(name, 0) for stage in stages]
+        if name not in places_of(layout.offload) and any(counts):
+            shown = ", ".join(f"{n} of {s.layers}" for n, s in zip(counts, stages, strict=True))
+            notes.append(f"offload {name} of layers on the stages: {shown}; {job.stack.name}'s {flag}")
+    if not any(stage.elsewhere for stage in stages):
+        return notes
+    return [*notes, *rates_noted(job.cluster)]
 
 
 def pass_seconds(prices: Prices, rows: Sequence[Sequence[int]]) -> list[list[PassSeconds]]:
@@ -287,13 +356,19 @@ def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
         step_time_s=step,
         step_time_least_s=step * step_time("least").value,
         step_time_most_s=step * step_time("most").value,
-        critical_path_s=step_seconds(layout, pass_seconds(prices, solution.rows)) + candidate.step_seconds,
+        critical_path_s=step_seconds(layout, pass_seconds(prices, solution.rows))
+        + candidate.step_seconds
+        + max(candidate.update_seconds(j, own) for j, own in enumerate(solution.rows)),
         tokens_per_s=tokens_per_s,
         **utilization(prices, solution.rows, tokens_per_s)._asdict(),
         days=job.training.tokens / tokens_per_s / 86400 if job.training.tokens else None,
         bubble_fraction=float(prices.pipeline.bubble),
         stages=tuple(stages),
         warnings=tuple(warnings_for(job, layout, verdict)),
-        assumptions=(*job.assumptions, *_of_layout(job, layout)),
+        assumptions=(
+            *job.assumptions,
+            *_of_layout(job, layout),
+            *(_of_host(job, layout, stages) if prices.offloads else ()),
+        ),
         proof=proof,
     )

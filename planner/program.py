@@ -1,4 +1,4 @@
-"""The integer program: which layout, how many layers on each stage, under which recompute policy.
+"""The integer program: which layout, how many layers on each stage, recomputing and offloading what.
 
 For candidates c with stages j and policies r:
 
@@ -7,14 +7,18 @@ For candidates c with stages j and policies r:
     one_layout       sum_c choose[c] = 1
     every_layer      sum_{j,r} rows[c,j,k,r] = R[c,k] choose[c], for each kind k of row
     in_order         stages take rows as they come, where these are unlike
+    moved_rows       moved[c,j,k] <= sum_r rows[c,j,k,r], rows whose optimizer states lie elsewhere
     no_empty_stage   sum_r rows[c,j,r] >= choose[c]
     mirrored         rows[c,j,r] = rows[c,p-1-j,r], where the stages from both ends hold the same layers
     working_set      rows[c,j,r] <= R[c] uses[c,j,r]
     memory           sum_r bytes rows + working uses + fixed choose <= capacity choose
     slowest_stage    sum_r seconds rows + fixed choose <= slowest[c]
     least_slowest    slowest[c] >= (what bounds.slowest_at_least says) choose[c]
+    elsewhere        sum_r bytes rows + fixed choose <= room choose, on the host and on NVMe
+    slowest_update   sum_r seconds rows + fixed choose <= update[c], of the optimizer on the host
+    not_all          sum_j rows[c,j,r] <= (R[c] - 1) choose[c], where a way leaves out a row at least
 
-    min  sum_c fill sum_j seconds[c,j] + repeat slowest[c] + step choose[c]
+    min  sum_c fill sum_j seconds[c,j] + repeat slowest[c] + update[c] + step choose[c]
 
 A row is one layer in each chunk of a stage (one layer, without interleaving); where blocks are unlike, so
 are rows, and r stands for a kind of row under a policy (planner/order.py). ``working uses``
@@ -33,10 +37,12 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from planner.apart import Moved, apart, together
 from planner.bounds import fullest_stage, sharp_bound, slowest_at_least
 from planner.candidate import Candidate
 from planner.errors import SolverError
 from planner.in_order import best_rows
+from strategies.offload import Way
 
 RELATIVE_GAP = 1e-6
 
@@ -49,6 +55,11 @@ class Solution:
     rows: tuple[tuple[int, ...], ...]
     cost: float
     optimal: bool
+
+
+Gone = tuple[list[Any], Moved]
+"""A stage's ``moved`` and what they change."""
+NOTHING_MOVED = Moved({}, {}, ())
 
 
 class _Model:
@@ -77,17 +88,35 @@ class _Model:
         constraint = {"<=": left <= right, "==": left == right, ">=": left >= right}[sense]
         self.problem += constraint, name
 
-    def add(self, index: int, candidate: Candidate, least: float) -> tuple[Any, list[list[Any]]]:
-        """The variables and constraints of one candidate; its ``choose`` and ``rows``."""
+    def add(
+        self, index: int, candidate: Candidate, least: float
+    ) -> tuple[Any, list[list[Any]], list[list[Any]]]:
+        """The variables and constraints of one candidate; its ``choose``, ``rows`` and ``moved``."""
+        candidate, changes = apart(candidate)
         choose = self.integer(f"choose_{index}", 1)
         rows = [
             [self.integer(f"rows_{index}_{j}_{r}", candidate.rows) for r in range(candidate.columns)]
             for j in range(len(candidate.stages))
         ]
+        moved = [self.moved(index, j, candidate, rows[j], change) for j, change in enumerate(changes)]
+        gone = list(zip(moved, changes, strict=True)) or [([], NOTHING_MOVED)] * len(rows)
         self.every_layer(index, candidate, choose, rows)
-        self.memory(index, candidate, choose, rows)
-        self.time(index, candidate, least, choose, rows)
-        return choose, rows
+        self.memory(index, candidate, choose, rows, gone)
+        self.elsewhere(index, candidate, choose, rows, gone)
+        self.time(index, candidate, least, choose, rows, gone)
+        return choose, rows, moved
+
+    def moved(
+        self, index: int, stage: int, candidate: Candidate, rows: list[Any], change: Moved
+    ) -> list[Any]:
+        """``moved[j,k] <= sum_r rows[j,k,r]``: rows of a kind whose optimizer states lie elsewhere."""
+        several, found = len(candidate.policies), []
+        for k in range(len(change.updates)):
+            one = self.integer(f"moved_{index}_{stage}_{k}", candidate.rows)
+            pairs = [(x, -1.0) for x in rows[k * several : (k + 1) * several]]
+            self.require(f"moved_rows_{index}_{stage}_{k}", [(one, 1.0), *pairs], "<=")
+            found.append(one)
+        return found
 
     def every_layer(self, index: int, candidate: Candidate, choose: Any, rows: list[list[Any]]) -> None:
         """``sum_{j,r} rows[k] = R[k] choose``, ``sum_{k,r} rows[j] >= choose``, equal twins if mirrored."""
@@ -126,7 +155,9 @@ class _Model:
                 self.require(f"in_order_{index}_{j}_{k}", pairs, "==")
             before = upto
 
-    def memory(self, index: int, candidate: Candidate, choose: Any, rows: list[list[Any]]) -> None:
+    def memory(
+        self, index: int, candidate: Candidate, choose: Any, rows: list[list[Any]], gone: list[Gone]
+    ) -> None:
         """``sum bytes rows + working uses + fixed choose <= capacity choose``, in capacities."""
         scale = candidate.capacity
         spare = []
@@ -149,14 +180,45 @@ class _Model:
                 alone = [(uses, working[r] - least) for r, uses in heavy if working[r] > least]
                 for number, one in enumerate(alone or [None]):
                     pairs = [(x, b / scale) for x, b in zip(stage, per_row, strict=True)]
+                    moved, change = gone[j]
+                    pairs += [
+                        (x, b / scale) for x, b in zip(moved, change.moments.get(moment, ()), strict=True)
+                    ]
                     if one:
                         pairs.append((one[0], one[1] / scale))
                     constant = (fixed + least) / scale - 1.0
                     name = f"memory_{index}_{j}_{moment.replace(' ', '_')}_{number}"
                     self.require(name, [*pairs, *spare, (choose, constant)], "<=")
 
+    def elsewhere(
+        self, index: int, candidate: Candidate, choose: Any, rows: list[list[Any]], gone: list[Gone]
+    ) -> None:
+        """``sum bytes rows + fixed choose <= room choose``, in rooms, on the host and on NVMe."""
+        for j, (stage, own) in enumerate(zip(rows, candidate.stages, strict=True)):
+            for place, (per_row, fixed) in own.elsewhere.items():
+                moved, change = gone[j]
+                more = change.elsewhere.get(place, ())
+                if not (fixed or any(per_row) or any(more)):
+                    continue
+                room = candidate.rooms[place] or 1.0  # of nothing: all that is not 0 is too much
+                pairs = [(x, b / room) for x, b in zip(stage, per_row, strict=True)]
+                pairs += [(x, b / room) for x, b in zip(moved, more, strict=True)]
+                full = 1.0 if candidate.rooms[place] else 0.0
+                self.require(f"{place}_{index}_{j}", [*pairs, (choose, fixed / room - full)], "<=")
+        several = len(candidate.policies)
+        for r, never in enumerate(candidate.not_all):
+            if never:
+                pairs = [(x, 1.0) for stage in rows for x in stage[r::several]]
+                self.require(f"not_all_{index}_{r}", [*pairs, (choose, 1.0 - candidate.rows)], "<=")
+
     def time(
-        self, index: int, candidate: Candidate, least: float, choose: Any, rows: list[list[Any]]
+        self,
+        index: int,
+        candidate: Candidate,
+        least: float,
+        choose: Any,
+        rows: list[list[Any]],
+        gone: list[Gone],
     ) -> None:
         """``sum seconds rows + fixed choose <= slowest``, and the candidate's cost."""
         if self.objective == "headroom":
@@ -169,6 +231,16 @@ class _Model:
             pairs += [(choose, own.fixed_seconds / unit), (slowest, -1.0)]
             self.require(f"slowest_stage_{index}_{j}", pairs, "<=")
         self.require(f"least_slowest_{index}", [(slowest, 1.0), (choose, -least / unit)], ">=")
+        changed = any(any(change.updates) for _, change in gone)
+        if changed or any(own.fixed_update or any(own.updates) for own in candidate.stages):
+            update = self.problem.add_variable(f"update_{index}", 0, None)
+            for j, (stage, own) in enumerate(zip(rows, candidate.stages, strict=True)):
+                moved, change = gone[j]
+                pairs = [(x, seconds / unit) for x, seconds in zip(stage, own.updates, strict=True)]
+                pairs += [(x, seconds / unit) for x, seconds in zip(moved, change.updates, strict=True)]
+                pairs += [(choose, own.fixed_update / unit), (update, -1.0)]
+                self.require(f"slowest_update_{index}_{j}", pairs, "<=")
+            self.cost.append((update, 1.0))
         fixed = candidate.fill * sum(own.fixed_seconds for own in candidate.stages)
         self.cost += [(slowest, candidate.repeat), (choose, (fixed + candidate.step_seconds) / unit)]
 
@@ -196,7 +268,7 @@ def solve(
     model = _Model(candidates, objective)
     pulp = model.pulp
     added = [model.add(index, candidate, slowest[index]) for index, candidate in enumerate(candidates)]
-    model.require("one_layout", [(choose, 1.0) for choose, _ in added], "==", 1.0)
+    model.require("one_layout", [(choose, 1.0) for choose, _, _ in added], "==", 1.0)
     model.problem.setObjective(model.sum(model.cost))
     solver = pulp.HiGHS(msg=False, gapRel=RELATIVE_GAP, timeLimit=time_limit, threads=1)
     outcome = _outcome(pulp, model.problem, model.problem.solve(solver))
@@ -206,9 +278,13 @@ def solve(
         raise SolverError("the solver gave no layout" + (f" within {time_limit:.3g} s" if time_limit else ""))
     winner = max(range(len(candidates)), key=lambda i: added[i][0].varValue or 0.0)
     candidate = candidates[winner]
-    rows = tuple(tuple(round(x.varValue or 0.0) for x in stage) for stage in added[winner][1])
+    _, chosen, moved = added[winner]
+    rows = tuple(
+        together(candidate, *(tuple(round(x.varValue or 0.0) for x in own) for own in pair))
+        for pair in zip(chosen, moved or [[]] * len(chosen), strict=True)
+    )
     if objective == "time":
-        rows = tuple(_spared(candidate, j, own) for j, own in enumerate(rows))
+        rows = tuple(_kept(candidate, j, _spared(candidate, j, own)) for j, own in enumerate(rows))
     return Solution(candidate, rows, cost_of(candidate, rows, objective), outcome == "optimal")
 
 
@@ -221,7 +297,7 @@ def _even(candidate: Candidate, least: float) -> Solution | None:
     cost = candidate.cost(rows)
     if cost > sharp_bound(candidate, least) * (1 + RELATIVE_GAP):
         return None
-    fits = all(candidate.peak(j, own)[0] <= candidate.capacity for j, own in enumerate(rows))
+    fits = all(candidate.fits(j, own) for j, own in enumerate(rows)) and candidate.allows(rows)
     return Solution(candidate, rows, cost, True) if fits else None
 
 
@@ -235,17 +311,23 @@ def settle(solution: Solution) -> Solution:
         return solution
     rows = [list(own) for own in solution.rows]
     slowest = max(candidate.stage_seconds(j, own) for j, own in enumerate(rows))
+    update = max(candidate.update_seconds(j, own) for j, own in enumerate(rows))
     peaks = [candidate.peak(j, own)[0] for j, own in enumerate(rows)]
     for _ in range(candidate.rows * len(rows)):
         fullest = max(range(len(rows)), key=peaks.__getitem__)
-        if not _hand_over(candidate, rows, peaks, fullest, slowest):
+        if not _hand_over(candidate, rows, peaks, fullest, slowest, update):
             break
     settled = tuple(tuple(own) for own in rows)
     return replace(solution, rows=settled, cost=candidate.cost(settled))
 
 
 def _hand_over(
-    candidate: Candidate, rows: list[list[int]], peaks: list[float], fullest: int, slowest: float
+    candidate: Candidate,
+    rows: list[list[int]],
+    peaks: list[float],
+    fullest: int,
+    slowest: float,
+    update: float,
 ) -> bool:
     """Moves one row from the fullest stage to the emptiest that stays below it and in time, if any."""
     if sum(rows[fullest]) == 1:
@@ -256,7 +338,9 @@ def _hand_over(
                 continue
             more = [n + (r == policy) for r, n in enumerate(rows[taker])]
             peak = candidate.peak(taker, more)[0]
-            if peak < peaks[fullest] and candidate.stage_seconds(taker, more) <= slowest:
+            in_time = candidate.stage_seconds(taker, more) <= slowest
+            in_time = in_time and candidate.update_seconds(taker, more) <= update
+            if peak < peaks[fullest] and in_time and candidate.fits(taker, more):
                 rows[taker], peaks[taker] = more, peak
                 rows[fullest][policy] -= 1
                 peaks[fullest] = candidate.peak(fullest, rows[fullest])[0]
@@ -271,9 +355,30 @@ def _spared(candidate: Candidate, stage: int, rows: tuple[int, ...]) -> tuple[in
     """
     several = len(candidate.policies)
     plain = tuple(sum(rows[at : at + several]) if at % several == 0 else 0 for at in range(len(rows)))
-    fits = candidate.peak(stage, plain)[0] <= candidate.capacity
+    fits = candidate.fits(stage, plain)
     quicker = candidate.stage_seconds(stage, plain) <= candidate.stage_seconds(stage, rows)
+    quicker = quicker and candidate.update_seconds(stage, plain) <= candidate.update_seconds(stage, rows)
     return plain if fits and quicker else rows
+
+
+def _kept(candidate: Candidate, stage: int, rows: tuple[int, ...]) -> tuple[int, ...]:
+    """The same rows with as many optimizer states on the GPU as fit: the update is never slower for it.
+
+    A stage whose update is not the slowest may offload more than it needs to at no cost.
+    """
+    several, found = len(candidate.policies), list(rows)
+    for column in range(len(rows)):
+        way = Way.of(candidate.policies[column % several])
+        plain = str(Way(way.recompute, tuple(item for item in way.offload if item != "optimizer")))
+        if "optimizer" not in way.offload or plain not in candidate.policies:
+            continue
+        home = column - column % several + candidate.policies.index(plain)
+        while found[column]:
+            moved = [n + (r == home) - (r == column) for r, n in enumerate(found)]
+            if not candidate.fits(stage, moved):
+                break
+            found = moved
+    return tuple(found)
 
 
 def _outcome(pulp: Any, problem: Any, answer: Any) -> str:

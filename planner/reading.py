@@ -55,6 +55,10 @@ def read_cluster(
     headroom: str | None = None,
     nodes_per_leaf: int | None = None,
     oversubscription: float | None = None,
+    host_memory: str | None = None,
+    host_bandwidth: str | None = None,
+    nvme: str | None = None,
+    nvme_bandwidth: str | None = None,
 ) -> ClusterSpec:
     """A cluster with its memory budget and the switches above its nodes."""
     cluster = ClusterSpec.parse(gpus)
@@ -72,6 +76,16 @@ def read_cluster(
         update["nodes_per_leaf"] = nodes_per_leaf
     if oversubscription is not None:
         update["oversubscription"] = oversubscription
+    for field, flag, text in (
+        ("host_memory_bytes", "--host-memory", host_memory),
+        ("host_bytes_per_s", "--host-bandwidth", host_bandwidth),
+        ("nvme_bytes", "--nvme", nvme),
+        ("nvme_bytes_per_s", "--nvme-bandwidth", nvme_bandwidth),
+    ):
+        if text is not None:
+            update[field] = parse_bytes(text, f"{flag} ")
+            if not update[field]:
+                raise InputError(f"{flag} {text}: write more than nothing, or leave it out")
     try:
         return ClusterSpec(**{**dict(cluster), **update})
     except ValidationError as error:
@@ -162,7 +176,25 @@ def read_choices(given: dict[str, Any]) -> dict[str, Any]:
     for name in ("rank_order", "context_comm"):
         text = given[name]
         only[name] = tuple(text.lower().replace(" ", "").split(",")) if text else None
+    only["offload"] = tuple(read_offload(given.get("offload")).split(",")) if given.get("offload") else ()
     return only | {name: given[name] for name in ("sequence_parallel", "across_nodes")}
+
+
+def read_offload(text: str | None) -> str:
+    """What ``--offload`` asks for, in the one way it is written. Raises InputError."""
+    from planner.offload_choices import canonical
+
+    return canonical(text) if text else ""
+
+
+def read_way(recompute: str, offload: str | None) -> str:
+    """The recompute policy, with the activations behind it if these are offloaded.
+
+    >>> read_way("full", "optimizer,activations")
+    'full+activations'
+    """
+    moved = "activations" in read_offload(offload).split(",")
+    return f"{recompute}+activations" if moved else recompute
 
 
 def word(text: str) -> str:
@@ -228,5 +260,6 @@ def read_layout(
         context_comm=(given["context_comm"] or job.stack.context_comm).strip().lower(),
         expert_parallel=given["expert_parallel"],
         expert_tensor_parallel=given["expert_tensor_parallel"],
+        offload=",".join(i for i in read_offload(given["offload"]).split(",") if i != "activations"),
     )
     return training, layout

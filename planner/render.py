@@ -23,6 +23,7 @@ from planner.advice import Change
 from planner.ledger import COMPONENTS, Entry, Message
 from planner.plan import Plan, StagePlan, verdict_of
 from planner.render_axes import axis_columns
+from planner.render_offload import show_elsewhere
 from planner.units import gib, human_bytes, human_count, human_seconds
 
 SHORT = {
@@ -49,7 +50,6 @@ BARS = {
 
 
 STYLES = {"fits": "", "at risk": "yellow", "does not fit": "red"}
-
 
 WRAPPED = 20
 """A column whose lines wrap is at least this wide, if it has as much to say."""
@@ -167,7 +167,7 @@ def ranking(plans: Sequence[Plan], wide: bool) -> Table:
             "grad accum",
         ]
         names += ["peak GiB", "most", "bubble", "step", "tokens/s", "MFU", "layers per stage", "recompute"]
-    left = ("order", "sharding", "schedule", "layers per stage", "recompute")
+    left = ("order", "offload", "sharding", "schedule", "layers per stage", "recompute")
     spare = ("tokens/s", "bubble", "MFU", "grad accum", "most", "recompute", "layers per stage")
     table = grid(*names, left=left, wrap=("recompute",), spare=spare)
     tied = sum(plan.ties_with(plans[0]) for plan in plans)
@@ -329,6 +329,7 @@ def show_stages(console: Console, plan: Plan, title: str) -> None:
     console.print(stage_table(plan))
     console.print()
     console.print(bars(plan, console.width))
+    show_elsewhere(console, plan)
 
 
 def show_plan(console: Console, plan: Plan, verbose: bool = False) -> None:

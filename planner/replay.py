@@ -83,7 +83,8 @@ class StageReplay:
         self.sizes = {place: float(size) for place, size in prices.buffer_bytes[ends].items()}
         self.gather = {place: float(size) for place, size in prices.gather_bytes[ends].items()}
         self.blocks = prices.blocks[:: self.several]
-        self.states = sum(n * self._states(own) for n, own in zip(self.layers, self.blocks, strict=True))
+        self.held = [prices.blocks[block] for chunk in self.chunks for block in chunk]
+        self.states = sum(map(self._states, self.held))
         self.gradients = [float(own.states[Role.GRADIENT]) for own in self.blocks]
         self.gathered = [float(own.gathered) for own in self.blocks]
         self.fixed = sum(self._states(price) for price in self.ends) + float(prices.once_bytes)
@@ -131,9 +132,7 @@ class StageReplay:
         apart = 0.0
         if not passes:
             gradients *= float(prices.resident.update)
-            blocks = zip(self.layers, self.blocks, strict=True)
-            room = sum(n * float(own.update_room) for n, own in blocks)
-            room += sum(float(price.update_room) for price in self.ends)
+            room = sum(float(price.update_room) for price in (*self.held, *self.ends))
             apart = room * prices.apart
             size += room - apart
         if prices.own_pool:

@@ -62,6 +62,15 @@ class AttentionCurve(BaseModel):
         return self.forward * part, self.backward * part
 
 
+class Host(BaseModel):
+    """The CPUs of a node: bytes of memory, and bytes per second of it."""
+
+    model_config = FROZEN
+
+    memory_bytes: int = Field(gt=0)
+    bytes_per_s: float = Field(gt=0)
+
+
 class Gpu(BaseModel):
     """One kind of GPU, from the catalog. Bytes, bytes/s, FLOP/s (dense), watts."""
 
@@ -85,6 +94,7 @@ class Gpu(BaseModel):
     achievable: dict[str, Figure]
     attention: dict[str, AttentionCurve] = Field(default_factory=dict)  # by kernel
     latency_s: dict[str, Figure]
+    host: Host | None = None  # of a node, where it is the GPU's own
     source: dict[str, str]
 
 
@@ -92,7 +102,8 @@ class ClusterSpec(BaseModel):
     """One pool of equal GPUs. ``capacity_bytes`` is what one process may fill, of its GPU.
 
     ``nodes_per_leaf`` nodes share leaf switches, whose way up has 1/``oversubscription`` of the bandwidth
-    down to the nodes. None: one non-blocking switch joins all nodes.
+    down to the nodes. None: one non-blocking switch joins all nodes. ``host_memory_bytes`` and
+    ``nvme_bytes`` are a node's, with their bytes per second; they count where something is offloaded.
     """
 
     model_config = FROZEN
@@ -104,6 +115,10 @@ class ClusterSpec(BaseModel):
     headroom: float = Field(0.0, ge=0, lt=1)
     nodes_per_leaf: int | None = Field(None, ge=1, le=10_000_000)
     oversubscription: float = Field(1.0, ge=1, le=1000, allow_inf_nan=False)
+    host_memory_bytes: int | None = Field(None, gt=0, le=10**15)
+    host_bytes_per_s: float | None = Field(None, gt=0, le=1e15)
+    nvme_bytes: int | None = Field(None, gt=0, le=10**17)
+    nvme_bytes_per_s: float | None = Field(None, gt=0, le=1e15)
     assumptions: tuple[str, ...] = ()
 
     @model_validator(mode="after")

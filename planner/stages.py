@@ -23,9 +23,20 @@ from planner.layer_price import LayerPrice, StepPrice, average, heaviest, role_s
 from planner.layers import Builder
 from planner.model import numbered
 from planner.moments import stage_moments
+from planner.offload import (
+    HostShare,
+    Traffic,
+    elsewhere,
+    host_buffers,
+    moves,
+    offloading_of,
+    traffic,
+    wire_of,
+)
 from planner.optimizers import FOREACH, TEMPORARIES, moved, step_flops, tensors_of, unscaled
 from planner.order import order_of
 from planner.overheads import tensor_capacity
+from planner.places import with_places
 from planner.residence import Residence, residence_of
 from planner.spans import SPANS_OF
 from strategies.base import (
@@ -41,6 +52,7 @@ from strategies.base import (
     smaller,
 )
 from strategies.layout import Layout, collectives_of, strategies_of
+from strategies.offload import Way
 from strategies.pipeline_parallel import PipelineParallel
 
 
@@ -70,7 +82,9 @@ class Prices:
         self.overlap = chosen.get("overlap", "on") == "on"
         self.tensor_overlap = "on" in (chosen.get("tp_comm_overlap"), chosen.get("async_tp"))
         self.forward_share = self.weight_share = 1 / 3  # until a layer's price says
-        self.wire = job.stack.wire(job.recipe, job.training.options)
+        self.wire = wire_of(job, layout)
+        self.offloads = bool(layout.offload) or any("+" in policy for policy in self.policies)
+        self.host = HostShare.of(job.cluster)
         builder = Builder(
             job.model,
             job.training,
@@ -129,7 +143,13 @@ class Prices:
         self.buffer_bytes = {end: self._buffer_bytes(*end) for end in ends}
         self.gather_bytes = {end: self._buffer_bytes(*end, stream="gather") for end in ends}
         *shared, _ = strategies_of(layout, self.wire)
+        self.host_bytes = {end: self._host_bytes(*end, shared) for end in ends if self.offloads}
         self.once_bytes = role_sum(self.once, Role.BUFFER, shared)
+
+    @property
+    def brought_back(self) -> int:
+        """Layers whose offloaded activations are on the GPU while one of them runs backward."""
+        return 1 if offloading_of(self.job.stack, self.layout).checkpoints else 2
 
     def take(self, selector: Any) -> Prices:
         """The same prices for a part of the family: an index, or an index array and new axes."""
@@ -164,6 +184,7 @@ class Prices:
         """Transients when a layer's forward ends, what its backward makes again, and its steps."""
         *strategies, _ = strategies_of(self.layout, self.wire, 0, policy)
         *plain, _ = strategies_of(self.layout, self.wire, 0, "none")
+        way, policy = Way.of(policy), Way.of(policy).recompute
         data = plain[0]
         size = size_seen_by(data, plain)
         freed, again, whole, final, passing = (dict.fromkeys(layer.steps, 0.0) for _ in range(5))
@@ -180,6 +201,11 @@ class Prices:
         for term in layer.by_role[Role.ACTIVATION]:
             if policy in term.kept_by:
                 add(freed, term, held(term, strategies) * (1 - split))
+                if "activations" in way.offload:
+                    # They come back before the backward; copies that run ahead bring the next layer's too.
+                    made = held(term, plain)
+                    add(freed, term, made)
+                    recomputed = recomputed + made * self.brought_back
             elif "none" in term.kept_by:
                 made = held(term, plain)
                 add(again, term, made)
@@ -230,6 +256,16 @@ class Prices:
                 sent = seconds * (message.axis == "tensor" and self.tensor_overlap)
                 hidden[way], exposed[way] = hidden[way] + sent, exposed[way] + waiting - sent
         passes = self.compute.passes(layer, plain, strategies, hidden, exposed, copied)
+        moved, there = Traffic(), {}
+        forward, inputs = passes.forward, passes.inputs + passes.again
+        if self.offloads:
+            moved = traffic(self.job, self.layout, layer, policy, strategies, self.host)
+            there = elsewhere(layer, moves(self.job, self.layout, policy), strategies)
+            if not self.overlap and self.wire.takes_gradients:  # DeepSpeed copies on the stream of its passes
+                moved = moved.in_the_open()
+            forward = np.maximum(forward, moved.forward) + moved.opened / 2
+            late = np.maximum(0.0, moved.backward - passes.backward) + moved.opened / 2
+            inputs = inputs + late
         return LayerPrice(
             states={role: role_sum(layer, role, strategies) for role in (*STATES, Role.BUFFER)},
             gathered=sum(data.gathered(term, size) for term in layer.by_role[Role.PARAMETER]),
@@ -240,11 +276,13 @@ class Prices:
             recomputed=recomputed,
             walk=walk,
             working=working_set(recomputed, walk),
-            forward=passes.forward,
-            inputs=passes.inputs + passes.again,
+            forward=forward,
+            inputs=inputs,
             weights=passes.weights,
             exposed=exposed,
             per_step=per_step,
+            elsewhere=there,
+            update_seconds=moved.update,
         )
 
     def _update_bytes(self, layer: Layer, strategies: Sequence[AbstractStrategy]) -> Quantity:
@@ -339,6 +377,10 @@ class Prices:
             place: sum((b.size for b in buffers if b.span in spans), 0.0) for place, spans in SPANS_OF.items()
         }
 
+    def _host_bytes(self, first: bool, last: bool, strategies: Sequence[AbstractStrategy]) -> Quantity:
+        layers = self.stage_layers(first, last)
+        return sum(size for _, size in host_buffers(self.job, self.layout, layers, strategies))
+
     def buffers(self, first: bool, last: bool) -> list[Buffer]:
         """What the strategies and the pipeline allocate besides the terms on such a stage."""
         *strategies, _ = strategies_of(self.layout, self.wire)
@@ -393,13 +435,12 @@ class Prices:
                 name: (tuple(map(float, per_row)), float(fixed), tuple(map(float, working)))
                 for name, (per_row, fixed, working) in stage_moments(self, j, first, last).items()
             }
-            stages.append(
-                Stage(
-                    moments=moments,
-                    seconds=tuple(map(float, self.row_seconds)),
-                    fixed_seconds=float(self.fixed_seconds(first, last)),
-                )
+            stage = Stage(
+                moments=moments,
+                seconds=tuple(map(float, self.row_seconds)),
+                fixed_seconds=float(self.fixed_seconds(first, last)),
             )
+            stages.append(with_places(self, stage, first, last) if self.offloads else stage)
         return Candidate(
             layout=self.layout.plain(),
             policies=self.policies,
@@ -411,6 +452,10 @@ class Prices:
             repeat=float(self.pipeline.repeat),
             step_seconds=float(self.step_seconds),
             mirrored=self.pipeline.copies > 1,
+            rooms={place: size * self.job.stretch for place, size in self.host.capacity.items()},
+            not_all=tuple(
+                "activations" in Way.of(way).offload and self.brought_back > 1 for way in self.policies
+            ),
         )
 
 

@@ -46,7 +46,9 @@ def rows_of(plan: Plan, policies: Sequence[str]) -> list[tuple[int, ...]]:
 def trace(job: Job, plan: Plan) -> dict[str, Any]:
     """The trace of a plan's step, as JSON: ``traceEvents``, and what of the step is shown."""
     layout = plan.layout.to_layout()
-    prices = price(job, layout)
+    ways = dict.fromkeys(name for stage in plan.stages for name in stage.rows)
+    offloads = any("+" in name for name in ways)
+    prices = price(job, layout, tuple(ways) if offloads else None)
     rows = rows_of(plan, prices.policies)
     seconds = pass_seconds(prices, rows)
     m, chunks = layout.grad_accum, layout.chunks

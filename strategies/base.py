@@ -200,7 +200,7 @@ class AbstractStrategy(ABC):
     """Four answers about terms. The defaults are those of a strategy that does nothing."""
 
     axis: ClassVar[str]
-    """The group it works in: data, tensor, context, expert, pipeline, or recompute (a group of one)."""
+    """The group it works in: data, tensor, context, expert, pipeline; recompute and offload have but one."""
     label: ClassVar[str]
     """The column heading that ``planner explain`` gives it."""
     gradient_stream: ClassVar[str] = "compute"
@@ -291,7 +291,7 @@ def size_seen_by(strategy: AbstractStrategy, strategies: Sequence[AbstractStrate
     """The ``size`` that ``strategy`` may see: what strategies on other axes leave, pipeline aside.
 
     Of three rules this is the one that does not depend on the order of the strategies and that
-    gives the papers' message sizes.
+    gives the papers' message sizes. What is offloaded is sent all the same.
     """
-    others = [s for s in strategies if s.axis not in (strategy.axis, "pipeline")]
+    others = [s for s in strategies if s.axis not in (strategy.axis, "pipeline", "offload")]
     return lambda term: held(term, others)

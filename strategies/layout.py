@@ -7,11 +7,12 @@ from dataclasses import dataclass, fields, replace
 from math import prod
 from typing import Any
 
-from strategies.base import AbstractStrategy, Collective, Layer, Quantity, size_seen_by
+from strategies.base import AbstractStrategy, Collective, Layer, Quantity, Role, size_seen_by
 from strategies.context_parallel import COMMS, ContextParallel
 from strategies.ddp import DataParallel
 from strategies.expert_parallel import ExpertParallel
 from strategies.fsdp import FullyShardedDataParallel
+from strategies.offload import NO_STAGING, Offload, Staging, Way, places_of
 from strategies.pipeline_parallel import PipelineParallel
 from strategies.recompute import Recompute
 from strategies.sequence_parallel import SequenceParallel
@@ -51,6 +52,8 @@ class Wire:
     rotated_bytes: float = (
         0.0  # of an element of the gradients that PyTorch's context parallelism sends round
     )
+    takes_gradients: bool = False  # gradients leave the GPU with the optimizer states
+    staging: Staging = NO_STAGING  # what an offload's traffic takes on the GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,8 @@ class Layout:
     ``context_comm`` is how keys and values are exchanged where there are several; ``expert_parallel`` and
     ``expert_tensor_parallel`` are carved out of the tensor, context and data degrees;
     ``chunks`` is Megatron's virtual pipeline size; ``grad_accum`` the micro-batches per step;
-    ``rank_order`` lists the axes from that of neighbouring ranks outwards.
+    ``rank_order`` lists the axes from that of neighbouring ranks outwards. ``offload`` is what of the whole
+    model lies outside the GPUs, as in ``optimizer:nvme,parameters``; single layers may offload more.
     """
 
     data_parallel: Quantity = 1
@@ -82,6 +86,7 @@ class Layout:
     context_comm: str = COMMS[0]
     expert_parallel: Quantity = 1
     expert_tensor_parallel: Quantity = 1
+    offload: str = ""
 
     def __post_init__(self) -> None:
         if isinstance(self.data_shards, int) and not self.data_shards:
@@ -160,7 +165,8 @@ class Layout:
             parts.append(f"v{self.chunks}")
         parts.append(self.sharding_label)
         order = [self.rank_order] if self.rank_order != RANK_ORDERS[0] else []
-        return " ".join([*parts, f"mb{self.micro_batch_size}", *order])
+        moved = [f"offload {self.offload}"] if self.offload else []
+        return " ".join([*parts, f"mb{self.micro_batch_size}", *order, *moved])
 
     @property
     def sharding_label(self) -> str:
@@ -223,6 +229,18 @@ def sequence_and_experts(layout: Layout, wire: Wire) -> Iterator[AbstractStrateg
         yield ExpertParallel(layout.expert_parallel, layout.expert_tensor_parallel)
 
 
+def offload_strategy(layout: Layout, wire: Wire, way: Way) -> Iterator[AbstractStrategy]:
+    """Offload of the whole model and of one layer, where there is any."""
+    items = {*places_of(layout.offload), *way.offload}
+    roles = {Role.PARAMETER} if "parameters" in items else set()
+    if "optimizer" in items:
+        roles |= {Role.OPTIMIZER, Role.GRADIENT} if wire.takes_gradients else {Role.OPTIMIZER}
+    if "activations" in items:
+        roles.add(Role.ACTIVATION)
+    if roles:
+        yield Offload(roles=frozenset(roles), staging=wire.staging)
+
+
 def _is_one(degree: Quantity) -> bool:
     return isinstance(degree, int) and degree == 1
 
@@ -230,7 +248,8 @@ def _is_one(degree: Quantity) -> bool:
 def strategies_of(
     layout: Layout, wire: Wire, stage: Quantity = 0, policy: str = "none"
 ) -> tuple[AbstractStrategy, ...]:
-    """The one list of strategies that a layout stands for, seen from one stage and one policy."""
+    """The one list of strategies that a layout stands for, seen from one stage and one way of a layer."""
+    way = Way.of(policy)
     tensor: tuple[AbstractStrategy, ...] = (
         TensorParallel(
             layout.tensor_parallel, layout.sequence_parallel, wire.overlaps_regions, wire.repeats_heads
@@ -242,7 +261,8 @@ def strategies_of(
         data_strategy(layout, wire),
         *tensor,
         *sequence_and_experts(layout, wire),
-        Recompute(policy=policy),
+        Recompute(policy=way.recompute),
+        *offload_strategy(layout, wire, way),
         PipelineParallel(
             layout.pipeline_parallel,
             stage=stage,

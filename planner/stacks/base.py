@@ -17,6 +17,7 @@ from typing import Any
 from strategies.base import POLICIES, Role
 from strategies.context_parallel import COMMS
 from strategies.layout import Wire
+from strategies.offload import NO_STAGING, Staging
 from strategies.pipeline_parallel import SPLIT
 
 COMPUTE, GRADIENT, FP32, BYTE, INT64 = "compute", "gradient", "fp32", "byte", "int64"
@@ -122,6 +123,27 @@ ALLOCATOR = Overhead(
 
 
 @dataclass(frozen=True, slots=True)
+class Offloading:
+    """What a stack offloads under one kind of sharding, and how.
+
+    ``whole`` maps what of the whole model it offloads (a Layout's ``offload``) to how it is asked for,
+    ``layers`` what it offloads of single layers, as many as one likes. Beside what the GPU no longer holds,
+    the host has ``gradients`` bytes of fp32 gradients per parameter of a GPU's own part (None: the gradients
+    as they are), and ``halves`` of half-precision ones, if ``accumulated`` only of accumulated micro-batches.
+    """
+
+    whole: Mapping[str, str] = field(default_factory=dict)
+    layers: Mapping[str, str] = field(default_factory=dict)
+    takes_gradients: bool = False  # they leave the GPU as they arise; else the update copies them
+    gradients: float | None = 4.0
+    halves: float = 0.0
+    accumulated: bool = False
+    staging: Staging = NO_STAGING
+    returned: float = 0.0  # bytes per parameter that the update brings back, in the open
+    checkpoints: bool = False  # the activations that it moves are those of recomputed layers, in the open
+
+
+@dataclass(frozen=True, slots=True)
 class Stack:
     """Everything the planner knows of one training framework."""
 
@@ -186,6 +208,7 @@ class Stack:
     launches: tuple[float, float] = (20.0, 38.0)  # kernels of a block's forward and of its backward
     attention_kernels: tuple[str, ...] = ("flash", "cudnn")  # fused ones, the preferred first
     hidden_transfers: str = ""  # the flags behind the overlap that is assumed
+    offloading: Mapping[str, Offloading] = field(default_factory=dict)  # per sharding
     context: Overhead = CONTEXT
     communicator: Overhead = COMMUNICATOR
     allocator: Overhead = ALLOCATOR
@@ -215,10 +238,11 @@ class Stack:
         return next((name for name in wanted if name in there), "")
 
     def policies_with(self, schedule: str, wanted: Sequence[str] | None = None) -> tuple[str, ...]:
-        """The recompute policies, of those wanted, that it runs with a pipeline schedule."""
+        """The recompute policies, or ways of running a layer, of those wanted, that a schedule allows."""
         policies = tuple(wanted or self.policies)
-        able = self.split_policies if schedule in SPLIT else policies
-        return tuple(policy for policy in policies if policy in able)
+        if schedule not in SPLIT:
+            return policies
+        return tuple(way for way in policies if way.partition("+")[0] in self.split_policies)
 
     def autograd_bytes(self, recipe: Recipe) -> float:
         """Bytes per element of the gradients that autograd makes, before they are stored."""

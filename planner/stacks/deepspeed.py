@@ -12,10 +12,12 @@ copies exist was traced in DeepSpeed 0.19.8's engine (tests/data/traced_engines.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
-from planner.stacks.base import ALLOCATOR, FP32, Overhead, Recipe, Row, Stack
+from planner.stacks.base import ALLOCATOR, FP32, Offloading, Overhead, Recipe, Row, Stack
 from planner.stacks.hf import HF
 from planner.stacks.megatron import MEGATRON
+from strategies.offload import Staging
 
 # Megatron-DeepSpeed casts the logits to fp32 before the loss and its engine holds on to them.
 KEPT_LOGITS = (Row("logits in fp32", "batch seq vocab", 1, FP32, when="!loss:fused", steps="loss"),)
@@ -33,6 +35,40 @@ def _takes(shardings: Mapping[str, bool], recipe: Recipe) -> Mapping[str, bool]:
     return {**shardings, "ddp": shardings["ddp"] and recipe.unit != "bf16"}
 
 
+# runtime/zero/stage_1_and_2.py and stage3.py: fp32 weights, gradients and moments of the own part are on the
+# host, half-precision gradients too where stage 2 accumulates micro-batches, and always in stage 3
+# (grad_partitions_flat_buffer). Stage 2 has a buffer of the largest weight on the GPU, casts a weight's
+# gradient to fp32 there, and brings the whole fp32 part back before it casts it.
+OFFLOADING = {
+    "zero2": Offloading(
+        whole={"optimizer": "offload_optimizer with device cpu"},
+        takes_gradients=True,
+        halves=2.0,
+        accumulated=True,
+        staging=Staging(kept=2, moving=4, updated=4),
+        returned=4.0,
+    ),
+    "zero3": Offloading(
+        whole={
+            "optimizer": "offload_optimizer with device cpu",
+            "optimizer,parameters": "offload_optimizer and offload_param with device cpu",
+            "optimizer:nvme": "offload_optimizer with device nvme",
+            "optimizer:nvme,parameters": "offload_optimizer with device nvme, offload_param with device cpu",
+            "optimizer:nvme,parameters:nvme": "offload_optimizer and offload_param with device nvme",
+        },
+        takes_gradients=True,
+        halves=2.0,
+        staging=Staging(moving=6),
+        returned=2.0,
+    ),
+}
+# runtime/activation_checkpointing: what layers keep under it goes to the host and back by blocking copies.
+CHECKPOINTS = {"activations": "cpu_checkpointing"}
+ENGINE_CHECKPOINTS = {
+    name: replace(OFFLOADING.get(name, Offloading()), layers=CHECKPOINTS, checkpoints=True)
+    for name in ("ddp", "zero1", "zero2", "zero3")
+}
+
 DEEPSPEED = Stack(
     name="deepspeed",
     version="DeepSpeed 0.19 engine",
@@ -47,6 +83,7 @@ DEEPSPEED = Stack(
             "shardings": {"zero1": True, "zero2": False, "zero3": False, "ddp": True},
             "tensor_parallel": True,
             "context_comms": {},
+            "offloading": ENGINE_CHECKPOINTS,
             "options": {
                 "kernels": ("hf", "megatron"),
                 "attention": ("flash", "eager"),
@@ -55,6 +92,7 @@ DEEPSPEED = Stack(
                 "optimizer_step": ("fused", "foreach"),
                 "overlap": ("off", "on"),
                 "launch_blocking": ("off", "on"),  # CUDA_LAUNCH_BLOCKING=1
+                "offload_copy": ("whole", "tiled"),
             },
         }
     },
@@ -80,7 +118,9 @@ DEEPSPEED = Stack(
         "loss": ("eager", "fused", "chunked"),
         "optimizer_step": ("fused", "foreach"),
         "overlap": ("on", "off"),  # overlap_comm
+        "offload_copy": ("whole", "tiled"),  # tiled: weights return as CPU-Adam goes (Ren et al. 2021, 5.1)
     },
+    offloading=OFFLOADING,
     # runtime/sequence_parallel/ulysses_sp.py, of Hugging Face's modules.
     context_comms={"ulysses": "sequence_parallel_size, as in UlyssesSPAttentionHF"},
     context_attention=("sdpa", "flash"),

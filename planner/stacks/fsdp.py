@@ -7,8 +7,19 @@ norm and head are the root's; with ``root=split``, as accelerate wraps them, uni
 
 from __future__ import annotations
 
-from planner.stacks.base import Recipe, Stack
+from planner.stacks.base import Offloading, Recipe, Stack
 from planner.stacks.hf import HF
+from strategies.offload import Staging
+
+OFFLOADING = Offloading(
+    whole={"optimizer,parameters": "CPUOffloadPolicy"},
+    takes_gradients=True,
+    gradients=None,
+    staging=Staging(moving=4, units=True, fetched=True),
+)
+"""torch/distributed/fsdp/_fully_shard: shards, their gradients and all states are on the host; a unit's shard
+is copied to the GPU before it is gathered, its reduced gradients to the host behind the next unit's backward;
+the optimizer runs on the CPU."""
 
 FSDP = Stack(
     name="fsdp",
@@ -33,6 +44,7 @@ FSDP = Stack(
     gradients_as_weights=True,
     shardings={"fsdp": False},
     sharding_notes={"fsdp": "fully_shard, HSDP with a device mesh of two dimensions"},
+    offloading={"fsdp": OFFLOADING},
     schedules=("1f1b",),
     options={
         "attention": ("sdpa", "flash", "flash1", "eager"),

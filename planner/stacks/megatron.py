@@ -20,6 +20,7 @@ from planner.stacks.base import (
     INT64,
     NONE,
     UNTIL_FULL,
+    Offloading,
     Overhead,
     Recipe,
     Row,
@@ -259,6 +260,19 @@ def _takes(shardings: Mapping[str, bool], recipe: Recipe) -> Mapping[str, bool]:
     return shardings
 
 
+# core/optimizer/cpu_offloading/hybrid_optimizer.py: fp32 weights, gradients and moments on the host, pinned;
+# gradients stay in their buffer on the GPU and are copied in the step, the weights come back.
+# transformer_config.py takes no pipeline and no recomputation with cpu_offloading, of fewer than all layers.
+ACTIVATIONS = {"activations": "--cpu-offloading-num-layers"}
+OFFLOADING = {
+    "ddp": Offloading(layers=ACTIVATIONS),
+    "zero1": Offloading(
+        whole={"optimizer": "--optimizer-cpu-offload --use-precision-aware-optimizer"},
+        layers={"optimizer": "--optimizer-offload-fraction", **ACTIVATIONS},
+        returned=2.0,
+    ),
+}
+
 MEGATRON = Stack(
     name="megatron",
     version="Megatron-LM core 0.16, Transformer Engine kernels",
@@ -318,6 +332,7 @@ MEGATRON = Stack(
     expert_parallel=True,
     expert_tensor_parallel=True,
     rerun={"attention core": NONE},
+    offloading=OFFLOADING,
     vocabulary_multiple=128,
     gradients_resident=True,
     fused_accumulation=True,

@@ -9,6 +9,8 @@ the outputs of every second product and of attention; ``full`` keeps ``2sbh``. C
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from planner.stacks import torchtitan_experts as mixtures
 from planner.stacks import traffic
 from planner.stacks.base import (
@@ -22,6 +24,7 @@ from planner.stacks.base import (
     Row,
     Stack,
 )
+from planner.stacks.fsdp import OFFLOADING
 from strategies.base import Role
 
 H, W, A, AD, KD, F, V = (
@@ -248,6 +251,7 @@ TORCHTITAN = Stack(
     sharding_notes={
         "fsdp": "data_parallel_shard_degree, HSDP with data_parallel_replicate_degree",
     },
+    offloading={"fsdp": replace(OFFLOADING, whole={"optimizer,parameters": "training.enable_cpu_offload"})},
     schedules=("1f1b", "interleaved", "gpipe", "zb-v"),
     # distributed/parallel_dims.py: a mesh of pp, dp_replicate, dp_shard, tp, outermost first.
     rank_orders={"tp-dp-pp": ""},

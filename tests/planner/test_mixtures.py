@@ -88,6 +88,17 @@ def test_latent_attention_keeps_compressed_and_expanded_queries_keys_and_values(
     assert saved(block) == pytest.approx(tokens * by_hand)
 
 
+def test_tensor_parallelism_runs_compressing_products_for_own_tokens_and_holds_them_whole() -> None:
+    block = mixture_block(cut(DEEPSEEK, 2), seq_length=4096)
+    strategies = strategies_of(Layout(4, 2, sequence_parallel=True, expert_parallel=8), Wire())
+    for term in block.by_role[Role.FLOPS]:
+        if term.name in ("query down weight", "key and value down weight", "query up weight"):
+            assert held(term, strategies) == term.amount / 2
+    for term in block.by_role[Role.PARAMETER]:
+        if "down weight" in term.name and "rank" in " ".join(term.dims):
+            assert held(term, strategies) == term.amount
+
+
 @pytest.mark.parametrize(
     ("option", "freed"),
     [

@@ -12,6 +12,9 @@ CUT = (Role.ACTIVATION, Role.OUTPUT_GRADIENT, Role.TRANSIENT, Role.TRAFFIC)
 """Roles whose terms on the residual stream are cut; messages cross it whole."""
 ROUTED = (*CUT, Role.FLOPS, Role.MESSAGE)
 """Roles of which those of tokens on their way to experts are cut: a token is sent once, from where it is."""
+LATENT = frozenset(("q_rank", "kv_rank"))
+"""Latent attention's compressed lengths: the products that make them are whole on every GPU, which runs them
+for its own part of the tokens (Megatron Core, multi_latent_attention.py: ``parallel_mode`` duplicated)."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class SequenceParallel(AbstractStrategy):
     def share(self, term: Term) -> Quantity:
         stream = term.role in CUT and "residual" in term.dims
         own = term.role in ROUTED and ("routed" in term.dims or "router" in term.dims)
-        return 1 / self.degree if stream or own else 1
+        down = term.role is Role.FLOPS and "heads" not in term.dims and not LATENT.isdisjoint(term.dims)
+        return 1 / self.degree if stream or own or down else 1
 
     def workspace(self, layers: Sequence[Layer], size: Size) -> Iterable[Buffer]:
         regions = [t for layer in layers for t in layer.by_role[Role.MESSAGE] if "crossings" in t.dims]

@@ -88,6 +88,17 @@ def test_latent_attention_keeps_compressed_and_expanded_queries_keys_and_values(
     assert saved(block) == pytest.approx(tokens * by_hand)
 
 
+def test_tensor_parallelism_runs_compressing_products_for_own_tokens_and_holds_them_whole() -> None:
+    block = mixture_block(cut(DEEPSEEK, 2), seq_length=4096)
+    strategies = strategies_of(Layout(4, 2, sequence_parallel=True, expert_parallel=8), Wire())
+    for term in block.by_role[Role.FLOPS]:
+        if term.name in ("query down weight", "key and value down weight", "query up weight"):
+            assert held(term, strategies) == term.amount / 2
+    for term in block.by_role[Role.PARAMETER]:
+        if "down weight" in term.name and "rank" in " ".join(term.dims):
+            assert held(term, strategies) == term.amount
+
+
 @pytest.mark.parametrize(
     ("option", "freed"),
     [
@@ -218,10 +229,10 @@ def test_context_parallelism_sends_keys_and_narrower_values() -> None:
         ("mixtral-8x7b", {"options": {"mla_up_proj": "recomputed"}}, "has no latent that it is of"),
         ("llama-3.1-8b", {"options": {"moe_act": "recomputed"}}, "has no experts that it is of"),
         ("mixtral-8x7b", {"options": {"mtp": "on"}}, "has no mtp_layers that it is of"),
-        ("mixtral-8x7b", {"precision": "fp8-tensorwise"}, "which 8-bit copies experts keep"),
-        ("deepseek-v3", {"attention": "eager"}, "planned with fused kernels only"),
+        ("mixtral-8x7b", {"precision": "fp8-tensorwise"}, "fp8: what experts of mixtral keep"),
+        ("deepseek-v3", {"attention": "eager"}, "attention=eager: what latent of deepseek_v3 keep"),
         ("llama-4-scout", {}, "mixtures of experts of llama4_text's kind"),
-        ("deepseek-v3", {"framework": "torchtitan"}, "not planned in torchtitan"),
+        ("deepseek-v3", {"framework": "deepspeed"}, "not planned in deepspeed"),
         ("llama-3.1-8b", {"expert_imbalance": 1.5}, "has no routed experts"),
         ("llama-3.1-8b", {"expert_capacity_factor": 1.5}, "has no routed experts"),
     ],

@@ -130,7 +130,7 @@ class Compute:
             if term.role is Role.TRAFFIC:
                 third = amount / self.kernels / 3
                 self.memo[key] = third, 2 * third, 0.0
-            elif "hidden" in term.dims:
+            elif term.name != "attention core":
                 self.memo[key] = self._product(term, amount)
             else:
                 self.memo[key] = self._attention(term, amount)
@@ -141,7 +141,8 @@ class Compute:
         third = flops / self.products / 3
         if not self.multiprocessors:
             return third, third, third
-        tokens, hidden = term.dims["batch"] * term.dims["seq"], term.dims["hidden"]
+        tokens = term.dims["batch"] * term.dims["seq"]
+        hidden = next(term.dims[name] for name in ("hidden", "q_rank", "kv_rank") if name in term.dims)
         other = flops / (term.unit * tokens * hidden)  # one side of every weight is never cut
         sides = (other, hidden) if list(term.dims)[-1] == "hidden" else (hidden, other)
         forward, inputs, weights = passes(tokens, *sides, self.multiprocessors)

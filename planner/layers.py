@@ -26,6 +26,7 @@ from planner.stacks.base import (
     Stack,
 )
 from planner.weights import Weight, block_weights, embedding_weights, head_weights
+from planner.words import ALWAYS_MASKED, model_words, part_lengths
 from strategies.base import Layer, Quantity, Role, Term
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def features(
         f"act:{model.hidden_act}",
         model.position_embedding,
     }
+    words |= set(model_words(model))
     words |= {str(training.attention)} | {f"{name}:{value}" for name, value in training.options.items()}
     dropout = model.dropout if training.dropout is None else training.dropout
     attention_dropout = model.attention_dropout if training.dropout is None else training.dropout
@@ -67,7 +69,8 @@ def features(
         "parallel": model.parallel_residual,
         "embedding_norm": model.embedding_norm,
         # A mask of its own leaves the flash kernel, in transformers from a full window on.
-        "masked": bool(windowed and (training.seq_length or 0) >= windowed),
+        "masked": bool(windowed and (training.seq_length or 0) >= windowed)
+        or model.model_type in ALWAYS_MASKED,
         "gathers": stack.casts_weights,
         "qkv_together": model.model_type in ("gpt2", "gpt_neox", "bloom"),
         "fused_qkv": model.model_type in ("gpt2", "gpt_neox"),
@@ -121,6 +124,7 @@ class Builder:
             "vocab": self.vocab,
             "tensor_group": (tensor_parallel > 1) * 1,
             "tied": model.tie_word_embeddings * (1 - self.copies),
+            **part_lengths(model),
         }
         self.width = {COMPUTE: recipe.compute, GRADIENT: stack.autograd_bytes(recipe), FP32: 4.0, BYTE: 1.0}
         self.width[INT64] = 8.0

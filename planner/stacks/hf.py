@@ -7,7 +7,7 @@ normalised values and its output); GPT-2 ``sb[18h + 10f] + 4sba + 16sb`` with dr
 
 from __future__ import annotations
 
-from planner.stacks import traffic
+from planner.stacks import hf_experts, hf_families, traffic
 from planner.stacks.base import (
     ALWAYS,
     BYTE,
@@ -20,6 +20,7 @@ from planner.stacks.base import (
     Row,
     Stack,
 )
+from planner.stacks.traffic import given
 from strategies.base import Role
 
 # Checkpointing is per block: what ``full`` frees, nothing milder does.
@@ -34,21 +35,38 @@ H, A, AD, KD, F, SS = (
 
 V = "batch seq vocab"
 QW, KW, FW = "hidden heads head_dim", "hidden kv_heads head_dim", "hidden ffn"
+KV = "batch seq kv_heads"
+QK = "qk_norm !norms_in_fp32"
 TRANSIENT = Role.TRANSIENT
 ALL = "down act up norm2 out core qkv norm1"
 
-BLOCK = (
-    Row("block input", H, 1, COMPUTE, ("full",), "rmsnorm !autocast !compile:on", steps="norm1"),
+NORMS = (
+    Row(
+        "block input",
+        H,
+        1,
+        COMPUTE,
+        ("full",),
+        "rmsnorm !norms:output !autocast !compile:on",
+        steps="norm1",
+    ),
     Row("block input", H, 1, FP32, ("full",), "rmsnorm autocast !compile:on", steps="norm1"),
     # Compiled, a block keeps its input, its products' inputs and outputs, and what attention needs.
     Row("block input", H, 1, COMPUTE, ALWAYS, "compile:on !autocast", steps="norm1"),
     Row("block input", H, 1, FP32, ALWAYS, "compile:on autocast", steps="norm1"),
     Row("attention product's output", H, 1, COMPUTE, UNTIL_FULL, "compile:on", steps="norm2"),
     Row("norm outputs", H, 2, COMPUTE, UNTIL_FULL, "compile:on autocast", steps="qkv up"),
-    Row("up", F, 1, COMPUTE, UNTIL_FULL, "compile:on", steps="act"),
     Row("norm inputs in fp32", H, 2, FP32, UNTIL_FULL, "rmsnorm !compile:on", steps="norm1 norm2"),
     # Freed before the norm's own temporaries arise, so with the step before.
-    Row("normalised values", H, 2, COMPUTE, UNTIL_FULL, "rmsnorm !autocast !compile:on", steps="qkv up"),
+    Row(
+        "normalised values",
+        H,
+        2,
+        COMPUTE,
+        UNTIL_FULL,
+        "rmsnorm !norms_in_fp32 !autocast !compile:on",
+        steps="qkv up",
+    ),
     Row("normalised values", H, 2, FP32, UNTIL_FULL, "rmsnorm autocast !compile:on", steps="qkv up"),
     Row("norm statistics", "batch seq residual:1", 2, FP32, UNTIL_FULL, "rmsnorm", steps="norm1 norm2"),
     Row("block input", H, 1, COMPUTE, ALWAYS, "layernorm !autocast", steps="norm1"),
@@ -57,8 +75,16 @@ BLOCK = (
         "input of the second norm", H, 1, COMPUTE, UNTIL_FULL, "layernorm !parallel !autocast", steps="norm2"
     ),
     Row("input of the second norm", H, 1, FP32, UNTIL_FULL, "layernorm !parallel autocast", steps="norm2"),
-    Row("norm statistics", "batch seq residual:1", 4, FP32, UNTIL_FULL, "layernorm", steps="norm1 norm2"),
-    Row("norm outputs", H, 2, COMPUTE, UNTIL_FULL, "!autocast", steps="qkv up"),
+    Row(
+        "norm statistics",
+        "batch seq residual:1",
+        4,
+        FP32,
+        UNTIL_FULL,
+        "layernorm !norms:shared",
+        steps="norm1 norm2",
+    ),
+    Row("norm outputs", H, 2, COMPUTE, UNTIL_FULL, "!autocast !norms:output !norms:shared", steps="qkv up"),
     # Autocast casts the input of every product by itself.
     Row("first norm's output, cast", H, 1, COMPUTE, UNTIL_FULL, "autocast qkv_together", steps="qkv"),
     Row(
@@ -80,12 +106,14 @@ BLOCK = (
         "autocast gated !compile:on",
         steps="up",
     ),
+)
+ATTENTION = (
     Row("query in fp32, for its norm", AD, 1, FP32, UNTIL_FULL, "qk_norm !compile:on", steps="core"),
     Row("key in fp32, for its norm", KD, 1, FP32, UNTIL_FULL, "qk_norm !compile:on", steps="core"),
-    Row("query before its norm, or normalised", AD, 1, COMPUTE, UNTIL_FULL, "qk_norm", steps="core"),
-    Row("key before its norm, or normalised", KD, 1, COMPUTE, UNTIL_FULL, "qk_norm", steps="core"),
-    Row("statistics of the query's norm", A, 1, FP32, UNTIL_FULL, "qk_norm", steps="core"),
-    Row("statistics of the key's norm", "batch seq kv_heads", 1, FP32, UNTIL_FULL, "qk_norm", steps="core"),
+    Row("query before its norm, or normalised", AD, 1, COMPUTE, UNTIL_FULL, QK, steps="core"),
+    Row("key before its norm, or normalised", KD, 1, COMPUTE, UNTIL_FULL, QK, steps="core"),
+    Row("statistics of the query's norm", A, 1, FP32, UNTIL_FULL, "qk_norm !norms_over_heads", steps="core"),
+    Row("statistics of the key's norm", KV, 1, FP32, UNTIL_FULL, "qk_norm !norms_over_heads", steps="core"),
     Row("query", AD, 1, COMPUTE, UNTIL_FULL, "!fused_qkv", steps="core"),
     Row("key and value", KD, 2, COMPUTE, UNTIL_FULL, "!eager !fused_qkv !fp32 !masked", steps="core"),
     Row("key and value, repeated", AD, 2, COMPUTE, UNTIL_FULL, "eager !fused_qkv", steps="core"),
@@ -100,23 +128,39 @@ BLOCK = (
         "attention output, merged", AD, 1, COMPUTE, UNTIL_FULL, "fused_qkv rotary !eager !fp32", steps="core"
     ),
     Row("attention output", AD, 1, COMPUTE, UNTIL_FULL, steps="core"),
+    Row("gradient of the attention output", AD, 2, role=TRANSIENT, steps="out core"),
+    Row("gradients of query, key and value", AD, 3, role=TRANSIENT, steps="core"),
+    Row("gradient of the query", AD, 1, role=TRANSIENT, steps="qkv"),
+)
+SCORES = (
     Row("log-sum-exp of the scores", A, 1, FP32, UNTIL_FULL, "!eager", steps="core"),
-    Row("softmax in fp32", SS, 1, FP32, UNTIL_FULL, "eager !gpt2 !fp32", steps="core"),
-    Row("softmax in fp32", SS, 1, FP32, UNTIL_FULL, "eager gpt2 autocast", steps="core"),
+    Row("softmax in fp32", SS, 1, FP32, UNTIL_FULL, "eager !softmax_in_half !fp32", steps="core"),
+    Row("softmax in fp32", SS, 1, FP32, UNTIL_FULL, "eager softmax_in_half autocast", steps="core"),
     # Freed before the softmax's own gradients arise, so with the step before.
-    Row("attention probabilities", SS, 1, COMPUTE, UNTIL_FULL, "eager !gpt2", steps="out"),
-    Row("attention probabilities", SS, 1, COMPUTE, UNTIL_FULL, "eager gpt2", steps="core"),
+    Row("attention probabilities", SS, 1, COMPUTE, UNTIL_FULL, "eager !softmax_in_half", steps="out"),
+    Row("attention probabilities", SS, 1, COMPUTE, UNTIL_FULL, "eager softmax_in_half", steps="core"),
     Row(
         "probabilities before dropout",
         SS,
         1,
         COMPUTE,
         UNTIL_FULL,
-        "eager gpt2 dropout !autocast",
+        "eager softmax_in_half attention_dropout !autocast",
         steps="core",
     ),
     Row("attention dropout mask", SS, 1, BYTE, UNTIL_FULL, "eager attention_dropout", steps="core"),
-    Row("dropout masks", H, 2, BYTE, UNTIL_FULL, "dropout", steps="out down"),
+    Row("gradient of the scores", SS, 1, when="eager softmax_in_half", role=TRANSIENT, steps="core"),
+    Row(
+        "gradients of the scores in fp32",
+        SS,
+        2,
+        FP32,
+        when="eager !softmax_in_half",
+        role=TRANSIENT,
+        steps="core",
+    ),
+)
+MLP = (
     Row("first product's output", F, 1, COMPUTE, UNTIL_FULL, "!act:relu !act:gelu_new", steps="act"),
     Row("first product's output", F, 1, COMPUTE, UNTIL_FULL, "act:gelu_new !autocast", steps="act"),
     Row("second product's input", F, 1, COMPUTE, UNTIL_FULL, "!act:relu", steps="down"),
@@ -125,14 +169,7 @@ BLOCK = (
     Row("terms of the tanh approximation", F, 3, FP32, UNTIL_FULL, "act:gelu_new autocast", steps="act"),
     Row("half the first product's output", F, 1, COMPUTE, UNTIL_FULL, "act:gelu_new autocast", steps="act"),
     Row("activated gate and up", F, 2, COMPUTE, UNTIL_FULL, "gated !compile:on", steps="act"),
-    # Autocast keeps the half-precision copies of the weights while the graph lives.
-    Row("query weight, cast", QW, 1, COMPUTE, UNTIL_FULL, "autocast", steps="qkv"),
-    Row("key and value weights, cast", KW, 2, COMPUTE, UNTIL_FULL, "autocast", steps="qkv"),
-    Row("attention output weight, cast", QW, 1, COMPUTE, UNTIL_FULL, "autocast", steps="out"),
-    Row("gate weight, cast", FW, 1, COMPUTE, UNTIL_FULL, "autocast gated", steps="up"),
-    Row("up weight, cast", FW, 1, COMPUTE, UNTIL_FULL, "autocast", steps="up"),
-    Row("down weight, cast", FW, 1, COMPUTE, UNTIL_FULL, "autocast", steps="down"),
-    Row("gradient of the block's output", H, 8, role=TRANSIENT, steps=ALL),
+    Row("up", F, 1, COMPUTE, UNTIL_FULL, "compile:on", steps="act"),
     Row("gradient of the second product's input", F, 2, role=TRANSIENT, steps="down act"),
     Row("gradients of activated gate and up", F, 2, when="gated !compile:on", role=TRANSIENT, steps="act"),
     Row("gradient of gate or up, the other in place", F, 1, when="compile:on", role=TRANSIENT, steps="act"),
@@ -154,6 +191,20 @@ BLOCK = (
         role=TRANSIENT,
         steps="act",
     ),
+    Row("gradient of gate or up", F, 1, when="gated", role=TRANSIENT, steps="up"),
+)
+CASTS = (
+    # Autocast keeps the half-precision copies of the weights while the graph lives.
+    Row("query weight, cast", QW, 1, COMPUTE, UNTIL_FULL, "autocast", steps="qkv"),
+    Row("key and value weights, cast", KW, 2, COMPUTE, UNTIL_FULL, "autocast", steps="qkv"),
+    Row("attention output weight, cast", QW, 1, COMPUTE, UNTIL_FULL, "autocast", steps="out"),
+    Row("gate weight, cast", FW, 1, COMPUTE, UNTIL_FULL, "autocast gated", steps="up"),
+    Row("up weight, cast", FW, 1, COMPUTE, UNTIL_FULL, "autocast", steps="up"),
+    Row("down weight, cast", FW, 1, COMPUTE, UNTIL_FULL, "autocast", steps="down"),
+)
+WORK = (
+    Row("dropout masks", H, 2, BYTE, UNTIL_FULL, "dropout", steps="out down"),
+    Row("gradient of the block's output", H, 8, role=TRANSIENT, steps=ALL),
     # A tied head's gradient waits for the look-up's, which comes last.
     Row(
         "gradient of the tied head",
@@ -164,7 +215,6 @@ BLOCK = (
         role=TRANSIENT,
         steps=ALL,
     ),
-    Row("gradient of gate or up", F, 1, when="gated", role=TRANSIENT, steps="up"),
     Row("gradients of the norms' outputs", H, 4, role=TRANSIENT, steps="up qkv"),
     Row(
         "temporaries of the norms' backward",
@@ -177,11 +227,18 @@ BLOCK = (
     ),
     Row("gradients of the norms' inputs", H, 4, when="layernorm", role=TRANSIENT, steps="norm2 norm1"),
     Row("gradients of the norms' inputs", H, 4, when="compile:on", role=TRANSIENT, steps="norm2 norm1"),
-    Row("gradient of the attention output", AD, 2, role=TRANSIENT, steps="out core"),
-    Row("gradients of query, key and value", AD, 3, role=TRANSIENT, steps="core"),
-    Row("gradient of the query", AD, 1, role=TRANSIENT, steps="qkv"),
-    Row("gradient of the scores", SS, 1, when="eager gpt2", role=TRANSIENT, steps="core"),
-    Row("gradients of the scores in fp32", SS, 2, FP32, when="eager !gpt2", role=TRANSIENT, steps="core"),
+)
+
+BLOCK = (
+    *NORMS,
+    *given("!latent", *ATTENTION),
+    *SCORES,
+    *given("mlp:dense", *MLP),
+    *CASTS,
+    *WORK,
+    *hf_families.BLOCK,
+    *given("latent", *hf_experts.LATENT),
+    *given("mlp:experts", *hf_experts.EXPERTS),
 )
 
 EMBEDDING = (
@@ -195,7 +252,7 @@ EMBEDDING = (
 
 HEAD = (
     Row("input of the final norm in fp32", H, 1, FP32, when="rmsnorm", steps="norm"),
-    Row("normalised values", H, 1, when="rmsnorm !autocast", steps="norm"),
+    Row("normalised values", H, 1, when="rmsnorm !norms_in_fp32 !autocast", steps="norm"),
     Row("normalised values", H, 1, FP32, when="rmsnorm autocast", steps="norm"),
     Row("input of the final norm", H, 1, when="layernorm !autocast", steps="norm"),
     Row("input of the final norm", H, 1, FP32, when="layernorm autocast", steps="norm"),
@@ -224,10 +281,8 @@ HF = Stack(
     version="transformers 5.23, one GPU or DDP",
     rows={
         "embedding": EMBEDDING + traffic.EMBEDDING,
-        "block": BLOCK
-        + traffic.given("!compile:on", *traffic.EAGER)
-        + traffic.given("compile:on", *traffic.FUSED),
-        "head": HEAD + traffic.HEAD,
+        "block": BLOCK + given("!compile:on", *traffic.EAGER) + given("compile:on", *traffic.FUSED),
+        "head": HEAD + hf_families.HEAD + traffic.HEAD,
     },
     recipes={
         # accelerate keeps fp32 weights under mixed precision; pure-bf16 is a model loaded in bf16.

@@ -1,0 +1,60 @@
+"""What transformers' modules keep in families beside Llama's and GPT's: norms, attention, logits.
+
+Counted in transformers 5.23.0 under torch 2.13 in half precision without autocast
+(tests/data/traced_families.json). Steps are those of planner/layers.py: a norm on a part's output runs
+backward before the part's last product.
+"""
+
+from __future__ import annotations
+
+from planner.stacks.base import ALWAYS, COMPUTE, FP32, INT64, UNTIL_FULL, Row
+from strategies.base import Role
+
+H, A, AD, KD, SS = (
+    "batch seq residual",
+    "batch seq heads",
+    "batch seq heads head_dim",
+    "batch seq kv_heads head_dim",
+    "batch heads seq seq_k",
+)
+ONE = "batch seq residual:1"
+TRANSIENT = Role.TRANSIENT
+
+NORMS = (
+    # A norm that multiplies with its weight in fp32 keeps what it normalised in fp32.
+    Row("normalised values in fp32", H, 2, FP32, UNTIL_FULL, "norms_in_fp32 !norms:output", steps="qkv up"),
+    Row("normalised values in fp32", H, 2, FP32, UNTIL_FULL, "norms_in_fp32 norms:output", steps="down out"),
+    # Norms on the parts' outputs alone: the products read the residual stream itself.
+    Row("block input", H, 1, COMPUTE, ALWAYS, "norms:output", steps="norm1"),
+    Row("MLP input", H, 1, COMPUTE, UNTIL_FULL, "norms:output", steps="up"),
+    # A sandwich has them besides the others.
+    Row("parts' outputs in fp32", H, 2, FP32, UNTIL_FULL, "norms:sandwich", steps="down out"),
+    Row("parts' outputs, normalised", H, 2, FP32, UNTIL_FULL, "norms:sandwich", steps="down out"),
+    Row("statistics of the outputs' norms", ONE, 2, FP32, UNTIL_FULL, "norms:sandwich", steps="down out"),
+    # One norm for both parts of a parallel block.
+    Row("norm output", H, 1, COMPUTE, UNTIL_FULL, "norms:shared", steps="qkv"),
+    Row("norm statistics", ONE, 2, FP32, UNTIL_FULL, "layernorm norms:shared", steps="norm1"),
+)
+
+ATTENTION = (
+    Row("query, normalised in fp32", AD, 1, FP32, UNTIL_FULL, "qk_norm norms_in_fp32", steps="core"),
+    Row("key, normalised in fp32", KD, 1, FP32, UNTIL_FULL, "qk_norm norms_in_fp32", steps="core"),
+    Row("statistics of query and key norm", ONE, 2, FP32, UNTIL_FULL, "norms_over_heads", steps="core"),
+    # Phi-3's value is a view of the product that makes query, key and value.
+    Row("query before its turn", AD, 1, COMPUTE, UNTIL_FULL, "phi3 !eager !masked", steps="core"),
+    Row("key before its turn", KD, 1, COMPUTE, UNTIL_FULL, "phi3 !eager !masked", steps="core"),
+    Row("query before its turn", AD, 1, COMPUTE, UNTIL_FULL, "phi3 !eager masked !grouped", steps="core"),
+    Row("key before its turn", KD, 1, COMPUTE, UNTIL_FULL, "phi3 !eager masked !grouped", steps="core"),
+    Row(
+        "attention output, merged", AD, 1, COMPUTE, UNTIL_FULL, "turned_in_parts !eager !masked", steps="core"
+    ),
+    Row("tanh of the scores", SS, 1, COMPUTE, UNTIL_FULL, "capped_scores eager", steps="core"),
+    Row("place of the highest score", A, 1, INT64, UNTIL_FULL, "sinks", steps="core"),
+)
+
+BLOCK = (*NORMS, *ATTENTION)
+
+HEAD = (
+    Row("normalised values in fp32", H, 1, FP32, when="norms_in_fp32 rmsnorm", steps="norm"),
+    Row("tanh of the logits", "batch seq vocab", 1, when="capped_logits", steps="loss"),
+)

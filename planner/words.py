@@ -1,0 +1,67 @@
+"""Words that rows of a stack are selected by, made of what a model's fields say of its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from planner.model import ModelSpec
+
+NORMS_IN_FP32 = ("gemma", "gemma2", "gemma3_text", "olmo2", "olmo3", "gpt_oss")
+"""Families whose RMSNorm multiplies with its weight before it casts back, and so keeps what it normalised in
+fp32 (transformers, ``modeling_<family>.py``: ``(self.weight * hidden_states).to(input_dtype)``)."""
+SOFTMAX_IN_HALF = ("gpt2", "falcon", "gpt_oss", "bert", "vit", "t5")
+"""Families whose unfused attention takes the softmax of the scores as they are, not of an fp32 copy."""
+TURNED_IN_PARTS = ("phi", "phi3")
+"""Families that put turned and unturned parts of queries and keys together, which lays the heads out apart:
+the attention's output is copied to lie token by token."""
+ALWAYS_MASKED = ("falcon",)
+"""Families that hand scaled dot product attention a mask even where it is plainly causal."""
+
+
+def model_words(model: ModelSpec) -> Iterator[str]:
+    """The words of a model's norms, attention and experts."""
+    yield f"norms:{model.norm_placement}"
+    chosen = {
+        "norms_in_fp32": model.model_type in NORMS_IN_FP32,
+        "softmax_in_half": model.model_type in SOFTMAX_IN_HALF,
+        "turned_in_parts": model.model_type in TURNED_IN_PARTS,
+        "grouped": model.num_key_value_heads < model.num_attention_heads,
+        "latent": model.latent is not None,
+        "sinks": model.attention_sinks,
+        "capped_scores": model.attention_softcap is not None,
+        "capped_logits": model.logits_softcap is not None,
+        "norms_over_heads": model.qk_norm and model.qk_norm_weights == "per_head",
+    }
+    if model.latent is not None:
+        chosen["query_latent"] = model.latent.q_lora_rank is not None
+    if model.experts is not None:
+        chosen["shared_experts"] = model.experts.shared_intermediate_size > 0
+        chosen["shared_gate"] = model.experts.shared_gate
+        chosen["expert_biases"] = model.experts.biases
+    yield from (word for word, holds in chosen.items() if holds)
+
+
+def part_lengths(model: ModelSpec) -> dict[str, float]:
+    """Lengths of parts that only some models have, by the names of planner/weights.py.
+
+    ``width`` is the residual stream of a token that was sent to an expert, ``routed`` how many experts a
+    token is sent to.
+    """
+    found: dict[str, float] = {}
+    if experts := model.experts:
+        found |= {
+            "routed": experts.num_experts_per_tok,
+            "width": model.hidden_size,
+            "router": experts.num_experts,
+            "expert_ffn": experts.intermediate_size,
+            "shared_ffn": experts.shared_intermediate_size,
+        }
+    if latent := model.latent:
+        found |= {
+            "q_rank": latent.q_lora_rank or 0,
+            "kv_rank": latent.kv_lora_rank,
+            "qk_dim": latent.qk_nope_head_dim + latent.qk_rope_head_dim,
+            "v_dim": latent.v_head_dim,
+            "kv_dim": latent.qk_nope_head_dim + latent.v_head_dim,
+        }
+    return found

@@ -37,8 +37,9 @@ V = "batch seq vocab"
 QW, KW, FW = "hidden heads head_dim", "hidden kv_heads head_dim", "hidden ffn"
 KV = "batch seq kv_heads"
 QK = "qk_norm !norms_in_fp32"
+IN_FP32 = "rmsnorm !norms:output !compile:on"
 TRANSIENT = Role.TRANSIENT
-ALL = "down act up norm2 out core qkv norm1"
+ALL = "combine down act up norm2 out core qkv norm1"
 
 NORMS = (
     Row(
@@ -56,7 +57,7 @@ NORMS = (
     Row("block input", H, 1, FP32, ALWAYS, "compile:on autocast", steps="norm1"),
     Row("attention product's output", H, 1, COMPUTE, UNTIL_FULL, "compile:on", steps="norm2"),
     Row("norm outputs", H, 2, COMPUTE, UNTIL_FULL, "compile:on autocast", steps="qkv up"),
-    Row("norm inputs in fp32", H, 2, FP32, UNTIL_FULL, "rmsnorm !compile:on", steps="norm1 norm2"),
+    Row("norm inputs in fp32", H, 2, FP32, UNTIL_FULL, IN_FP32, steps="norm1 norm2"),
     # Freed before the norm's own temporaries arise, so with the step before.
     Row(
         "normalised values",
@@ -129,7 +130,9 @@ ATTENTION = (
     ),
     Row("attention output", AD, 1, COMPUTE, UNTIL_FULL, steps="core"),
     Row("gradient of the attention output", AD, 2, role=TRANSIENT, steps="out core"),
-    Row("gradients of query, key and value", AD, 3, role=TRANSIENT, steps="core"),
+    Row("gradients of query, key and value", AD, 3, when="!eager", role=TRANSIENT, steps="core"),
+    # While the scores' gradients are there, of these only the value's.
+    Row("gradient of the value", AD, 1, when="eager", role=TRANSIENT, steps="core"),
     Row("gradient of the query", AD, 1, role=TRANSIENT, steps="qkv"),
 )
 SCORES = (
@@ -204,24 +207,25 @@ CASTS = (
 )
 WORK = (
     Row("dropout masks", H, 2, BYTE, UNTIL_FULL, "dropout", steps="out down"),
-    Row("gradient of the block's output", H, 8, role=TRANSIENT, steps=ALL),
+    Row("gradient of the block's output", H, 9, role=TRANSIENT, steps=ALL),
     # A tied head's gradient waits for the look-up's, which comes last.
     Row(
         "gradient of the tied head",
         "vocab hidden tied",
-        8,
+        9,
         GRADIENT,
         when="!gathers",
         role=TRANSIENT,
         steps=ALL,
     ),
-    Row("gradients of the norms' outputs", H, 4, role=TRANSIENT, steps="up qkv"),
+    Row("gradients of the norm's output", H, 2, when="mlp:dense", role=TRANSIENT, steps="up"),
+    Row("gradients of the norm's output", H, 2, role=TRANSIENT, steps="qkv"),
     Row(
         "temporaries of the norms' backward",
         H,
         10,
         FP32,
-        when="rmsnorm !compile:on",
+        when="rmsnorm !norms:output !compile:on",
         role=TRANSIENT,
         steps="norm2 norm1",
     ),
@@ -238,7 +242,7 @@ BLOCK = (
     *WORK,
     *hf_families.BLOCK,
     *given("latent", *hf_experts.LATENT),
-    *given("mlp:experts", *hf_experts.EXPERTS),
+    *given("mlp:experts", *hf_experts.EXPERTS, *hf_experts.EXPERTS_WORK),
 )
 
 EMBEDDING = (

@@ -25,11 +25,11 @@ EXPERTS = (
     # gpt-oss: clamped gate and up, a sigmoid, and the gate times it.
     Row("experts' clamped gate", INNER, 4, COMPUTE, UNTIL_FULL, "expert_biases", steps="act"),
     Row("experts' down input", INNER, 1, COMPUTE, UNTIL_FULL, steps="down"),
-    Row("experts' outputs", COPIES, 1, COMPUTE, UNTIL_FULL, steps="down"),
-    Row("chosen experts and places", SENT, 4, INT64, UNTIL_FULL, steps="down"),
-    Row("weights of the experts", SENT, 1, COMPUTE, UNTIL_FULL, "!mixtral !latent", steps="down"),
-    Row("weights of the experts in fp32", SENT, 1, FP32, UNTIL_FULL, "mixtral", steps="down"),
-    Row("weights of the experts in fp32", SENT, 1, FP32, UNTIL_FULL, "latent", steps="down"),
+    Row("experts' outputs", COPIES, 1, COMPUTE, UNTIL_FULL, steps="combine"),
+    Row("chosen experts and places", SENT, 4, INT64, UNTIL_FULL, steps="up"),
+    Row("weights of the experts", SENT, 1, COMPUTE, UNTIL_FULL, "!mixtral !latent", steps="combine"),
+    Row("weights of the experts in fp32", SENT, 1, FP32, UNTIL_FULL, "mixtral", steps="combine"),
+    Row("weights of the experts in fp32", SENT, 1, FP32, UNTIL_FULL, "latent", steps="combine"),
     Row("router's probabilities", ROUTER, 1, FP32, UNTIL_FULL, "!expert_biases", steps="up"),
     Row("router's input in fp32", H, 1, FP32, UNTIL_FULL, DEEPSEEK, steps="up"),
     Row("router's weight in fp32", "hidden router", 1, FP32, UNTIL_FULL, DEEPSEEK, steps="up"),
@@ -41,6 +41,36 @@ EXPERTS = (
         UNTIL_FULL,
         "shared_experts",
         steps="act",
+    ),
+)
+
+# The sum over a token's experts runs in the precision of their weights.
+EXPERTS_WORK = (
+    Row(
+        "gradients of the weighted outputs",
+        COPIES,
+        3,
+        COMPUTE,
+        when="!mixtral !latent",
+        role=TRANSIENT,
+        steps="combine",
+    ),
+    Row(
+        "gradients of the weighted outputs", COPIES, 3, FP32, when="mixtral", role=TRANSIENT, steps="combine"
+    ),
+    Row("gradients of the weighted outputs", COPIES, 3, FP32, when="latent", role=TRANSIENT, steps="combine"),
+    Row("gradient of the experts' outputs", COPIES, 2, role=TRANSIENT, steps="combine down"),
+    Row("gradient of the experts' down input", INNER, 1, role=TRANSIENT, steps="down"),
+    Row("gradients of the experts' activation", INNER, 3, role=TRANSIENT, steps="act"),
+    Row("gradients of the experts' gate and up", INNER, 2, role=TRANSIENT, steps="up"),
+    Row("gradient of the tokens sent", COPIES, 1, role=TRANSIENT, steps="up"),
+    Row(
+        "gradient of the shared experts' input",
+        H,
+        4,
+        when="shared_experts",
+        role=TRANSIENT,
+        steps="combine down act up",
     ),
 )
 
@@ -59,4 +89,9 @@ LATENT = (
     Row("expanded keys and values", "batch seq heads kv_dim", 1, COMPUTE, UNTIL_FULL, "!eager", steps="core"),
     Row("value", VALUES, 1, COMPUTE, UNTIL_FULL, "eager", steps="core"),
     Row("attention output", VALUES, 1, COMPUTE, UNTIL_FULL, steps="core"),
+    Row("gradient of the attention output", VALUES, 2, role=TRANSIENT, steps="out core"),
+    Row("gradients of query, key and value", KEYS, 2, when="!eager", role=TRANSIENT, steps="core"),
+    Row("gradient of the value", VALUES, 1, role=TRANSIENT, steps="core"),
+    Row("gradient of the query", KEYS, 1, role=TRANSIENT, steps="qkv"),
+    Row("gradient of the expanded keys and values", "batch seq heads kv_dim", 1, role=TRANSIENT, steps="qkv"),
 )

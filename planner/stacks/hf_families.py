@@ -23,14 +23,37 @@ TRANSIENT = Role.TRANSIENT
 NORMS = (
     # A norm that multiplies with its weight in fp32 keeps what it normalised in fp32.
     Row("normalised values in fp32", H, 2, FP32, UNTIL_FULL, "norms_in_fp32 !norms:output", steps="qkv up"),
-    Row("normalised values in fp32", H, 2, FP32, UNTIL_FULL, "norms_in_fp32 norms:output", steps="down out"),
+    Row(
+        "normalised values in fp32",
+        H,
+        2,
+        FP32,
+        UNTIL_FULL,
+        "norms_in_fp32 norms:output",
+        steps="combine norm2",
+    ),
+    Row("parts' outputs in fp32", H, 2, FP32, UNTIL_FULL, "norms:output", steps="combine norm2"),
     # Norms on the parts' outputs alone: the products read the residual stream itself.
     Row("block input", H, 1, COMPUTE, ALWAYS, "norms:output", steps="norm1"),
     Row("MLP input", H, 1, COMPUTE, UNTIL_FULL, "norms:output", steps="up"),
     # A sandwich has them besides the others.
-    Row("parts' outputs in fp32", H, 2, FP32, UNTIL_FULL, "norms:sandwich", steps="down out"),
-    Row("parts' outputs, normalised", H, 2, FP32, UNTIL_FULL, "norms:sandwich", steps="down out"),
-    Row("statistics of the outputs' norms", ONE, 2, FP32, UNTIL_FULL, "norms:sandwich", steps="down out"),
+    Row("parts' outputs in fp32", H, 2, FP32, UNTIL_FULL, "norms:sandwich", steps="combine norm2"),
+    Row("parts' outputs, normalised", H, 2, FP32, UNTIL_FULL, "norms:sandwich", steps="combine norm2"),
+    Row(
+        "statistics of the outputs' norms", ONE, 2, FP32, UNTIL_FULL, "norms:sandwich", steps="combine norm2"
+    ),
+    Row(
+        "temporaries of the outputs' norms",
+        H,
+        8,
+        FP32,
+        when="norms:output",
+        role=TRANSIENT,
+        steps="combine norm2",
+    ),
+    Row(
+        "temporaries of the output's norm", H, 4, FP32, when="norms:sandwich", role=TRANSIENT, steps="combine"
+    ),
     # One norm for both parts of a parallel block.
     Row("norm output", H, 1, COMPUTE, UNTIL_FULL, "norms:shared", steps="qkv"),
     Row("norm statistics", ONE, 2, FP32, UNTIL_FULL, "layernorm norms:shared", steps="norm1"),

@@ -11,7 +11,7 @@ from planner.errors import InputError
 from planner.specs import ClusterSpec, ModelSpec, Profile, TrainingSpec
 from planner.stacks import STACKS, stack_named
 from planner.stacks.base import WIDTHS, Recipe, Stack
-from planner.unplanned import unplanned
+from planner.unplanned import unfused, unplanned
 
 USUAL_TOKENS = 4 * 2**20
 """Tokens per step where none are given: LLaMA's 4M (Touvron et al. 2023, arXiv:2302.13971, 2.3)."""
@@ -173,8 +173,6 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     for given, kind in ((model, ModelSpec), (cluster, ClusterSpec), (training, TrainingSpec)):
         if not isinstance(given, kind):
             raise InputError(f"{str(given)[:60]!r} is not a {kind.__name__}: make one, as the README shows")
-    if reason := unplanned(model):
-        raise InputError(reason)
     stack = stack_named(training.framework)
     if stack.families and model.model_type not in stack.families:
         others = [one.name for one in STACKS.values() if not one.families or model.model_type in one.families]
@@ -210,8 +208,10 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
         if asked == "flash":
             raise InputError(f"attention=flash: {cluster.gpu.name} predates its kernels: use eager")
         options["attention"] = "eager"
-    if stack.eager_alibi and model.position_embedding == "alibi" and asked is None:
-        options["attention"] = "eager"  # transformers has no fused attention for ALiBi models
+    if stack.eager_alibi and unfused(model) and asked is None:
+        options["attention"] = "eager"  # transformers has no fused attention for them
+    if reason := unplanned(model, stack, precision, options):
+        raise InputError(reason)
     recipe = stack.recipes[precision]
     if training.gradient_dtype:
         recipe = replace(recipe, gradient=WIDTHS[training.gradient_dtype])

@@ -75,7 +75,7 @@ def features(
         "gathers": stack.casts_weights,
         "qkv_together": model.model_type in ("gpt2", "gpt_neox", "bloom"),
         "fused_qkv": model.model_type in ("gpt2", "gpt_neox"),
-        "embedding_dropout": model.model_type in ("gpt2", "gpt_neox") and dropout > 0,
+        "embedding_dropout": model.model_type in ("gpt2", "gpt_neox", "bert", "vit") and dropout > 0,
         "dropout": dropout > 0,
         "attention_dropout": attention_dropout > 0,
     }
@@ -89,6 +89,8 @@ ATTENTION_FLOPS = {"eager": UNFUSED, "sdpa": 7.0, "flash": 7.0, "flash1": 7.0}
 """FLOPs per batch x seq x seq_k x head x head_dim, forward and backward: two products of 2 FLOPs
 forward, four backward; flash skips the causal half and runs five products backward, which is
 half of 4 + 10 (Dao 2023, arXiv:2307.08691, section 4.1)."""
+WHOLE = {"bidirectional": 2.0}
+"""How much more than causal attention's fused kernels run where all see all."""
 
 
 class Builder:
@@ -125,7 +127,7 @@ class Builder:
             "vocab": self.vocab,
             "tensor_group": (tensor_parallel > 1) * 1,
             "tied": model.tie_word_embeddings * (1 - self.copies),
-            **part_lengths(model),
+            **part_lengths(model, batch),
         }
         self.width = {COMPUTE: recipe.compute, GRADIENT: stack.autograd_bytes(recipe), FP32: 4.0, BYTE: 1.0}
         self.width[INT64] = 8.0
@@ -174,6 +176,8 @@ class Builder:
         names = ("batch", "seq", "seq_k", "heads", "head_dim")
         core = {name: self.dims[name] for name in names}
         per_pair = ATTENTION_FLOPS[str(self.training.attention)]
+        if per_pair != UNFUSED and kind.mixer in WHOLE:
+            per_pair *= WHOLE[kind.mixer]  # nothing is skipped where attention is not causal
         kept = self.stack.rerun.get("attention core", UNTIL_FULL)
         terms.append(Term("attention core", Role.FLOPS, core, per_pair, kept))
         terms += self.rows(self.stack.rows["block"], features(self.model, self.training, self.stack, kind))
@@ -192,7 +196,8 @@ class Builder:
         weights = head_weights(self.model, self.vocab, self.copies)
         terms = [t for w in weights for t in self.states(w)]
         dims = {"vocab": self.vocab, "hidden": self.model.hidden_size}
-        terms.append(self.product("head weight", dims, ALWAYS))
+        if self.model.head != "none":
+            terms.append(self.product("head weight", dims, ALWAYS))
         terms += self.rows(self.stack.rows["head"])
         return Layer("head", (*terms, self.regions(1)), steps=STEPS["head"])
 

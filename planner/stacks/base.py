@@ -154,6 +154,7 @@ class Stack:
     rerun: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Products that a policy milder than ``full`` runs again: name -> policies that do not."""
     families: tuple[str, ...] = ()  # the model types it has; all, if empty
+    traced: tuple[str, ...] = ()  # model types beyond Llama's and GPT's parts that its rows were traced for
     separate_root: bool = False  # FSDP units: embedding and head each one of their own, unless root=one
     keeps_last: bool = False  # with one root unit, FSDP does not reshard the last block after its forward
     sizes: Mapping[str, float] = field(default_factory=dict)  # options that are numbers of elements

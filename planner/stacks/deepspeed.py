@@ -41,6 +41,7 @@ DEEPSPEED = Stack(
         "kernels:megatron": {
             "rows": {**MEGATRON.rows, "head": MEGATRON.rows["head"] + KEPT_LOGITS},
             "rerun": MEGATRON.rerun,
+            "traced": MEGATRON.traced,
             "launches": MEGATRON.launches,
             "policies": MEGATRON.policies,
             "vocabulary_multiple": MEGATRON.vocabulary_multiple,
@@ -93,6 +94,7 @@ DEEPSPEED = Stack(
         "sub_group_size": 1e9,
     },
     eager_alibi=True,
+    traced=HF.traced,
     allocator=Overhead(
         ALLOCATOR.name,
         0.16,

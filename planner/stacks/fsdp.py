@@ -40,5 +40,6 @@ FSDP = Stack(
     separate_root=True,
     tensor_parallel=False,
     eager_alibi=True,
+    traced=HF.traced,
     policies=("none", "full"),
 )

@@ -35,6 +35,8 @@ H, A, AD, KD, F, SS = (
 
 V = "batch seq vocab"
 QW, KW, FW = "hidden heads head_dim", "hidden kv_heads head_dim", "hidden ffn"
+CD = "batch seq copied_heads head_dim"
+REPEATED = "masked !one_key !fp32 !eager !fused_qkv"
 KV = "batch seq kv_heads"
 QK = "qk_norm !norms_in_fp32"
 IN_FP32 = "rmsnorm !norms:output !compile:on"
@@ -117,19 +119,23 @@ ATTENTION = (
     Row("statistics of the key's norm", KV, 1, FP32, UNTIL_FULL, "qk_norm !norms_over_heads", steps="core"),
     Row("query", AD, 1, COMPUTE, UNTIL_FULL, "!fused_qkv", steps="core"),
     Row("key and value", KD, 2, COMPUTE, UNTIL_FULL, "!eager !fused_qkv !fp32 !masked", steps="core"),
-    Row("key and value, repeated", AD, 2, COMPUTE, UNTIL_FULL, "eager !fused_qkv", steps="core"),
+    Row("key and value, repeated", CD, 2, COMPUTE, UNTIL_FULL, "eager !fused_qkv", steps="out core"),
     # The flash kernel knows no fp32; the one that does takes as many keys as queries.
     Row("key and value, repeated", AD, 2, COMPUTE, UNTIL_FULL, "fp32 !eager !fused_qkv", steps="core"),
     # Nor does it take a mask.
-    Row("repeated key and value", AD, 2, COMPUTE, UNTIL_FULL, "masked !fp32 !eager !fused_qkv", steps="core"),
+    Row("repeated key and value", AD, 2, COMPUTE, UNTIL_FULL, REPEATED, steps="core"),
+    # One head for all is seen by each, not copied.
+    Row("key and value", KD, 2, COMPUTE, UNTIL_FULL, "masked one_key !fp32 !eager !fused_qkv", steps="core"),
     Row("attention mask", "batch seq seq_k", 1, COMPUTE, UNTIL_FULL, "masked !eager", steps="core"),
     Row("fused query, key and value", AD, 3, COMPUTE, UNTIL_FULL, "fused_qkv", steps="core"),
     Row("rotated query and key", AD, 2, COMPUTE, UNTIL_FULL, "fused_qkv rotary !eager", steps="core"),
     Row(
         "attention output, merged", AD, 1, COMPUTE, UNTIL_FULL, "fused_qkv rotary !eager !fp32", steps="core"
     ),
-    Row("attention output", AD, 1, COMPUTE, UNTIL_FULL, steps="core"),
-    Row("gradient of the attention output", AD, 2, role=TRANSIENT, steps="out core"),
+    Row("attention output", AD, 1, COMPUTE, UNTIL_FULL, "!eager", steps="core"),
+    Row("attention output", AD, 1, COMPUTE, UNTIL_FULL, "eager", steps="out"),
+    Row("gradient of the attention output", AD, 1, role=TRANSIENT, steps="out"),
+    Row("gradient of the attention output", AD, 1, when="!eager", role=TRANSIENT, steps="core"),
     Row("gradients of query, key and value", AD, 3, when="!eager", role=TRANSIENT, steps="core"),
     # While the scores' gradients are there, of these only the value's.
     Row("gradient of the value", AD, 1, when="eager", role=TRANSIENT, steps="core"),
@@ -152,7 +158,16 @@ SCORES = (
         steps="core",
     ),
     Row("attention dropout mask", SS, 1, BYTE, UNTIL_FULL, "eager attention_dropout", steps="core"),
-    Row("gradient of the scores", SS, 1, when="eager softmax_in_half", role=TRANSIENT, steps="core"),
+    Row("gradients of the scores", SS, 2, when="eager softmax_in_half", role=TRANSIENT, steps="core"),
+    # By then what dropout kept is freed.
+    Row(
+        "probabilities freed",
+        SS,
+        -1,
+        when="eager softmax_in_half attention_dropout",
+        role=TRANSIENT,
+        steps="core",
+    ),
     Row(
         "gradients of the scores in fp32",
         SS,
@@ -265,11 +280,25 @@ HEAD = (
     Row("head input (norm output)", H, 1, steps="head"),
     Row("head weight, cast", "vocab hidden", 1, when="autocast", steps="head"),
     Row("labels", "batch seq", 1, INT64),
-    Row("log-probabilities", V, 1, FP32, when="!loss:fused !loss:chunked", steps="loss"),
+    Row("log-probabilities", V, 1, FP32, when="!half_loss !loss:fused !loss:chunked", steps="loss"),
     Row("logits", V, 1, when="!loss:fused !loss:chunked", role=TRANSIENT, steps="logits"),
-    Row("logits in fp32", V, 1, FP32, when="!loss:fused !loss:chunked", role=TRANSIENT, steps="logits"),
     Row(
-        "gradients of the logits", V, 2, FP32, when="!loss:fused !loss:chunked", role=TRANSIENT, steps="loss"
+        "logits in fp32",
+        V,
+        1,
+        FP32,
+        when="!half_loss !loss:fused !loss:chunked",
+        role=TRANSIENT,
+        steps="logits",
+    ),
+    Row(
+        "gradients of the logits",
+        V,
+        2,
+        FP32,
+        when="!half_loss !loss:fused !loss:chunked",
+        role=TRANSIENT,
+        steps="loss",
     ),
     # A fused loss keeps the logits and writes their gradient; a chunked one makes an eighth of all at a time.
     Row("logits", V, 1, when="loss:fused", steps="loss"),
@@ -310,5 +339,6 @@ HF = Stack(
     bucket_fraction=1.0,  # DDP's buckets, gradient_as_bucket_view off as in torch's default
     tensor_parallel=False,
     eager_alibi=True,
+    traced=hf_families.TRACED,
     policies=("none", "full"),
 )

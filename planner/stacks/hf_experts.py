@@ -76,6 +76,7 @@ EXPERTS_WORK = (
 
 LATENT_KV, LATENT_Q = "batch seq kv_rank", "batch seq q_rank"
 KEYS, VALUES = "batch seq heads qk_dim", "batch seq heads v_dim"
+COPIED = "batch seq heads copied_v"
 
 LATENT = (
     Row("latent of keys and values in fp32", LATENT_KV, 1, FP32, UNTIL_FULL, steps="core"),
@@ -87,7 +88,7 @@ LATENT = (
     Row("query and key", KEYS, 2, COMPUTE, UNTIL_FULL, steps="core"),
     # The value is a view of the product that expands the latent, unless it is copied for a product.
     Row("expanded keys and values", "batch seq heads kv_dim", 1, COMPUTE, UNTIL_FULL, "!eager", steps="core"),
-    Row("value", VALUES, 1, COMPUTE, UNTIL_FULL, "eager", steps="core"),
+    Row("value", COPIED, 1, COMPUTE, UNTIL_FULL, "eager", steps="core"),
     Row("attention output", VALUES, 1, COMPUTE, UNTIL_FULL, steps="core"),
     Row("gradient of the attention output", VALUES, 2, role=TRANSIENT, steps="out core"),
     Row("gradients of query, key and value", KEYS, 2, when="!eager", role=TRANSIENT, steps="core"),

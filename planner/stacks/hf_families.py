@@ -20,6 +20,26 @@ H, A, AD, KD, SS = (
 ONE = "batch seq residual:1"
 TRANSIENT = Role.TRANSIENT
 
+TRACED = (
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "phi",
+    "falcon",
+    "starcoder2",
+    "olmo2",
+    "mixtral",
+    "qwen3_moe",
+    "olmoe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "gpt_oss",
+    "bert",
+    "vit",
+)
+"""The families whose blocks these rows, and those of planner/stacks/hf_experts.py, were tested against."""
+
 NORMS = (
     # A norm that multiplies with its weight in fp32 keeps what it normalised in fp32.
     Row("normalised values in fp32", H, 2, FP32, UNTIL_FULL, "norms_in_fp32 !norms:output", steps="qkv up"),
@@ -77,7 +97,15 @@ ATTENTION = (
 
 BLOCK = (*NORMS, *ATTENTION)
 
+V = "batch seq vocab"
+UNFUSED = "half_loss !loss:fused !loss:chunked"
+
 HEAD = (
+    # A masked language model has a layer with an activation and a norm before the vocabulary.
+    Row("last block's output, and the layer's own", H, 2, when="head:masked", steps="norm"),
+    # Encoders and T5 take the loss of the logits as they are.
+    Row("log-probabilities", V, 1, when=UNFUSED, steps="loss"),
+    Row("gradients of the logits", V, 2, when=UNFUSED, role=TRANSIENT, steps="loss"),
     Row("normalised values in fp32", H, 1, FP32, when="norms_in_fp32 rmsnorm", steps="norm"),
     Row("tanh of the logits", "batch seq vocab", 1, when="capped_logits", steps="loss"),
 )

@@ -41,7 +41,7 @@ KV = "batch seq kv_heads"
 QK = "qk_norm !norms_in_fp32"
 IN_FP32 = "rmsnorm !norms:output !compile:on"
 TRANSIENT = Role.TRANSIENT
-ALL = "combine down act up norm2 out core qkv norm1"
+ALL = "shared combine down act up norm2 out core qkv norm1"
 
 NORMS = (
     Row(
@@ -222,12 +222,12 @@ CASTS = (
 )
 WORK = (
     Row("dropout masks", H, 2, BYTE, UNTIL_FULL, "dropout", steps="out down"),
-    Row("gradient of the block's output", H, 9, role=TRANSIENT, steps=ALL),
+    Row("gradient of the block's output", H, 10, role=TRANSIENT, steps=ALL),
     # A tied head's gradient waits for the look-up's, which comes last.
     Row(
         "gradient of the tied head",
         "vocab hidden tied",
-        9,
+        10,
         GRADIENT,
         when="!gathers",
         role=TRANSIENT,
@@ -262,9 +262,16 @@ BLOCK = (
 
 EMBEDDING = (
     Row("token ids", "batch seq", 1, INT64),
-    Row("dropout mask of the embedding", H, 1, BYTE, when="embedding_dropout"),
-    Row("input of the embedding norm", H, 1, when="embedding_norm"),
-    Row("statistics of the embedding norm", "batch seq residual:1", 2, FP32, when="embedding_norm"),
+    Row("dropout mask of the embedding", H, 1, BYTE, when="embedding_dropout", steps="norm"),
+    Row("input of the embedding norm", H, 1, when="embedding_norm", steps="norm"),
+    Row(
+        "statistics of the embedding norm",
+        "batch seq residual:1",
+        2,
+        FP32,
+        when="embedding_norm",
+        steps="norm",
+    ),
     Row("gradient of the embedding's output", H, 1, role=TRANSIENT, steps="embedding"),
     Row("gradients of the tied weight", "vocab hidden tied", 2, GRADIENT, role=TRANSIENT, steps="embedding"),
 )

@@ -40,7 +40,7 @@ EXPERTS = (
         COMPUTE,
         UNTIL_FULL,
         "shared_experts",
-        steps="act",
+        steps="shared",
     ),
 )
 
@@ -64,6 +64,14 @@ EXPERTS_WORK = (
     Row("gradients of the experts' activation", INNER, 3, role=TRANSIENT, steps="act"),
     Row("gradients of the experts' gate and up", INNER, 2, role=TRANSIENT, steps="up"),
     Row("gradient of the tokens sent", COPIES, 1, role=TRANSIENT, steps="up"),
+    Row(
+        "gradients of the shared experts' activation",
+        SHARED,
+        3,
+        when="shared_experts",
+        role=TRANSIENT,
+        steps="shared",
+    ),
     Row(
         "gradient of the shared experts' input",
         H,

@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 STEPS = {
     "embedding": ("norm", "embedding"),
-    "block": ("shared", "combine", "down", "act", "up", "norm2", "out", "core", "qkv", "norm1"),
+    "block": ("shared", "combine", "down", "act", "up", "norm2", "cross", "out", "core", "qkv", "norm1"),
     "head": ("loss", "head", "norm"),
 }
 """The steps of a layer's backward, in order: of a block the shared experts, what follows its last product (a
 norm on the MLP's output, the sum over a token's experts), the down product, the activation function, the
-up (and gate) products, the second norm, the attention output product, the attention core, the query, key
-and value products, the first norm. A block with parallel residuals runs the same steps."""
+up (and gate) products, the second norm, the attention to an encoder's output, the attention output product,
+the attention core, the query, key and value products, the first norm. A block with parallel residuals runs the same steps."""
 MOMENTS = {"adamw": 2, "adam": 2, "momentum": 1, "sgd": 0}
 """Optimizer states per parameter, besides a master copy."""
 

@@ -23,6 +23,8 @@ def unfused(model: ModelSpec) -> str:
         return "capped scores"
     if model.attention_sinks:
         return "attention sinks"
+    if model.position_embedding == "relative":
+        return "learned biases of the scores"
     if model.model_type == "falcon" and model.num_key_value_heads == 1 < model.num_attention_heads:
         # ATen/native/transformers/sdp_utils_cpp.h: check_batch_size_and_num_heads_dense.
         return "one key head that is spread over the queries'"
@@ -54,6 +56,8 @@ def _of_traced(model: ModelSpec, stack: Stack, precision: str, options: Mapping[
         yield f"{kind} with rotary positions, not with linear biases"
     if model.model_type == "bert" and (model.head != "masked" or model.pooler):
         yield f"{kind} with the head of a masked language model: give architectures ['BertForMaskedLM']"
+    if model.model_type == "t5" and model.gated_mlp:
+        yield f"{kind} with feed_forward_proj=relu, not with a gate"
     if model.model_type == "vit" and (model.pooler or not model.num_labels):
         yield f"{kind} of image classifiers: give architectures ['ViTForImageClassification']"
 

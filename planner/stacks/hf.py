@@ -40,8 +40,10 @@ REPEATED = "masked !one_key !fp32 !eager !fused_qkv"
 KV = "batch seq kv_heads"
 QK = "qk_norm !norms_in_fp32"
 IN_FP32 = "rmsnorm !norms:output !compile:on"
+HALF_SOFTMAX = "eager softmax_in_half !attention_dropout"
+HALF_DROPPED = "eager softmax_in_half attention_dropout"
 TRANSIENT = Role.TRANSIENT
-ALL = "shared combine down act up norm2 out core qkv norm1"
+ALL = "shared combine down act up norm2 cross out core qkv norm1"
 
 NORMS = (
     Row(
@@ -158,16 +160,9 @@ SCORES = (
         steps="core",
     ),
     Row("attention dropout mask", SS, 1, BYTE, UNTIL_FULL, "eager attention_dropout", steps="core"),
-    Row("gradients of the scores", SS, 2, when="eager softmax_in_half", role=TRANSIENT, steps="core"),
-    # By then what dropout kept is freed.
-    Row(
-        "probabilities freed",
-        SS,
-        -1,
-        when="eager softmax_in_half attention_dropout",
-        role=TRANSIENT,
-        steps="core",
-    ),
+    # Where dropout kept probabilities too, they are freed by then.
+    Row("gradients of the scores", SS, 2, when=HALF_SOFTMAX, role=TRANSIENT, steps="core"),
+    Row("gradient of the scores", SS, 1, when=HALF_DROPPED, role=TRANSIENT, steps="core"),
     Row(
         "gradients of the scores in fp32",
         SS,
@@ -222,12 +217,12 @@ CASTS = (
 )
 WORK = (
     Row("dropout masks", H, 2, BYTE, UNTIL_FULL, "dropout", steps="out down"),
-    Row("gradient of the block's output", H, 10, role=TRANSIENT, steps=ALL),
+    Row("gradient of the block's output", H, 11, role=TRANSIENT, steps=ALL),
     # A tied head's gradient waits for the look-up's, which comes last.
     Row(
         "gradient of the tied head",
         "vocab hidden tied",
-        10,
+        11,
         GRADIENT,
         when="!gathers",
         role=TRANSIENT,
@@ -320,7 +315,7 @@ HF = Stack(
     name="hf",
     version="transformers 5.23, one GPU or DDP",
     rows={
-        "embedding": EMBEDDING + traffic.EMBEDDING,
+        "embedding": EMBEDDING + hf_families.EMBEDDING + traffic.EMBEDDING,
         "block": BLOCK + given("!compile:on", *traffic.EAGER) + given("compile:on", *traffic.FUSED),
         "head": HEAD + hf_families.HEAD + traffic.HEAD,
     },

@@ -25,7 +25,8 @@ EXPERTS = (
     # gpt-oss: clamped gate and up, a sigmoid, and the gate times it.
     Row("experts' clamped gate", INNER, 4, COMPUTE, UNTIL_FULL, "expert_biases", steps="act"),
     Row("experts' down input", INNER, 1, COMPUTE, UNTIL_FULL, steps="down"),
-    Row("experts' outputs", COPIES, 1, COMPUTE, UNTIL_FULL, steps="combine"),
+    # Gone before their gradients are cast to half precision, where the block was run again.
+    Row("experts' outputs", COPIES, 1, COMPUTE, UNTIL_FULL, steps="shared"),
     Row("chosen experts and places", SENT, 4, INT64, UNTIL_FULL, steps="up"),
     Row("weights of the experts", SENT, 1, COMPUTE, UNTIL_FULL, "!mixtral !latent", steps="combine"),
     Row("weights of the experts in fp32", SENT, 1, FP32, UNTIL_FULL, "mixtral", steps="combine"),

@@ -7,7 +7,8 @@ backward before the part's last product.
 
 from __future__ import annotations
 
-from planner.stacks.base import ALWAYS, COMPUTE, FP32, INT64, UNTIL_FULL, Row
+from planner.stacks.base import ALWAYS, BYTE, COMPUTE, FP32, INT64, UNTIL_FULL, Row
+from planner.stacks.traffic import given
 from strategies.base import Role
 
 H, A, AD, KD, SS = (
@@ -17,7 +18,8 @@ H, A, AD, KD, SS = (
     "batch seq kv_heads head_dim",
     "batch heads seq seq_k",
 )
-ONE = "batch seq residual:1"
+F, ONE = "batch seq ffn", "batch seq residual:1"
+ALL = "shared combine down act up norm2 cross out core qkv norm1"
 TRANSIENT = Role.TRANSIENT
 
 TRACED = (
@@ -37,6 +39,7 @@ TRACED = (
     "gpt_oss",
     "bert",
     "vit",
+    "t5",
 )
 """The families whose blocks these rows, and those of planner/stacks/hf_experts.py, were tested against."""
 
@@ -95,7 +98,35 @@ ATTENTION = (
     Row("place of the highest score", A, 1, INT64, UNTIL_FULL, "sinks", steps="core"),
 )
 
-BLOCK = (*NORMS, *ATTENTION)
+# T5's norm keeps its input as it came, too; it drops out within the MLP.
+T5 = (
+    Row("norm inputs", H, 2, COMPUTE, UNTIL_FULL, steps="norm1 norm2"),
+    Row("first product's output, dropped out", F, 1, COMPUTE, UNTIL_FULL, "dropout", steps="down"),
+    Row("dropout mask of the MLP", F, 1, BYTE, UNTIL_FULL, "dropout", steps="down"),
+    Row("gradient of the position bias", "heads seq seq_k", 11, role=TRANSIENT, steps=ALL),
+)
+# Attention to the encoder's output, with a norm and a dropout of its own.
+CROSS = (
+    Row("norm input in fp32", H, 1, FP32, UNTIL_FULL, steps="cross"),
+    Row("norm input, normalised values and output", H, 3, COMPUTE, UNTIL_FULL, steps="cross"),
+    Row("norm statistics", ONE, 1, FP32, UNTIL_FULL, steps="cross"),
+    Row("dropout mask", H, 1, BYTE, UNTIL_FULL, "dropout", steps="cross"),
+    Row("query, key, value and attention output", AD, 4, COMPUTE, UNTIL_FULL, steps="cross"),
+    Row("attention probabilities", SS, 1, COMPUTE, UNTIL_FULL, steps="cross"),
+    Row("probabilities before dropout", SS, 1, COMPUTE, UNTIL_FULL, "attention_dropout", steps="cross"),
+    Row("attention dropout mask", SS, 1, BYTE, UNTIL_FULL, "attention_dropout", steps="cross"),
+    # By then what dropout kept is freed, and value and output, but not the value's gradient.
+    Row("gradients of the scores", SS, 2, when="!attention_dropout", role=TRANSIENT, steps="cross"),
+    Row("gradient of the scores", SS, 1, when="attention_dropout", role=TRANSIENT, steps="cross"),
+    # The encoder's output waits for the gradients that all blocks of the decoder send it.
+    Row("gradient of the encoder's output", H, 11, role=TRANSIENT, steps=ALL),
+)
+
+BLOCK = (*NORMS, *ATTENTION, *given("t5", *T5), *given("mixer:cross", *CROSS))
+EMBEDDING = (
+    Row("distances of positions, in buckets", "seq seq_k", 2, INT64, when="relative"),
+    Row("dropout masks", H, 2, BYTE, when="t5 dropout"),
+)
 
 V = "batch seq vocab"
 UNFUSED = "half_loss !loss:fused !loss:chunked"
@@ -103,6 +134,11 @@ UNFUSED = "half_loss !loss:fused !loss:chunked"
 HEAD = (
     # A masked language model has a layer with an activation and a norm before the vocabulary.
     Row("last block's output, and the layer's own", H, 2, when="head:masked", steps="norm"),
+    # Encoder and decoder end in a norm each, which keep their input as it came.
+    Row("input of the encoder's norm in fp32", H, 1, FP32, when="t5", steps="norm"),
+    Row("normalised values and inputs of both norms", H, 4, when="t5", steps="norm"),
+    Row("statistics of the encoder's norm", ONE, 1, FP32, when="t5", steps="norm"),
+    Row("dropout masks", H, 2, BYTE, when="t5 dropout", steps="norm"),
     # Encoders and T5 take the loss of the logits as they are.
     Row("log-probabilities", V, 1, when=UNFUSED, steps="loss"),
     Row("gradients of the logits", V, 2, when=UNFUSED, role=TRANSIENT, steps="loss"),

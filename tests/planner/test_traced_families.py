@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from planner import InputError, ModelSpec
 from planner.families import model_from_config
 from planner.replay import StageReplay
 from planner.stages import Prices, price
@@ -45,8 +44,11 @@ def replayed(prices: Prices) -> StageReplay:
 
 
 def kept(prices: Prices, blocks: int) -> float:
-    """Activation bytes of the last blocks."""
-    return sum(float(prices.blocks[kind].saved) for kind in prices.kinds[-blocks:])
+    """Activation bytes of the last blocks; of T5's one, of an encoder's block and a decoder's."""
+    kinds = prices.kinds[-blocks:]
+    if blocks == 1 and prices.job.model.kind == "encoder-decoder":
+        kinds = (prices.kinds[0], prices.kinds[-1])
+    return sum(float(prices.blocks[kind].saved) for kind in kinds)
 
 
 @pytest.mark.parametrize("row", BLOCKS, ids=lambda row: row["id"])
@@ -74,3 +76,54 @@ def test_saved_bytes_of_a_whole_model(row: dict[str, Any]) -> None:
     around = float(prices.embedding.saved) + float(prices.head.saved)
     mask = row["b"] * row["s"] ** 2 * (row["recompute"] == "full" and "sliding_window" in row["config"])
     assert row["kept"] * 0.9875 - 1.2 * mask < kept(prices, row["blocks"]) + around < row["kept"] * 1.001
+
+
+def test_families_that_stand_in_the_traces_are_those_that_the_rows_name() -> None:
+    from planner.stacks import STACKS
+
+    traced = {row["config"]["model_type"] for row in ROWS}
+    assert traced == set(STACKS["hf"].traced)
+    assert STACKS["hf"].traced == STACKS["fsdp"].traced == STACKS["deepspeed"].traced
+
+
+@pytest.mark.parametrize("framework", ["fsdp", "deepspeed"])
+def test_blocks_keep_the_same_under_fsdp_and_deepspeed_in_half_precision(framework: str) -> None:
+    """Their engines cast weights, not activations."""
+    for row in [row for row in WHOLE if row["recompute"] == "none"][::3]:
+        plain, other = priced(row), priced(row, framework, "bf16")
+        assert kept(other, row["blocks"] or 1) == kept(plain, row["blocks"] or 1)
+
+
+REFUSED = [
+    (
+        "mixtral",
+        {"precision": "bf16"},
+        "half precision without autocast, not with precision=bf16: use pure-bf16",
+    ),
+    ("mixtral", {"precision": "fp32"}, "not with precision=fp32"),
+    ("mixtral", {"options": {"compile": "on"}}, "not compiled: use compile=off"),
+    ("gemma2", {"attention": "sdpa"}, "with attention=eager: no fused kernel computes capped scores"),
+    ("gpt_oss", {"attention": "sdpa"}, "with attention=eager: no fused kernel computes attention sinks"),
+    (
+        "t5",
+        {"attention": "sdpa"},
+        "with attention=eager: no fused kernel computes learned biases of the scores",
+    ),
+    ("falcon", {"attention": "sdpa"}, "one key head that is spread over the queries'"),
+]
+
+
+@pytest.mark.parametrize(("family", "training", "reason"), REFUSED)
+def test_what_was_not_traced_is_refused_by_name(family: str, training: dict[str, Any], reason: str) -> None:
+    config = next(row["config"] for row in ROWS if row["config"]["model_type"] == family)
+    model = model_from_config(config, "traced/config.json")
+    with pytest.raises(InputError, match=reason):
+        job_of(model, framework="hf", **({"precision": "pure-bf16"} | training))
+
+
+@pytest.mark.parametrize("framework", ["megatron", "torchtitan"])
+def test_other_frameworks_still_refuse_these_families(framework: str) -> None:
+    config = next(row["config"] for row in ROWS if row["config"]["model_type"] == "gemma2")
+    model: ModelSpec = model_from_config(config, "traced/config.json")
+    with pytest.raises(InputError):
+        job_of(model, framework=framework)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from planner import InputError, ModelSpec
 from planner.families import model_from_config
 from planner.replay import StageReplay
 from planner.stages import Prices, price

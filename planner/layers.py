@@ -40,7 +40,8 @@ STEPS = {
 """The steps of a layer's backward, in order: of a block the shared experts, what follows its last product (a
 norm on the MLP's output, the sum over a token's experts), the down product, the activation function, the
 up (and gate) products, the second norm, the attention to an encoder's output, the attention output product,
-the attention core, the query, key and value products, the first norm. A block with parallel residuals runs the same steps."""
+the attention core, the query, key and value products, the first norm. A block with parallel residuals runs the
+same steps."""
 MOMENTS = {"adamw": 2, "adam": 2, "momentum": 1, "sgd": 0}
 """Optimizer states per parameter, besides a master copy."""
 
@@ -63,6 +64,7 @@ def features(
     windowed = model.sliding_window if local else None
     chosen = {
         "autocast": training.precision in stack.autocast,
+        "traced": model.model_type in stack.traced,
         "fp32": training.precision == "fp32",
         "qk_norm": model.qk_norm,
         "gated": model.gated_mlp,

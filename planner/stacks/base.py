@@ -162,6 +162,8 @@ class Stack:
     eager_alibi: bool = False  # no fused attention for ALiBi models
     overlaps_regions: bool = False  # tensor parallelism reduces gradients behind the weights' products
     launches: tuple[float, float] = (20.0, 38.0)  # kernels of a block's forward and of its backward
+    family_launches: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """The same of single families, where their modules were counted."""
     attention_kernels: tuple[str, ...] = ("flash", "cudnn")  # fused ones, the preferred first
     hidden_transfers: str = ""  # the flags behind the overlap that is assumed
     context: Overhead = CONTEXT

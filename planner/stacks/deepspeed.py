@@ -42,6 +42,7 @@ DEEPSPEED = Stack(
             "rows": {**MEGATRON.rows, "head": MEGATRON.rows["head"] + KEPT_LOGITS},
             "rerun": MEGATRON.rerun,
             "traced": MEGATRON.traced,
+            "family_launches": MEGATRON.family_launches,
             "launches": MEGATRON.launches,
             "policies": MEGATRON.policies,
             "vocabulary_multiple": MEGATRON.vocabulary_multiple,
@@ -95,6 +96,7 @@ DEEPSPEED = Stack(
     },
     eager_alibi=True,
     traced=HF.traced,
+    family_launches=HF.family_launches,
     allocator=Overhead(
         ALLOCATOR.name,
         0.16,

@@ -41,5 +41,6 @@ FSDP = Stack(
     tensor_parallel=False,
     eager_alibi=True,
     traced=HF.traced,
+    family_launches=HF.family_launches,
     policies=("none", "full"),
 )

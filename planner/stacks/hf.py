@@ -7,7 +7,7 @@ normalised values and its output); GPT-2 ``sb[18h + 10f] + 4sba + 16sb`` with dr
 
 from __future__ import annotations
 
-from planner.stacks import hf_experts, hf_families, traffic
+from planner.stacks import hf_experts, hf_families, traffic, traffic_families
 from planner.stacks.base import (
     ALWAYS,
     BYTE,
@@ -316,7 +316,10 @@ HF = Stack(
     version="transformers 5.23, one GPU or DDP",
     rows={
         "embedding": EMBEDDING + hf_families.EMBEDDING + traffic.EMBEDDING,
-        "block": BLOCK + given("!compile:on", *traffic.EAGER) + given("compile:on", *traffic.FUSED),
+        "block": BLOCK
+        + given("!compile:on", *traffic.EAGER)
+        + given("traced", *traffic_families.BLOCK)
+        + given("compile:on", *traffic.FUSED),
         "head": HEAD + hf_families.HEAD + traffic.HEAD,
     },
     recipes={
@@ -342,5 +345,6 @@ HF = Stack(
     tensor_parallel=False,
     eager_alibi=True,
     traced=hf_families.TRACED,
+    family_launches=hf_families.LAUNCHES,
     policies=("none", "full"),
 )

@@ -43,6 +43,27 @@ TRACED = (
 )
 """The families whose blocks these rows, and those of planner/stacks/hf_experts.py, were tested against."""
 
+LAUNCHES: dict[str, tuple[float, float]] = {
+    "gemma": (42, 73),
+    "gemma2": (75, 121),
+    "gemma3_text": (82, 141),
+    "phi3": (38, 72),
+    "phi": (31, 57),
+    "falcon": (31, 42),
+    "starcoder2": (22, 42),
+    "olmo2": (56, 113),
+    "mixtral": (57, 95),
+    "qwen3_moe": (70, 119),
+    "olmoe": (70, 119),
+    "deepseek_v2": (69, 121),
+    "deepseek_v3": (101, 157),
+    "gpt_oss": (75, 128),
+    "bert": (14, 28),
+    "vit": (12, 26),
+    "t5": (51, 87),  # of an encoder's block and a decoder's, the mean
+}
+"""Kernels of a block's forward and backward (tests/data/traced_traffic_families.json)."""
+
 NORMS = (
     # A norm that multiplies with its weight in fp32 keeps what it normalised in fp32.
     Row("normalised values in fp32", H, 2, FP32, UNTIL_FULL, "norms_in_fp32 !norms:output", steps="qkv up"),

@@ -195,6 +195,13 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
             f"seq_length={seq} exceeds the {model.max_position_embeddings} learned positions of "
             f"{model.name}: use {model.max_position_embeddings} or less"
         )
+    if model.patches is not None and seq != model.patches.tokens:
+        raise InputError(
+            f"seq_length={seq}: an image of {model.name} has {model.patches.tokens} tokens: "
+            f"use {model.patches.tokens}"
+        )
+    if model.kind == "encoder-decoder":
+        notes.append(f"encoder and decoder see {seq} tokens each")
     batch = training.global_batch_size or usual_batch(seq, cluster.num_gpus)
     options = _options(stack, training, model, cluster.num_gpus, precision)
     stack = _with_profile(stack.under(options), training.profile)

@@ -40,8 +40,8 @@ STEPS = {
 """The steps of a layer's backward, in order: of a block the shared experts, what follows its last product (a
 norm on the MLP's output, the sum over a token's experts), the down product, the activation function, the
 up (and gate) products, the second norm, the attention to an encoder's output, the attention output product,
-the attention core, the query, key and value products, the first norm. A block with parallel residuals runs the
-same steps."""
+the attention core, the query, key and value products, the first norm. A block with parallel residuals runs
+the same steps."""
 MOMENTS = {"adamw": 2, "adam": 2, "momentum": 1, "sgd": 0}
 """Optimizer states per parameter, besides a master copy."""
 
@@ -144,10 +144,12 @@ class Builder:
         states = recipe.master + recipe.moment * MOMENTS[self.training.optimizer]
         yield Term(weight.name, Role.OPTIMIZER, weight.dims, states)
 
-    def product(self, name: str, dims: dict[str, Quantity], kept_by: tuple[str, ...]) -> Term:
-        """FLOPs of a matrix product with every token: 2 forward, 4 backward."""
+    def product(
+        self, name: str, dims: dict[str, Quantity], kept_by: tuple[str, ...], active: float = 1.0
+    ) -> Term:
+        """FLOPs of a matrix product with every token: 2 forward, 4 backward; ``active`` is Weight's."""
         tokens = {"batch": self.dims["batch"], "seq": self.dims["seq"]}
-        return Term(name, Role.FLOPS, tokens | dims, 6.0, kept_by)
+        return Term(name, Role.FLOPS, tokens | dims, 6.0 * active, kept_by)
 
     def rows(self, rows: tuple[Row, ...], words: frozenset[str] | None = None) -> Iterator[Term]:
         """The rows that apply, with lengths in place of names."""
@@ -174,7 +176,7 @@ class Builder:
             terms += self.states(weight)
             if weight.matrix:
                 kept = self.stack.rerun.get(weight.name, UNTIL_FULL)
-                terms.append(self.product(weight.name, weight.dims, kept))
+                terms.append(self.product(weight.name, weight.dims, kept, weight.active))
         names = ("batch", "seq", "seq_k", "heads", "head_dim")
         core = {name: self.dims[name] for name in names}
         per_pair = ATTENTION_FLOPS[str(self.training.attention)]

@@ -274,6 +274,11 @@ def check(model: ModelSpec, training: TrainingSpec, stack: Stack) -> None:
             "adapters: torchtitan's converter adapts every Linear with the head, which has not been traced: "
             "use --framework fsdp, hf, deepspeed or megatron"
         )
+    if model.model_type in stack.traced:
+        raise InputError(
+            f"adapters: what blocks of {model.model_type} keep beside them has not been traced in {stack.name}: "
+            "use a model of llama's, qwen's or gpt2's kind"
+        )
     options, where = training.options, f"in {stack.name}"
     if options.get("kernels") == "megatron":
         raise InputError("adapters: Megatron-DeepSpeed has none: use kernels=hf, or --framework megatron")

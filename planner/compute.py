@@ -122,8 +122,10 @@ class Compute:
         """Seconds of the passes with what the host takes to launch them: ahead of the GPU, or in turn."""
         work = layer.by_role[Role.FLOPS]
         part = sum(again(term, strategies) for term in work) / len(work)  # of the forward's kernels
+        stack = self.job.stack
+        counts = stack.family_launches.get(self.job.model.model_type, stack.launches)
         each = self.blocked if self.blocking else self.launch
-        first, second = (count * each for count in self.job.stack.launches)
+        first, second = (count * each for count in counts)
         second = (second + part * first) * layer.backward
         if self.blocking:
             return forward + first, backward + second

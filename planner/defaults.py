@@ -17,7 +17,7 @@ from planner.precision import EIGHT_BITS, check_options, precision_of, words_of
 from planner.specs import ClusterSpec, ModelSpec, Profile, TrainingSpec
 from planner.stacks import STACKS, stack_named
 from planner.stacks.base import WIDTHS, Recipe, Stack
-from planner.unplanned import uncounted, unplanned
+from planner.unplanned import uncounted, unfused, unplanned
 
 USUAL_TOKENS = 4 * 2**20
 """Tokens per step where none are given: LLaMA's 4M (Touvron et al. 2023, arXiv:2302.13971, 2.3)."""
@@ -185,20 +185,28 @@ def _switches(cluster: ClusterSpec) -> str:
     return f"leaf switches of {cluster.nodes_per_leaf} nodes, oversubscribed {cluster.oversubscription:g} : 1"
 
 
+def _not_a_family(model: ModelSpec, stack: Stack) -> str:
+    """Why a framework has no such models, with those that have."""
+    able = [
+        one.name
+        for one in STACKS.values()
+        if (not one.families or model.model_type in one.families) and not unplanned(model, one)
+    ]
+    if not able:
+        return unplanned(model, stack)
+    names = f"{', '.join(able[:-1])} or {able[-1]}" if able[1:] else able[0]
+    has = ", ".join(stack.families)
+    return f"framework={stack.name} has no {model.model_type} models, only {has}: use --framework {names}"
+
+
 def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> Job:
     """The job with every open choice made. Raises InputError for choices that cannot be."""
     for given, kind in ((model, ModelSpec), (cluster, ClusterSpec), (training, TrainingSpec)):
         if not isinstance(given, kind):
             raise InputError(f"{str(given)[:60]!r} is not a {kind.__name__}: make one, as the README shows")
     stack = stack_named(training.framework)
-    if reason := unplanned(model, stack):
-        raise InputError(reason)
     if stack.families and model.model_type not in stack.families:
-        others = [one.name for one in STACKS.values() if not one.families or model.model_type in one.families]
-        raise InputError(
-            f"framework={stack.name} has no {model.model_type} models, only {', '.join(stack.families)}: "
-            f"use --framework {', '.join(others[:-1])} or {others[-1]}"
-        )
+        raise InputError(_not_a_family(model, stack))
     if cluster.capacity_bytes < LEAST_BYTES:
         raise InputError(
             f"a budget of {cluster.capacity_bytes:,} bytes per GPU holds no training job: "
@@ -214,6 +222,13 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
             f"seq_length={seq} exceeds the {model.max_position_embeddings} learned positions of "
             f"{model.name}: use {model.max_position_embeddings} or less"
         )
+    if model.patches is not None and seq != model.patches.tokens:
+        raise InputError(
+            f"seq_length={seq}: an image of {model.name} has {model.patches.tokens} tokens: "
+            f"use {model.patches.tokens}"
+        )
+    if model.kind == "encoder-decoder":
+        notes.append(f"encoder and decoder see {seq} tokens each")
     batch = training.global_batch_size or usual_batch(seq, cluster.num_gpus)
     if not model.experts and (training.expert_capacity_factor or training.expert_imbalance != 1):
         raise InputError(f"expert_imbalance and expert_capacity_factor: {model.name} has no routed experts")
@@ -233,8 +248,10 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
         if asked == "flash":
             raise InputError(f"attention=flash: {cluster.gpu.name} predates its kernels: use eager")
         options["attention"] = "eager"
-    if stack.eager_alibi and model.position_embedding == "alibi" and asked is None:
-        options["attention"] = "eager"  # transformers has no fused attention for ALiBi models
+    if stack.eager_alibi and unfused(model) and asked is None:
+        options["attention"] = "eager"  # transformers has no fused attention for them
+    if reason := unplanned(model, stack, precision, options):
+        raise InputError(reason)
     recipe = stack.recipes[precision]
     check_states(stack, training, recipe)
     if training.gradient_dtype:

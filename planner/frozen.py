@@ -111,6 +111,10 @@ def check(model: ModelSpec, training: TrainingSpec, stack: Stack) -> None:
         raise InputError(
             f"{what}: {stack.name} trains all weights or adapters: use --framework hf, fsdp or deepspeed"
         )
+    if (frozen.blocks or frozen.embeddings) and model.model_type in stack.traced:
+        raise InputError(
+            f"{what}: what {model.model_type} keeps above them has not been traced: leave --freeze out"
+        )
     if not frozen.blocks:
         return
     if adapters:

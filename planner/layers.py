@@ -35,6 +35,7 @@ from planner.stacks.base import (
 )
 from planner.steps import STEPS
 from planner.weights import Weight, block_weights, embedding_weights, head_weights
+from planner.words import ALWAYS_MASKED, model_words, part_lengths
 from strategies.base import Layer, Quantity, Role, Term, larger
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def features(
         f"act:{model.hidden_act}",
         model.position_embedding,
     }
+    words |= set(model_words(model))
     words |= {str(training.attention)} | {f"{name}:{value}" for name, value in training.options.items()}
     dropout = model.dropout if training.dropout is None else training.dropout
     attention_dropout = model.attention_dropout if training.dropout is None else training.dropout
@@ -60,17 +62,19 @@ def features(
         # Under adapters the frozen weights are in half precision, and autocast has nothing to cast.
         "autocast": training.precision in stack.autocast and not training.adapters,
         "fp32": training.precision in ("fp32", "tf32"),
+        "traced": model.model_type in stack.traced,
         "qk_norm": model.qk_norm,
         "gated": model.gated_mlp,
         "biases": model.mlp_bias,
         "parallel": model.parallel_residual,
         "embedding_norm": model.embedding_norm,
         # A mask of its own leaves the flash kernel, in transformers from a full window on.
-        "masked": bool(windowed and (training.seq_length or 0) >= windowed),
+        "masked": bool(windowed and (training.seq_length or 0) >= windowed)
+        or model.model_type in ALWAYS_MASKED,
         "gathers": stack.casts_weights,
         "qkv_together": model.model_type in ("gpt2", "gpt_neox", "bloom"),
         "fused_qkv": model.model_type in ("gpt2", "gpt_neox"),
-        "embedding_dropout": model.model_type in ("gpt2", "gpt_neox") and dropout > 0,
+        "embedding_dropout": model.model_type in ("gpt2", "gpt_neox", "bert", "vit") and dropout > 0,
         "dropout": dropout > 0,
         "attention_dropout": attention_dropout > 0,
     }
@@ -98,8 +102,11 @@ half of 4 + 10 (Dao 2023, arXiv:2307.08691, section 4.1)."""
 def pairs_per_query(kind: Block, seq_length: float, window: int | None) -> float:
     """Keys that a fused kernel has for a query, in units of those that a causal one has: ``s / 2`` of ``s``.
 
-    A window of ``w`` leaves ``s w - w^2 / 2`` pairs of ``s^2 / 2``; without a mask there are twice as many.
+    A window of ``w`` leaves ``s w - w^2 / 2`` pairs of ``s^2 / 2``; without a mask there are twice as many,
+    and attention to an encoder's output, as long, comes on top of a decoder's own.
     """
+    if kind.mixer == "cross":
+        return 3 * seq_length
     if kind.mixer == "bidirectional":
         return 2 * seq_length
     if kind.mixer == "window" and window and window < seq_length:
@@ -117,44 +124,6 @@ def routed(experts: Experts, training: TrainingSpec, expert_parallel: Quantity) 
     if training.expert_capacity_factor:
         return copies * training.expert_capacity_factor
     return copies * (1 + (training.expert_imbalance - 1) * (expert_parallel > 1))
-
-
-def part_lengths(model: ModelSpec) -> dict[str, Quantity]:
-    """Lengths of the dimensions of a mixture, of latent attention, of a state space and of a delta net."""
-    found: dict[str, Quantity] = {}
-    if experts := model.experts:
-        found |= {
-            "experts": experts.num_experts,
-            "chosen": experts.num_experts_per_tok,
-            "router": experts.num_experts,
-            "expert_ffn": experts.intermediate_size,
-            "width": model.hidden_size,
-            "shared_ffn": experts.shared_intermediate_size,
-        }
-    if latent := model.latent:
-        found |= {
-            "q_rank": latent.q_lora_rank or 0,
-            "kv_rank": latent.kv_lora_rank,
-            "rope_dim": latent.qk_rope_head_dim,
-            "qk_dim": latent.qk_nope_head_dim + latent.qk_rope_head_dim,
-            "kv_dim": latent.qk_nope_head_dim + latent.v_head_dim,
-            "v_dim": latent.v_head_dim,
-        }
-    if space := model.state_space:
-        found |= {
-            "ssm_heads": space.num_heads,
-            "ssm_head_dim": space.head_dim,
-            "ssm_groups": space.n_groups,
-            "state": space.state_size,
-        }
-    if net := model.delta:
-        found |= {
-            "delta_heads": net.num_value_heads,
-            "value_dim": net.value_head_dim,
-            "delta_key_heads": net.num_key_heads,
-            "key_dim": net.key_head_dim,
-        }
-    return found
 
 
 def there(flags: Any) -> Quantity:
@@ -209,7 +178,7 @@ class Builder:
             "tensor_group": (tensor_parallel > 1) * 1,
             "expert_group": (expert_parallel > 1) * 1,
             "tied": model.tie_word_embeddings * (1 - self.copies),
-            **part_lengths(model),
+            **part_lengths(model, batch),
         }
         if model.experts:
             self.dims["routed"] = routed(model.experts, training, expert_parallel)
@@ -282,7 +251,9 @@ class Builder:
         per_pair = ATTENTION_FLOPS[str(self.training.attention)]
         kept = self.stack.rerun.get("attention core", UNTIL_FULL)
         keys: float = self.training.seq_length or 0
-        if per_pair != UNFUSED:
+        if per_pair == UNFUSED:
+            keys *= 2 if kind.mixer == "cross" else 1
+        else:
             keys = pairs_per_query(kind, keys, self.model.sliding_window)
         yield Term("attention core", Role.FLOPS, core | {"seq_k": keys}, per_pair, kept)
         if not nothing(self.dims["repeats"]):
@@ -364,7 +335,7 @@ class Builder:
             if weight.matrix:
                 kept = self.stack.rerun.get(weight.name, UNTIL_FULL)
                 terms.append(self.product(weight, kept, kind.trained))
-        if kind.mixer in ("full", "window", "bidirectional"):
+        if kind.mixer in ATTENTION:
             terms += self.attention(kind)
         elif kind.mixer in ("mamba", "delta"):
             terms.append(self.scan(kind))
@@ -407,7 +378,8 @@ class Builder:
         weights = list(head_weights(self.model, self.vocab, self.copies))
         terms = [*self.passing_gradients(weights), *(t for w in weights for t in self.states(w))]
         dims = {"vocab": self.vocab, "hidden": self.model.hidden_size}
-        terms.append(self.product(Weight("head weight", dims, "head"), ALWAYS))
+        if self.model.head != "none":
+            terms.append(self.product(Weight("head weight", dims, "head"), ALWAYS))
         terms += self.rows(self.tuning.rows("head", self.stack.rows["head"]))
         steps = STEPS["head"]
         if mtp.wanted(self):

@@ -9,6 +9,8 @@ from planner.hybrids import hybrid_reasons
 from planner.model import Block, ModelSpec
 from planner.stacks.base import Stack
 
+NO_OPTIONS: Mapping[str, str] = {}
+
 TRACED = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "opt", "bloom")
 """Families whose blocks the stacks' rows were tested against."""
 COUNTED = (
@@ -28,8 +30,28 @@ OTHER_MIXTURES = ("granitemoe", "phimoe", "llama4_text")
 """Mixtures that are not Megatron Core's: multipliers, a router without softmax, attention in chunks."""
 
 
-def unplanned(model: ModelSpec, stack: Stack) -> str:
+def unfused(model: ModelSpec) -> str:
+    """What of a model's attention no fused kernel of PyTorch computes; empty where one does."""
+    if model.position_embedding == "alibi":
+        return "linear biases of the scores"
+    if model.attention_softcap:
+        return "capped scores"
+    if model.attention_sinks:
+        return "attention sinks"
+    if model.position_embedding == "relative":
+        return "learned biases of the scores"
+    if model.model_type == "falcon" and model.num_key_value_heads == 1 < model.num_attention_heads:
+        # ATen/native/transformers/sdp_utils_cpp.h: check_batch_size_and_num_heads_dense.
+        return "one key head that is spread over the queries'"
+    return ""
+
+
+def unplanned(
+    model: ModelSpec, stack: Stack, precision: str = "", options: Mapping[str, str] = NO_OPTIONS
+) -> str:
     """Why no memory can be said of a model in a framework, with what is missing; empty where it can be."""
+    if model.model_type in stack.traced:
+        return next(_of_traced(model, stack, precision, options), "")
     return next(chain(hybrid_reasons(model, stack.name), _reasons(model, stack)), "")
 
 
@@ -45,6 +67,25 @@ def uncounted(model: ModelSpec, stack: Stack, options: Mapping[str, str]) -> str
                     f"without it only: leave out {choice.partition('=')[0]}"
                 )
     return ""
+
+
+def _of_traced(model: ModelSpec, stack: Stack, precision: str, options: Mapping[str, str]) -> Iterator[str]:
+    """Of a family that the stack's rows were traced for: what of it was not."""
+    kind = f"{model.name}: what {model.model_type} models keep is known"
+    if precision in stack.autocast or precision == "fp32":
+        yield f"{kind} in half precision without autocast, not with precision={precision}: use pure-bf16"
+    if options.get("compile") == "on":
+        yield f"{kind} of modules as they are, not compiled: use compile=off"
+    if (part := unfused(model)) and options.get("attention") != "eager":
+        yield f"{kind} with attention=eager: no fused kernel computes {part}"
+    if model.model_type == "falcon" and model.position_embedding == "alibi":
+        yield f"{kind} with rotary positions, not with linear biases"
+    if model.model_type == "bert" and (model.head != "masked" or model.pooler):
+        yield f"{kind} with the head of a masked language model: give architectures ['BertForMaskedLM']"
+    if model.model_type == "t5" and model.gated_mlp:
+        yield f"{kind} with feed_forward_proj=relu, not with a gate"
+    if model.model_type == "vit" and (model.pooler or not model.num_labels):
+        yield f"{kind} of image classifiers: give architectures ['ViTForImageClassification']"
 
 
 def _reasons(model: ModelSpec, stack: Stack) -> Iterator[str]:

@@ -176,9 +176,9 @@ def _mixture(model: ModelSpec, experts: Experts) -> Iterator[Weight]:
     if width := experts.shared_intermediate_size:
         shared: Dims = {"ffn": width}
         if model.gated_mlp:
-            yield Weight("shared gate weight", hidden | shared, "up", matrix=True)
-        yield Weight("shared up weight", hidden | shared, "up", matrix=True)
-        yield Weight("shared down weight", shared | hidden, "down", matrix=True)
+            yield Weight("shared gate weight", hidden | shared, "shared", matrix=True)
+        yield Weight("shared up weight", hidden | shared, "shared", matrix=True)
+        yield Weight("shared down weight", shared | hidden, "shared", matrix=True)
     if experts.shared_gate:
         yield Weight("shared expert's gate", hidden, "up", matrix=True)
 

@@ -198,6 +198,7 @@ class Stack:
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Parts of a model (``experts latent attention_sinks``) that its rows have, and the feature words that
     these rows were not counted with."""
+    traced: tuple[str, ...] = ()  # model types beyond Llama's and GPT's parts that its rows were traced for
     separate_root: bool = False  # FSDP units: embedding and head each one of their own, unless root=one
     keeps_last: bool = False  # with one root unit, FSDP does not reshard the last block after its forward
     sizes: Mapping[str, float] = field(default_factory=dict)  # options that are numbers of elements
@@ -206,6 +207,8 @@ class Stack:
     repeats_heads: bool = False  # tensor parallelism may exceed the key and value heads
     overlaps_regions: bool = False  # tensor parallelism reduces gradients behind the weights' products
     launches: tuple[float, float] = (20.0, 38.0)  # kernels of a block's forward and of its backward
+    family_launches: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """The same of single families, where their modules were counted."""
     attention_kernels: tuple[str, ...] = ("flash", "cudnn")  # fused ones, the preferred first
     hidden_transfers: str = ""  # the flags behind the overlap that is assumed
     offloading: Mapping[str, Offloading] = field(default_factory=dict)  # per sharding

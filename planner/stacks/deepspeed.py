@@ -77,6 +77,8 @@ DEEPSPEED = Stack(
         "kernels:megatron": {
             "rows": {**MEGATRON.rows, "head": MEGATRON.rows["head"] + KEPT_LOGITS},
             "rerun": MEGATRON.rerun,
+            "traced": MEGATRON.traced,
+            "family_launches": MEGATRON.family_launches,
             "launches": MEGATRON.launches,
             "policies": MEGATRON.policies,
             "vocabulary_multiple": MEGATRON.vocabulary_multiple,
@@ -139,6 +141,8 @@ DEEPSPEED = Stack(
         "sub_group_size": 1e9,
     },
     eager_alibi=True,
+    traced=HF.traced,
+    family_launches=HF.family_launches,
     allocator=Overhead(
         ALLOCATOR.name,
         0.16,

@@ -62,5 +62,7 @@ FSDP = Stack(
     separate_root=True,
     tensor_parallel=False,
     eager_alibi=True,
+    traced=HF.traced,
+    family_launches=HF.family_launches,
     policies=("none", "full"),
 )

@@ -22,10 +22,11 @@ HALF = (torch.bfloat16, torch.float16)
 FLASH_HEAD_DIM = 256  # the widest head of the flash kernel
 
 
-def attention_kernel(query: Any, key: Any, mask: Any, grouped: bool) -> str:
-    """``flash``, ``efficient`` or ``math``, as PyTorch prefers them."""
+def attention_kernel(query: Any, key: Any, value: Any, mask: Any, grouped: bool) -> str:
+    """``flash``, ``efficient`` or ``math``, as PyTorch prefers them: flash takes one width of heads only."""
     same_heads = query.shape[1] == key.shape[1]
     usable = query.dtype in HALF and mask is None and query.shape[-1] <= FLASH_HEAD_DIM
+    usable &= value.shape[-1] == query.shape[-1]
     if usable and (same_heads or grouped):
         return "flash"
     masked_in_step = mask is None or not mask.requires_grad
@@ -67,7 +68,7 @@ def attention(
 ) -> Any:
     """``scaled_dot_product_attention`` through the kernel that a GPU would choose."""
     query, key, value, attn_mask = (_autocast(tensor) for tensor in (query, key, value, attn_mask))
-    kernel = attention_kernel(query, key, attn_mask, enable_gqa)
+    kernel = attention_kernel(query, key, value, attn_mask, enable_gqa)
     width = query.shape[-1]
     if kernel == "flash":
         scale = width**-0.5 if scale is None else scale
@@ -137,6 +138,7 @@ def as_on_a_gpu() -> Iterator[None]:
         (torch.cuda.amp.common, "amp_definitely_not_available", _returns(False)),
         (torch.cuda, "is_bf16_supported", _returns(True)),
         (torch.cuda, "current_device", _returns(0)),
+        (torch.cuda, "get_device_capability", _returns((9, 0))),
         (torch.cuda, "set_device", _returns(None)),
         (torch.cuda, "synchronize", _returns(None)),
         (torch.cuda, "Stream", _NoStream),

@@ -276,7 +276,7 @@ def check(model: ModelSpec, training: TrainingSpec, stack: Stack) -> None:
         )
     if model.model_type in stack.traced:
         raise InputError(
-            f"adapters: what blocks of {model.model_type} keep beside them has not been traced in {stack.name}: "
+            f"adapters in {stack.name}: what {model.model_type} blocks keep beside them has not been traced: "
             "use a model of llama's, qwen's or gpt2's kind"
         )
     options, where = training.options, f"in {stack.name}"

@@ -1,20 +1,19 @@
-"""Unlike rows in their order, handed out exactly: stages take stretches of them, one after the other.
+"""A bound for unlike rows in their order: how slow the slowest stage is at least, exactly.
 
 A stage's memory does not depend on the others'. So the quickest policies for each stretch of rows that a
 stage can hold are all that is needed of it, and with ``t_j(s, e)`` seconds for rows ``s`` to ``e`` on stage
-``j`` the rest is dynamic programming over where stages end: the least slowest stage
+``j`` the least slowest stage is
 
     f_j(e) = min_s max(f_{j-1}(s), t_j(s, e))
 
-and, no stage above a limit, the least sum (Bellman 1957, Dynamic Programming, chapter 1). The best split has
-the least of ``fill x sum + repeat x slowest`` over all limits that are some stretch's seconds. It is what the
-integer program finds as well; this is quicker where few rows fall to a stage.
+(Bellman 1957, Dynamic Programming, chapter 1). The integer program takes it for its ``least_slowest``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import comb
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +21,6 @@ import numpy.typing as npt
 from planner.candidate import Candidate
 
 Array = npt.NDArray[np.float64]
-Rows = tuple[tuple[int, ...], ...]
 MOST_HANDOUTS = 200_000
 """Hand-outs of rows to policies that are looked at one by one, for all stretches together."""
 
@@ -93,7 +91,7 @@ def _stretches_of(sequence: tuple[int, ...], depth: int, policies: int, most: in
 
 
 def _ways(rows: int, policies: int) -> int:
-    return rows + 1 if policies == 2 else (rows + 1) * (rows + 2) // 2 if policies == 3 else 1
+    return comb(rows + policies - 1, policies - 1)
 
 
 def _joined(parts: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
@@ -144,42 +142,6 @@ def _least_slowest(times: list[Array]) -> float:
     return float(best[-1])
 
 
-def _least_sum(times: list[Array], limit: float) -> tuple[float, list[int]]:
-    """The least sum of seconds with no stage above a limit, and where the stages end."""
-    came = []
-    best = np.where(times[0][0] <= limit, times[0][0], np.inf)
-    for own in times[1:]:
-        sums = best[:, None] + np.where(own <= limit, own, np.inf)
-        came.append(sums.argmin(axis=0))
-        best = sums.min(axis=0)
-    ends = [len(best) - 1]
-    for one in reversed(came):
-        ends.append(int(one[ends[-1]]))
-    return float(best[-1]), ends[::-1]
-
-
-def _best(candidate: Candidate, times: list[Array]) -> tuple[float, list[int]]:
-    """Cost of the best split, without what every split costs, and where its stages end."""
-    fill, repeat = candidate.fill, candidate.repeat
-    least, least_sum = _least_slowest(times), _least_sum(times, np.inf)[0]
-    best, ends = np.inf, []
-    if not np.isfinite(least):
-        return best, []
-    every = np.unique(np.concatenate([own[np.isfinite(own)] for own in times]))
-    for limit in every[every >= least]:
-        if fill * least_sum + repeat * limit >= best:
-            break
-        total, places = _least_sum(times, float(limit))
-        starts = [0, *places[:-1]]
-        slowest = max(own[s, e] for own, s, e in zip(times, starts, places, strict=True))
-        cost = fill * total + repeat * float(slowest)
-        if cost < best:
-            best, ends = cost, places
-        if total <= least_sum:
-            break
-    return best, ends
-
-
 def _first_length(candidate: Candidate) -> int:
     return min(-(-candidate.rows // len(candidate.stages)) + 2, _longest(candidate))
 
@@ -219,30 +181,3 @@ def slowest(candidate: Candidate) -> float:
             return least
         most = min(2 * most, _longest(candidate))
     return 0.0
-
-
-def best_rows(candidate: Candidate) -> Rows | None:
-    """Rows of every column on each stage in the quickest split; empty if none fits, None if not known."""
-    if candidate.mirrored:
-        return None
-    most = _first_length(candidate)
-    while stretches := _stretches(candidate, most):
-        times = _quickest(candidate, stretches)
-        best, ends = _best(candidate, times)
-        # A slower stage than this would cost more, however quick the others.
-        spent = candidate.fill * sum(own.fixed_seconds + min(own.seconds) for own in candidate.stages)
-        limit = (best - spent) / candidate.repeat if candidate.repeat else np.inf
-        if _enough(candidate, times, most, float(limit)):
-            return _rows_of(candidate, stretches, times, ends) if ends else ()
-        most = min(2 * most, _longest(candidate))
-    return None
-
-
-def _rows_of(candidate: Candidate, stretches: _Stretches, times: list[Array], ends: list[int]) -> Rows:
-    rows = []
-    for j, (s, e) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-        mix = stretches.number[s, e]
-        part = slice(stretches.start[mix], stretches.start[mix + 1])
-        seconds = _seconds(candidate, j, stretches.every[part], stretches.used[part])
-        rows.append(tuple(int(n) for n in stretches.every[part][int(np.argmin(seconds))]))
-    return tuple(rows)

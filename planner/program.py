@@ -41,7 +41,6 @@ from planner.apart import Moved, apart, together
 from planner.bounds import fullest_stage, sharp_bound, slowest_at_least
 from planner.candidate import Candidate
 from planner.errors import SolverError
-from planner.in_order import best_rows
 from strategies.offload import Way
 
 RELATIVE_GAP = 1e-6
@@ -261,10 +260,6 @@ def solve(
         return None
     if objective == "time" and len(candidates) == 1 and (even := _even(candidates[0], slowest[0])):
         return even
-    if objective == "time" and len(candidates) == 1 and len(candidates[0].order.rows) > 1:
-        found = best_rows(candidates[0])
-        if found is not None:
-            return Solution(candidates[0], found, candidates[0].cost(found), True) if found else None
     model = _Model(candidates, objective)
     pulp = model.pulp
     added = [model.add(index, candidate, slowest[index]) for index, candidate in enumerate(candidates)]

@@ -21,7 +21,7 @@ from strategies.context_parallel import COMMS
 from strategies.layout import SHARDINGS, Layout
 from strategies.pipeline_parallel import FOLDED, SCHEDULES
 
-MODELS = sorted(names("models"))
+MODELS = sorted(names("models"), key=lambda name: (not name.startswith("llama"), name))
 GPUS = ("V100-32G", "A100", "H100", "H200", "B200")
 LORA: tuple[dict[str, Any], ...] = (
     {"rank": 8},
@@ -82,18 +82,20 @@ def jobs(draw: st.DrawFn) -> tuple[ModelSpec, ClusterSpec, TrainingSpec, Layout,
         sharding=twist("sharding", next(iter(stack.shardings)), *SHARDINGS),
         schedule=schedule,
     )
-    positions = model.max_position_embeddings
+    positions = model.patches.tokens if model.patches else model.max_position_embeddings
+    routed = model.experts or pick(False, False, True)
+    usual = "pure-bf16" if framework == "hf" else None  # what further families were traced in
     fields: dict[str, Any] = {
         "seq_length": min(pick(512, 2048, 16384), positions),
         "global_batch_size": data * micro * accum,
         "framework": framework,
-        "precision": twist("precision", None, *stack.recipes),
+        "precision": twist("precision", pick(None, usual), *stack.recipes),
         "optimizer": twist("optimizer", "adamw", *OPTIMIZERS),
         "gradient_dtype": twist("gradient_dtype", None, "fp32", "bf16"),
         "attention": twist("attention", None, "eager", "flash"),
         "adapters": twist("adapters", None, *LORA),
-        "expert_imbalance": twist("expert_imbalance", 1.0, 1.5, 3.0),
-        "expert_capacity_factor": twist("expert_capacity_factor", None, 1.0, 1.25),
+        "expert_imbalance": twist("expert_imbalance", 1.0, 1.5, 3.0) if routed else 1.0,
+        "expert_capacity_factor": twist("expert_capacity_factor", None, 1.0, 1.25) if routed else None,
     }
     cluster = ClusterSpec.parse(f"{layout.world_size}x{twist('gpu', 'H100', *GPUS)}")
     training = TrainingSpec.model_validate({k: v for k, v in fields.items() if v is not None})

@@ -46,6 +46,7 @@ TWISTS = (
     "expert_imbalance",
     "expert_capacity_factor",
     "gpu",
+    "offload",
 )
 """What may be other than the framework's usual: a few at a time, as most pairs contradict."""
 
@@ -67,7 +68,9 @@ def jobs(draw: st.DrawFn) -> tuple[ModelSpec, ClusterSpec, TrainingSpec, Layout,
     tensor, pipeline = twist("tensor_parallel", 1, 2, 4, 8, 16), twist("pipeline_parallel", 1, 2, 3, 8)
     data, micro, accum = pick(1, 2, 8), pick(1, 2), pick(1, 8, 16)
     schedule = "1f1b" if pipeline == 1 else twist("schedule", "1f1b", *SCHEDULES)
+    offloads = [item for one in stack.offloading.values() for item in one.whole]
     layout = Layout(
+        offload=twist("offload", "", "", *offloads),
         data_parallel=data,
         tensor_parallel=tensor,
         pipeline_parallel=pipeline,
@@ -110,17 +113,21 @@ def check(model: ModelSpec, cluster: ClusterSpec, plan: Plan) -> None:
     assert plan.hfu < 1.2
     assert isfinite(plan.bubble_fraction)
     whole = 0
+    elsewhere = 0
     for stage in plan.stages:
         assert all(size >= 0 for size in stage.components.values())
         assert 0 < stage.least_bytes <= stage.peak_bytes <= stage.most_bytes
         assert sum(stage.components.values()) <= stage.peak_bytes * (1 + 1e-6) + 1000
         assert max(stage.moments.values()) <= stage.peak_bytes
+        for own in stage.elsewhere.values():
+            assert 0 <= own.bytes <= own.most_bytes
+            elsewhere += own.bytes
         whole += sum(stage.components[name] for name in ("parameters", "optimizer_states"))
     ranks = cluster.num_gpus // len(plan.stages)
     trained = plan.num_trained_parameters
     # Half a byte of each weight, of what is trained a byte or more with its state, on all GPUs together.
     least = 0.5 * (model.num_parameters - trained) + trained
-    assert whole * ranks >= least
+    assert (whole + elsewhere) * ranks >= least
     assert sum(stage.layers for stage in plan.stages) >= model.num_hidden_layers
 
 

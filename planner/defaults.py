@@ -185,18 +185,25 @@ def _switches(cluster: ClusterSpec) -> str:
     return f"leaf switches of {cluster.nodes_per_leaf} nodes, oversubscribed {cluster.oversubscription:g} : 1"
 
 
-def _not_a_family(model: ModelSpec, stack: Stack) -> str:
-    """Why a framework has no such models, with those that have."""
+def _frameworks_for(model: ModelSpec) -> str:
+    """The frameworks that plan such a model, in words; empty if none does."""
     able = [
-        one.name
-        for one in STACKS.values()
-        if (not one.families or model.model_type in one.families) and not unplanned(model, one)
+        name
+        for name, one in STACKS.items()
+        if (not one.families or model.model_type in one.families)
+        and not unplanned(model, one, "", {"attention": "eager"})
     ]
-    if not able:
-        return unplanned(model, stack)
-    names = f"{', '.join(able[:-1])} or {able[-1]}" if able[1:] else able[0]
-    has = ", ".join(stack.families)
-    return f"framework={stack.name} has no {model.model_type} models, only {has}: use --framework {names}"
+    return f"{', '.join(able[:-1])} or {able[-1]}" if able[1:] else "".join(able)
+
+
+def _not_planned(model: ModelSpec, stack: Stack, reason: str) -> str:
+    """Why a model is not planned in a framework, and in which it is."""
+    elsewhere = _frameworks_for(model)
+    if stack.families and model.model_type not in stack.families and elsewhere:
+        has = ", ".join(stack.families)
+        reason = f"framework={stack.name} has no {model.model_type} models, only {has}"
+    same = not elsewhere or stack.name in elsewhere
+    return reason if same else f"{reason}: use --framework {elsewhere}"
 
 
 def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> Job:
@@ -206,7 +213,7 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
             raise InputError(f"{str(given)[:60]!r} is not a {kind.__name__}: make one, as the README shows")
     stack = stack_named(training.framework)
     if stack.families and model.model_type not in stack.families:
-        raise InputError(_not_a_family(model, stack))
+        raise InputError(_not_planned(model, stack, unplanned(model, stack)))
     if cluster.capacity_bytes < LEAST_BYTES:
         raise InputError(
             f"a budget of {cluster.capacity_bytes:,} bytes per GPU holds no training job: "
@@ -251,7 +258,7 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     if stack.eager_alibi and unfused(model) and asked is None:
         options["attention"] = "eager"  # transformers has no fused attention for them
     if reason := unplanned(model, stack, precision, options):
-        raise InputError(reason)
+        raise InputError(_not_planned(model, stack, reason))
     recipe = stack.recipes[precision]
     check_states(stack, training, recipe)
     if training.gradient_dtype:

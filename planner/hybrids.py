@@ -26,10 +26,7 @@ def hybrid_reasons(model: ModelSpec, stack: str) -> Iterator[str]:
     if not mixers & {"mamba", "none"}:
         return
     if stack != "megatron":
-        yield (
-            f"{model.name}: a state space is planned with Megatron-LM's kernels only, not under {stack}: "
-            "use --framework megatron"
-        )
+        yield f"{model.name}: a state space is planned with Megatron-LM's kernels only, not under {stack}"
     if model.model_type not in HYBRIDS:
         yield (
             f"{model.name}: Megatron-LM makes two layers of a block of {model.model_type}, a state space and "

@@ -36,7 +36,7 @@ from planner.stacks.base import (
 from planner.steps import STEPS
 from planner.weights import Weight, block_weights, embedding_weights, head_weights
 from planner.words import ALWAYS_MASKED, model_words, part_lengths
-from strategies.base import Layer, Quantity, Role, Term, larger
+from strategies.base import Layer, Quantity, Role, Term
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -196,7 +196,8 @@ class Builder:
     def key_heads(self, tensor_parallel: Quantity) -> Quantity:
         """Key and value heads of all ranks of a tensor-parallel group together: one each, at least."""
         heads = self.model.num_key_value_heads
-        return larger(heads, tensor_parallel) if self.stack.repeats_heads else heads
+        more = there(tensor_parallel > heads) if self.stack.repeats_heads else 0
+        return heads if nothing(more) else heads + more * (tensor_parallel - heads)
 
     def states(self, weight: Weight, trained: Trained = "all") -> Iterator[Term]:
         """Parameter, gradient and optimizer states of one weight."""

@@ -89,7 +89,9 @@ def _of_traced(model: ModelSpec, stack: Stack, precision: str, options: Mapping[
 
 
 def _reasons(model: ModelSpec, stack: Stack) -> Iterator[str]:
-    needed = "is counted (planner catalog models), but what its layers keep is not planned (yet)"
+    needed = (
+        f"is counted (planner catalog models), but what its layers keep is not planned in {stack.name} (yet)"
+    )
     in_megatron = stack.name == "megatron"
     if model.kind != "decoder":
         yield f"{model.name}: an {model.kind} model {needed}"

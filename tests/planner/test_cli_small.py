@@ -196,17 +196,12 @@ def config(tmp_path: Path, name: str = "config.json", **more: Any) -> str:
 def test_a_model_that_is_not_known_is_told_apart_from_one_that_is_near(tmp_path: Path) -> None:
     assert "give the config.json" in error_of("estimate", "-m", "mixtral-9x9b", "-g", "8xH100")
     assert "config.json" not in error_of("estimate", "-m", "gpt2", "-g", "8xH10O")
-    for kind, more in (
-        ("qwen3_moe", {"num_experts": 128}),
-        ("qwen2_moe", {}),
-        ("mixtral", {"num_local_experts": 8}),
-        ("deepseek_v3", {"n_routed_experts": 256}),
-    ):
-        more = {"num_key_value_heads": 4} | more
-        found = error_of("estimate", "-m", config(tmp_path, model_type=kind, **more), "-g", "8xH100")
-        assert "mixtures of experts are not planned (yet)" in found
-        assert "did you mean" not in found
-    found = error_of("estimate", "-m", config(tmp_path, model_type="phi3"), "-g", "8xH100")
+    olmoe = config(tmp_path, model_type="olmoe", num_key_value_heads=4)
+    found = error_of("estimate", "-m", olmoe, "-g", "8xH100")
+    assert "query and key norms of olmoe's kind" in found
+    assert "use --framework fsdp, deepspeed or hf" in found.replace("\n", " ")
+    assert "did you mean" not in found
+    found = error_of("estimate", "-m", config(tmp_path, model_type="granite"), "-g", "8xH100")
     assert "did you mean" not in found
     assert "llama, mistral, qwen2, qwen3, gpt2, gpt_neox, opt, bloom" in found
     found = error_of("estimate", "-m", config(tmp_path, model_type="phi33"), "-g", "8xH100")

@@ -274,7 +274,7 @@ LAYOUT = Layout(8, sharding="zero1")
         ),
         ("nemotron-h-8b", Layout(8, sharding="fsdp", data_shards=8), {}, "fsdp: use ddp, zero1"),
         ("nemotron-h-8b", LAYOUT, {"framework": "hf"}, "not under hf: use --framework megatron"),
-        ("nemotron-h-8b", LAYOUT, {"framework": "torchtitan"}, "not under torchtitan"),
+        ("nemotron-h-8b", LAYOUT, {"framework": "torchtitan"}, "torchtitan has no nemotron_h models"),
         ("nemotron-h-8b", LAYOUT, {"framework": "deepspeed"}, "not under deepspeed"),
         ("nemotron-h-8b", LAYOUT, {"precision": "fp8-delayed"}, "8-bit products are not planned"),
         ("nemotron-h-8b", LAYOUT, {"options": {"norm": "recomputed"}}, "use norm=kept"),

@@ -232,7 +232,7 @@ def test_context_parallelism_sends_keys_and_narrower_values() -> None:
         ("mixtral-8x7b", {"precision": "fp8-tensorwise"}, "fp8: what experts of mixtral keep"),
         ("deepseek-v3", {"attention": "eager"}, "attention=eager: what latent of deepseek_v3 keep"),
         ("llama-4-scout", {}, "mixtures of experts of llama4_text's kind"),
-        ("deepseek-v3", {"framework": "deepspeed"}, "not planned in deepspeed"),
+        ("qwen2-57b-a14b", {"framework": "deepspeed"}, "not planned in deepspeed"),
         ("llama-3.1-8b", {"expert_imbalance": 1.5}, "has no routed experts"),
         ("llama-3.1-8b", {"expert_capacity_factor": 1.5}, "has no routed experts"),
     ],

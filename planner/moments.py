@@ -54,6 +54,13 @@ def stage_moments(
         states = prices.state_bytes(price, pipeline, gradients)
         return (states + price.gathered * kept + price.update_room * prices.apart) * chunks
 
+    def rows(gradients: Quantity, kept: Quantity) -> list[Quantity]:
+        found: dict[int, Quantity] = {}  # policies that offload nothing share their states
+        for price in columns:
+            if id(price.states) not in found:
+                found[id(price.states)] = row(price, gradients, kept)
+        return [found[id(price.states)] for price in columns]
+
     def kept(price: LayerPrice) -> Quantity:
         times = [n * price.saved + k * (price.saved + price.recomputed) for n, k in pipeline.held]
         return times[0] if whole else highest(times)
@@ -62,7 +69,7 @@ def stage_moments(
     # the whole batch is sent forward first or the gradients of its weights are made later.
     start = prices.embedding.saved * pipeline.first_chunk_in_flight * first
     flight = [kept(price) for price in columns]
-    running = [row(price, there, 1.0) + own for price, own in zip(columns, flight, strict=True)]
+    running = [states + own for states, own in zip(rows(there, 1.0), flight, strict=True)]
     head = prices.head.states[Role.GRADIENT] * (1.0 - there) * last
     waiting = prices.head.saved + prices.head.recomputed * (1 - whole)
     start = start + waiting * (pipeline.last_chunk_in_flight - whole) * last
@@ -75,7 +82,7 @@ def stage_moments(
     left = sizes["inner"] + left - lightest * whole
     # Other micro-batches wait while this one is done.
     done_with = [own - price.saved * whole for own, price in zip(flight, columns, strict=True)]
-    ready = [row(price, 1.0, prices.pipelined) + own for price, own in zip(columns, done_with, strict=True)]
+    ready = [states + own for states, own in zip(rows(1.0, prices.pipelined), done_with, strict=True)]
     done = fixed(1.0, prices.pipelined) + start
     # Of the last layer to run backward, its own gradients are not there in full, and the embedding's
     # come after it; the layer after it in the forward may be heavier yet, where it is prefetched for.
@@ -96,7 +103,10 @@ def stage_moments(
         "backward": (running, started + np.maximum(sizes["first"], left), working),
         "gradients complete": (ready, done, bottom),
         "optimizer step": (
-            [row(price, updated, 0.0) + price.update_room * chunks * shared for price in columns],
+            [
+                states + price.update_room * chunks * shared
+                for states, price in zip(rows(updated, 0.0), columns, strict=True)
+            ],
             fixed(updated, 0.0, 0.0) + sizes["optimizer step"] + sum(p.update_room for p in around) * shared,
             nothing,
         ),
@@ -104,8 +114,6 @@ def stage_moments(
     if last:
         loss = fixed(prices.waiting_room, 1.0) + start + prices.head.saved * whole
         room = np.maximum(sizes["loss"] + prices.head.working, sizes["logits"] + prices.head.ahead)
-        waited = [
-            row(price, prices.waiting_room, 1.0) + own for price, own in zip(columns, flight, strict=True)
-        ]
+        waited = [states + own for states, own in zip(rows(prices.waiting_room, 1.0), flight, strict=True)]
         result["loss"] = (waited, loss + room, nothing)
     return result

@@ -56,16 +56,26 @@ from strategies.offload import Way
 from strategies.pipeline_parallel import PipelineParallel
 
 
-def _pick(value: Any, selector: Any) -> Any:
-    """The part of every array inside a value; numbers that hold for the whole family stay."""
+def _pick(value: Any, selector: Any, picked: dict[int, Any]) -> Any:
+    """The part of every array inside a value; numbers that hold for the whole family stay.
+
+    ``picked`` are prices that were picked already, by identity: several lists share them.
+    """
     if isinstance(value, np.ndarray):
         return value[selector] if value.ndim else value
     if isinstance(value, dict):
-        return {key: _pick(item, selector) for key, item in value.items()}
+        if id(value) not in picked:
+            picked[id(value)] = {key: _pick(item, selector, picked) for key, item in value.items()}
+        return picked[id(value)]
     if isinstance(value, list | tuple):
-        return type(value)(_pick(item, selector) for item in value)
-    if isinstance(value, LayerPrice | StepPrice | Residence | Layout | PipelineParallel):
-        parts = {f.name: _pick(getattr(value, f.name), selector) for f in fields(value)}
+        return type(value)(_pick(item, selector, picked) for item in value)
+    if isinstance(value, LayerPrice | StepPrice | Residence | PipelineParallel):
+        if id(value) not in picked:
+            picked[id(value)] = part = copy.copy(value)
+            vars(part).update({key: _pick(item, selector, picked) for key, item in vars(value).items()})
+        return picked[id(value)]
+    if isinstance(value, Layout):
+        parts = {f.name: _pick(getattr(value, f.name), selector, picked) for f in fields(value)}
         return replace(value, **parts)
     return value
 
@@ -120,7 +130,7 @@ class Prices:
         self.weight_share = self.plain.weights / self.plain.seconds
         self.pipeline = self.pipeline_at(0)
         self.blocks = [
-            own if policy == "none" else self._price(layer, policy)
+            own if policy == "none" else self._under(own, layer, policy)
             for own, layer in zip(plain, self.layers[1:-1], strict=True)
             for policy in self.policies
         ]
@@ -153,10 +163,10 @@ class Prices:
 
     def take(self, selector: Any) -> Prices:
         """The same prices for a part of the family: an index, or an index array and new axes."""
-        part = copy.copy(self)
+        part, picked = copy.copy(self), dict[int, Any]()
         for name, value in vars(self).items():
             if name not in ("layers", "compute", "order", "kinds"):
-                setattr(part, name, _pick(value, selector))
+                setattr(part, name, _pick(value, selector, picked))
         return part
 
     def policy_of(self, block: int) -> str:
@@ -231,6 +241,11 @@ class Prices:
             passing = {step: passing[step] + again[step] for step in layer.steps}
         steps = [StepPrice(freed[k], whole[k], final[k], passing[k]) for k in layer.steps]
         return ahead, recomputed, tuple(steps)
+
+    def _under(self, plain: LayerPrice, layer: Layer, policy: str) -> LayerPrice:
+        """A layer under a policy; where nothing is offloaded, with the states that it has without."""
+        price = self._price(layer, policy)
+        return price if Way.of(policy).offload else replace(price, states=plain.states)
 
     def _price(self, layer: Layer, policy: str) -> LayerPrice:
         *strategies, _ = strategies_of(self.layout, self.wire, 0, policy)
@@ -418,7 +433,8 @@ class Prices:
     def missing(self, first: bool, last: bool) -> list[tuple[Quantity, LayerPrice]]:
         """Layers that the chunks at the model's ends lack on such a stage: how many, of which price."""
         at_end, at_start = self.order.ends
-        ends = ((self.short >= 1) * last, at_end), ((self.short == 2) * first, at_start)
+        behind, ahead = (self.short >= 1) * last, (self.short == 2) * first
+        ends = [(behind + ahead, at_end)] if at_end == at_start else [(behind, at_end), (ahead, at_start)]
         return [(n, self.blocks[kind * len(self.policies)]) for n, kind in ends]
 
     @property

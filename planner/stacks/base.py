@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from strategies.base import POLICIES, Role
@@ -55,9 +56,15 @@ class Row:
 
     def applies(self, features: frozenset[str]) -> bool:
         """Does this row belong to a model and job with these features?"""
-        return all(
-            (word[1:] not in features) if word[0] == "!" else (word in features) for word in self.when.split()
-        )
+        present, absent = _words(self.when)
+        return present <= features and features.isdisjoint(absent)
+
+
+@lru_cache
+def _words(when: str) -> tuple[frozenset[str], frozenset[str]]:
+    """The words that must be present, and those that must be absent."""
+    absent = {word for word in when.split() if word[0] == "!"}
+    return frozenset(when.split()) - absent, frozenset(word[1:] for word in absent)
 
 
 @dataclass(frozen=True, slots=True)

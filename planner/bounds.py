@@ -132,7 +132,11 @@ def _weightings(prices: Prices) -> list[list[Any]]:
         return [[1]]
     several = len(prices.policies)
     last = prices.pipeline_at(prices.layout.pipeline_parallel - 1)
-    held = [p.saved + prices.state_bytes(p, last, prices.resident.backward) for p in prices.columns]
+    # A row may keep nothing, all of it offloaded; it weighs a byte then.
+    held = [
+        np.maximum(p.saved + prices.state_bytes(p, last, prices.resident.backward), 1.0)
+        for p in prices.columns
+    ]
     found = []
     for sizes in (prices.row_seconds, held):
         least = [reduce(np.minimum, sizes[k : k + several]) for k in range(0, len(sizes), several)]

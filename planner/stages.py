@@ -433,7 +433,7 @@ class Prices:
     def missing(self, first: bool, last: bool) -> list[tuple[Quantity, LayerPrice]]:
         """Layers that the chunks at the model's ends lack on such a stage: how many, of which price."""
         at_end, at_start = self.order.ends
-        behind, ahead = (self.short >= 1) * last, (self.short == 2) * first
+        behind, ahead = 1 * (self.short >= 1) * last, 1 * (self.short == 2) * first
         ends = [(behind + ahead, at_end)] if at_end == at_start else [(behind, at_end), (ahead, at_start)]
         return [(n, self.blocks[kind * len(self.policies)]) for n, kind in ends]
 

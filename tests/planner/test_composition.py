@@ -418,6 +418,16 @@ def family_of_one(job: Job, layout: Layout) -> Prices:
     return price(job, replace(layout, **{name: np.array([getattr(layout, name)]) for name in NUMBERS}))
 
 
+@pytest.mark.parametrize(("depth", "lacking"), [(12, 0), (11, 1), (10, 2)])
+def test_chunks_at_the_ends_lack_as_many_layers_in_a_family_as_alone(depth: int, lacking: int) -> None:
+    model = ModelSpec.from_catalog("llama-2-7b").model_copy(update={"num_hidden_layers": depth})
+    job = resolve(model, ClusterSpec.parse("2x80G"), TrainingSpec(global_batch_size=4))
+    layout = Layout(pipeline_parallel=2, chunks=3, schedule="interleaved", grad_accum=4)
+    for prices in (price(job, layout), family_of_one(job, layout)):
+        missing = [np.ravel(n)[0] for n, _ in prices.missing(True, True)]
+        assert sum(missing) == lacking == np.ravel(prices.short)[0]
+
+
 # Not to the byte what the even split needs: there the solver's tolerance decides.
 budgets = st.sampled_from([0.9, 0.97, 1.001, 1.02, 1.1]) | st.floats(0.6, 1.4).filter(
     lambda part: abs(part - 1) > 1e-4

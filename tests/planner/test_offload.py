@@ -12,13 +12,13 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from planner import ClusterSpec, TrainingSpec, estimate, search
+from planner import ClusterSpec, ModelSpec, TrainingSpec, estimate, search
 from planner.apart import apart, together
 from planner.best_first import exhaustive, find
 from planner.bounds import quick_bound, sharp_bound, slowest_at_least, tight_bound
 from planner.candidate import Candidate
 from planner.catalog import host
-from planner.defaults import Job
+from planner.defaults import Job, resolve
 from planner.errors import InfeasibleError
 from planner.layouts import NUMBERS, Choices, enumerate_layouts
 from planner.ledger import entries_elsewhere, tensor_entries, view
@@ -296,6 +296,21 @@ def test_no_bound_is_above_what_the_program_finds(data: st.DataObject) -> None:
     assert quick <= tight
     if solution is not None:
         assert tight <= solution.cost * (1 + 1e-6)
+
+
+def test_unlike_rows_that_keep_nothing_on_the_gpu_have_a_bound() -> None:
+    mixers = {"mixers": ("full", "window"), "sliding_window": 64, "num_hidden_layers": 2}
+    model = ModelSpec.from_catalog("llama-2-7b").model_copy(update=mixers)
+    training = TrainingSpec(framework="deepspeed", global_batch_size=1, seq_length=512)
+    job = resolve(model, ClusterSpec.parse("1x80G"), training)
+    job = replace(job, cluster=job.cluster.model_copy(update={"nvme_bytes": 10**13}))
+    layout = Layout(sharding="zero3", data_shards=1, offload="optimizer,parameters")
+    family = family_of_one(job, layout, ("none", "full+activations"))
+    assert len(family.counts) == 2
+    solution = solve([family.take(0).spread()])
+    assert solution is not None
+    (tight,) = tight_bound(family.take((np.arange(1), None)))
+    assert 0 < tight <= solution.cost * (1 + 1e-6)
 
 
 @given(st.data())

@@ -125,6 +125,17 @@ def test_best_first_equals_one_program_per_layout_on_a_real_job(objective: str) 
     assert ours.enumerated == ours.unfitting + ours.pruned + ours.solved
 
 
+@pytest.mark.parametrize("gib", [80, 24])
+def test_best_first_equals_one_program_per_layout_where_chunks_lack_layers(gib: int) -> None:
+    """Ten layers in 3 or 6 chunks on two stages: the first chunk and the last are a layer short."""
+    job = job_of(llama(10, 5120, 40, 40), "8x80G", seq_length=4096, global_batch_size=32)
+    job = replace(job, cluster=job.cluster.model_copy(update={"budget_bytes": gib * GIB}))
+    choices = Choices(micro_batch_size=(1,), tensor_parallel=(1, 2), pipeline_parallel=(2,))
+    ours, theirs = find(job, choices, top=6), exhaustive(job, choices, "time", top=6)
+    assert any(answer.candidate.short == 2 for answer in ours.answers)
+    assert [a.cost for a in ours.answers] == pytest.approx([a.cost for a in theirs], rel=1e-5)
+
+
 def by_hand(capacity: float, working: float = 0.0) -> Candidate:
     """Eight GPUs as two stages of TP4: six layers, 10 GB and 1 s each, 4 GB and 4/3 s recomputed.
 

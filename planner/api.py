@@ -152,9 +152,12 @@ def _check_chunks(choices: Choices) -> None:
 
 def _nothing_found(job: Job, choices: Choices, found: Found, progress: Callable[[int, int], Any]) -> None:
     if not found.space.size:
-        reasons = sorted(found.space.refused, key=lambda reason: " runs " in reason)[:4]
-        asked = [f"{name} {value}" for name, value in vars(choices).items() if isinstance(value, tuple)]
-        what = f"no layout of {job.cluster.num_gpus} GPUs has {', '.join(asked) or 'these choices'}"
+        reasons = sorted(found.space.refused, key=lambda reason: " runs " in reason)
+        chosen = {name: value for name, value in vars(choices).items() if value and isinstance(value, tuple)}
+        # What was asked for is why, where a reason names it.
+        reasons = [one for one in reasons if any(name in one for name in chosen)][:4] or reasons[:4]
+        asked = [f"{name} {', '.join(map(str, value))}" for name, value in chosen.items()]
+        what = f"no layout of {job.cluster.num_gpus} GPUs has {'; '.join(asked) or 'these choices'}"
         raise InputError(f"{what}: {'; '.join(reasons) or 'their degrees do not multiply to the GPUs'}")
     if not found.optimal:
         raise SolverError("nothing was found within the time limit: give it more with --time-limit")
@@ -164,20 +167,21 @@ def _nothing_found(job: Job, choices: Choices, found: Found, progress: Callable[
     layout = nearest.layout.to_layout().describe()
     fits = "fits for sure on" if nearest.verdict == "at risk" else "fits on"
     takes = f"takes {gib(stage.peak_bytes)} GiB ({gib(stage.least_bytes)} to {gib(stage.most_bytes)})"
-    if short := [
-        f"{place} is short of {gib(own.most_bytes - own.capacity_bytes, 2)} GiB a GPU"
+    short = [
+        f"its {place} is short of {gib(own.most_bytes - own.capacity_bytes, 2)} GiB a GPU, where it has "
+        f"{gib(own.capacity_bytes)}: give more with --{'host-memory' if place == 'host' else 'nvme'}"
         for stage in nearest.stages
         for place, own in stage.elsewhere.items()
         if own.most_bytes > own.capacity_bytes
-    ]:
-        takes += f", its {short[0]},"
+    ]
     usual, most = stage.peak_bytes - stage.capacity_bytes, stage.most_bytes - stage.capacity_bytes
     over = f"{gib(usual, 2)} GiB" if usual > 0 else f"up to {gib(most, 2)} GiB"
+    largest = f"{component.replace('_', ' ')}, {gib(stage.components[component], 2)} GiB"
+    over = f", {over} over; its largest part is {largest}" if most > 0 else ""
     message = (
         f"{job.model.name} {fits} none of {found.enumerated:,} layouts of {job.cluster.num_gpus} x "
         f"{job.cluster.gpu.name}. Nearest is {layout}: at {stage.moment} stage {nearest.fullest} {takes} "
-        f"of {gib(stage.capacity_bytes)}, {over} over; its largest part is "
-        f"{component.replace('_', ' ')}, {gib(stage.components[component], 2)} GiB"
+        f"of {gib(stage.capacity_bytes)}{over}{'; '.join(['', *short[:1]])}"
     )
     raise InfeasibleError(message, nearest, changes_that_fit(job, choices, progress))
 

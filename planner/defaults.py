@@ -293,8 +293,10 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
         notes.append(f"global batch of {batch} sequences: {about}")
     if "precision" not in given_fields:
         notes.append(f"precision {precision}")
-    states = f"{recipe.weight:g} + {recipe.gradient:g} + {recipe.master:g} + moments of {recipe.moment:g}"
-    notes.append(f"{stack.version}; bytes per parameter (weight, gradient, master, moments): {states}")
+    moments = f"moments of {recipe.moment:g}" if OPTIMIZERS[training.optimizer].typed else "the optimizer's"
+    states = f"{recipe.weight:g} + {recipe.gradient:g} + {recipe.master:g} + {moments}"
+    of = "trained parameter" if training.adapters else "parameter"
+    notes.append(f"{stack.version}; bytes per {of} (weight, gradient, master, moments): {states}")
     shown = {name: value for name, value in options.items() if name != "swiglu" or model.gated_mlp}
     notes.append(", ".join(f"{name} {value}" for name, value in shown.items()))
     if model.experts and not training.expert_capacity_factor and training.expert_imbalance == 1:

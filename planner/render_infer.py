@@ -44,9 +44,12 @@ def show_inference(console: Console, found: Inference, quiet: bool = False) -> N
     console.print(Text(growth(found)))
     console.print()
     console.print(
-        "tokens/s and prefill are bounds, at best: reading weights and cache at the memory's measured"
+        "tokens/s and prefill are of one replica, at best: reading weights and cache at the memory's"
     )
-    console.print("rate, and the products of the prompt alone at the GPU's. Real engines stay below them.")
+    console.print(
+        "measured rate, and the products of the prompt alone at the GPU's. Real engines stay below."
+    )
+    console.print("First what fits on fewest GPUs, then what has most cache; - where it does not fit.")
     console.print()
     console.print("Assumed:")
     for line in found.assumptions:

@@ -62,9 +62,13 @@ def uncounted(model: ModelSpec, stack: Stack, options: Mapping[str, str]) -> str
         for word in without:
             if getattr(model, part) and word in words:
                 choice = word.replace(":", "=")
+                fix = f"leave out {choice.partition('=')[0]}"
+                if word in stack.precision_words:
+                    choice, fix = "precision in 8 bits", "use --precision bf16"
+                part = part.replace("_", " ")
                 return (
-                    f"{choice}: what {part} of {model.model_type} keep is known of framework {stack.name} "
-                    f"without it only: leave out {choice.partition('=')[0]}"
+                    f"{choice}: framework {stack.name} is planned without it for {model.model_type}, whose "
+                    f"{part} were traced in no such run: {fix}"
                 )
     return ""
 

@@ -65,7 +65,7 @@ def uncounted(model: ModelSpec, stack: Stack, options: Mapping[str, str]) -> str
                 fix = f"leave out {choice.partition('=')[0]}"
                 if word in stack.precision_words:
                     choice, fix = "precision in 8 bits", "use --precision bf16"
-                part = part.replace("_", " ")
+                part = {"latent": "latent attention's products"}.get(part, part.replace("_", " "))
                 return (
                     f"{choice}: framework {stack.name} is planned without it for {model.model_type}, whose "
                     f"{part} were traced in no such run: {fix}"

@@ -319,7 +319,7 @@ BAD = {
     ),
     "degrees that do not multiply": (
         ["--model", "gpt2", "--gpus", "8xH100", "-tp", "4", "-pp", "4"],
-        ["tensor_parallel (4,)", "do not multiply to the GPUs"],
+        ["tensor_parallel 4", "do not multiply to the GPUs"],
     ),
     "contradicting options": (["--model", "gpt2", "--gpus", "8xH100", "-q", "-v"], ["contradict"]),
     "no time": (["--model", "gpt2", "--gpus", "8xH100", "--time-limit", "0"], ["time_limit=0"]),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from planner.api import compare, estimate, explain, search
+    from planner.documents import Document, document_of, read_document
     from planner.errors import InfeasibleError, InputError, PlannerError, SolverError
     from planner.layouts import Choices
     from planner.plan import Plan
@@ -26,6 +27,9 @@ _HOME = {
     "estimate": "planner.api",
     "explain": "planner.api",
     "compare": "planner.api",
+    "Document": "planner.documents",
+    "document_of": "planner.documents",
+    "read_document": "planner.documents",
     "Choices": "planner.layouts",
     "ClusterSpec": "planner.specs",
     "ModelSpec": "planner.specs",
@@ -40,6 +44,7 @@ _HOME = {
 __all__ = [
     "Choices",
     "ClusterSpec",
+    "Document",
     "InfeasibleError",
     "InputError",
     "Layout",
@@ -49,8 +54,10 @@ __all__ = [
     "SolverError",
     "TrainingSpec",
     "compare",
+    "document_of",
     "estimate",
     "explain",
+    "read_document",
     "search",
 ]
 

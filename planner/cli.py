@@ -69,7 +69,7 @@ def reported(as_json: bool = False) -> Iterator[None]:
         yield
         sys.stdout.flush()
     except InfeasibleError as error:
-        report_infeasible(error, as_json)
+        report_infeasible(error)
     except PlannerError as error:
         fail(str(error), 3 if isinstance(error, SolverError) else 2, as_json)
     except OSError as error:
@@ -91,17 +91,28 @@ def without_reader() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def report_infeasible(error: Any, as_json: bool) -> NoReturn:
+def report_infeasible(error: Any) -> NoReturn:
     """The nearest layout and the changes that would fit; exit status 1."""
-    if as_json:
-        from dataclasses import asdict
-
-        nearest = error.nearest.model_dump(mode="json") if error.nearest else None
-        fail(str(error), 1, True, nearest=nearest, changes=[asdict(change) for change in error.changes])
     from planner.render import console_for, show_infeasible
 
     show_infeasible(console_for(), str(error), error.nearest, error.changes)
     raise typer.Exit(1)
+
+
+@contextmanager
+def answered(model: ModelSpec, cluster: ClusterSpec, given: dict[str, Any]) -> Iterator[None]:
+    """Where nothing fits and JSON is asked for, the document that says so; exit status 1."""
+    from planner.errors import InfeasibleError
+
+    try:
+        yield
+    except InfeasibleError as error:
+        if not given["as_json"]:
+            raise
+        from planner.documents import document_of_failure
+
+        print_json(document_of_failure(model, cluster, error, given["command"]()).to_json())
+        raise typer.Exit(1) from None
 
 
 def print_json(value: Any) -> None:
@@ -147,6 +158,7 @@ def progress(quiet: bool) -> Iterator[Callable[[int, int], None]]:
         "objective": (o.Objective, "time"),
         "top": (o.Top, 5),
         "time_limit": (o.TimeLimit, 60.0),
+        "save_job": (o.SaveJob, None),
         "trace": (o.Trace, None),
         "as_json": (o.Json, False),
         "verbose": (o.Verbose, False),
@@ -168,7 +180,13 @@ def search(given: dict[str, Any]) -> None:
         if choices.micro_batch_size and len(choices.micro_batch_size) == 1:
             unit = cluster.num_gpus * choices.micro_batch_size[0]
             training = reading.with_batch(spec, cluster, training, unit)
-        with progress(given["quiet"] or given["as_json"]) as report:
+        if given["save_job"]:
+            from pathlib import Path
+
+            from planner.jobs import write_job
+
+            write_job(given["asked"], "search", Path(given["save_job"]))
+        with progress(given["quiet"] or given["as_json"]) as report, answered(spec, cluster, given):
             plans = api.search(
                 spec,
                 cluster,
@@ -184,7 +202,7 @@ def search(given: dict[str, Any]) -> None:
         if given["as_json"]:
             from planner.documents import document_of
 
-            return print_json(document_of(spec, cluster, plans))
+            return print_json(document_of(spec, cluster, plans, given["command"]()).to_json())
         from planner.render import console_for, show_search
 
         show_search(console_for(), plans, given["verbose"], given["quiet"])
@@ -244,7 +262,7 @@ def estimate(given: dict[str, Any]) -> None:
         if given["as_json"]:
             from planner.documents import document_of
 
-            print_json(document_of(job[0], job[1], [plan]))
+            print_json(document_of(job[0], job[1], [plan], given["command"]()).to_json())
         else:
             from planner.render import console_for, show_plan
 
@@ -335,8 +353,10 @@ def compare(given: dict[str, Any]) -> None:
 
 def _register() -> None:
     """The commands that have files of their own."""
-    from planner import cli_calibrate, cli_catalog, cli_infer, cli_measure, cli_validate
+    from planner import cli_calibrate, cli_catalog, cli_infer, cli_measure, cli_plans, cli_validate
 
+    app.command(epilog=cli_plans.DIFF)(cli_plans.diff)
+    app.command(epilog=cli_plans.CHECK)(cli_plans.check)
     app.command(epilog=cli_infer.EXAMPLE)(cli_infer.infer)
     app.command(epilog=cli_catalog.EXAMPLE)(cli_catalog.catalog)
     app.command(epilog=cli_measure.EXAMPLE)(cli_measure.measure)

@@ -16,6 +16,26 @@ def option(*flags: str, help: str, **more: Any) -> Any:
 
 
 SP = "--sequence-parallel/--no-sequence-parallel"
+OUTPUT = ("job", "save_job", "as_json", "help", "quiet", "verbose", "trace")
+"""Parameters that say where from and where to, not what."""
+
+
+def _use_job(context: typer.Context, value: str | None) -> str | None:
+    """Makes the options of a job file the command's defaults."""
+    if value:
+        from pathlib import Path
+
+        from planner.errors import InputError
+        from planner.jobs import read_job
+
+        named = [one for one in context.command.params if one.name not in OUTPUT]
+        known = {str(one.name): bool(getattr(one, "multiple", False)) for one in named}
+        try:
+            context.default_map = read_job(Path(value), known)
+        except InputError as error:
+            raise typer.BadParameter(str(error)) from None
+    return value
+
 
 # The job.
 Model = Annotated[
@@ -40,6 +60,14 @@ HostMemory = Annotated[
 HostBandwidth = Annotated[str | None, option("--host-bandwidth", help="Of its memory, a second: 400GB.")]
 Nvme = Annotated[str | None, option("--nvme", help="Of a node, for what is offloaded there, as in 10TB.")]
 NvmeBandwidth = Annotated[str | None, option("--nvme-bandwidth", help="Of a node's NVMe, a second: 20GB.")]
+
+JobFile = Annotated[
+    str | None,
+    typer.Option(
+        "--job", help="Options from a YAML file; those given here win.", is_eager=True, callback=_use_job
+    ),
+]
+SaveJob = Annotated[str | None, option("--save-job", help="Write the options given to this YAML file.")]
 
 # The stack.
 Framework = Annotated[str, option("--framework", help="megatron, torchtitan, fsdp, deepspeed or hf.")]
@@ -170,6 +198,7 @@ Entry = Annotated[str | None, typer.Argument(help="One entry, with its sources."
 Options = dict[str, tuple[Any, ...]]
 """Options of a command by name, each with its default; one without must be given."""
 JOB: Options = {
+    "job": (JobFile, None),
     "model": (Model,),
     "gpus": (Gpus,),
 }
@@ -247,12 +276,16 @@ CHOICES: Options = {
 
 
 def takes(*groups: Options) -> Callable[[Callable[[dict[str, Any]], None]], Callable[..., None]]:
-    """Gives a command the options of some groups: it is called with their values by name."""
+    """Gives a command the options of some groups: it is called with their values by name.
+
+    Under ``asked`` are those that were given, in a job file or on the command line, and under ``command``
+    the command that gives them.
+    """
 
     def decorate(command: Callable[[dict[str, Any]], None]) -> Callable[..., None]:
         @wraps(command)
-        def run(**given: Any) -> None:
-            command(given)
+        def run(context: typer.Context, **given: Any) -> None:
+            command(given | _asked(context))
 
         options = {name: option for group in groups for name, option in group.items()}
         parameters = [
@@ -261,8 +294,31 @@ def takes(*groups: Options) -> Callable[[Callable[[dict[str, Any]], None]], Call
             )
             for name, (kind, *default) in options.items()
         ]
-        run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {name: kind for name, (kind, *_) in options.items()}
+        own = Parameter("context", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+        run.__signature__ = Signature([own, *parameters])  # type: ignore[attr-defined]
+        run.__annotations__ = {"context": typer.Context} | {
+            name: kind for name, (kind, *_) in options.items()
+        }
         return run
 
     return decorate
+
+
+def _asked(context: typer.Context) -> dict[str, Any]:
+    """What was given, and the command that gives it."""
+    flags: dict[str, tuple[str, str]] = {}
+    asked: dict[str, Any] = {}
+    for one in context.command.params:
+        name, source = str(one.name), context.get_parameter_source(str(one.name))
+        if name in OUTPUT or source is None or source.name == "DEFAULT":
+            continue
+        asked[name] = context.params[name]
+        long = [flag for flag in one.opts if flag.startswith("--")]
+        flags[name] = (*long, "")[0], next(iter(one.secondary_opts), "")
+    return {"asked": asked, "command": lambda: _command_line(str(context.info_name), asked, flags)}
+
+
+def _command_line(command: str, asked: dict[str, Any], flags: dict[str, tuple[str, str]]) -> str:
+    from planner.jobs import command_line
+
+    return command_line(command, asked, flags)

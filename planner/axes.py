@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from planner.defaults import Job
@@ -112,14 +112,13 @@ def context_degrees(
     layers: list[Layer],
     tensor: int,
     degrees: Iterable[int],
-    comms: Iterable[str],
-    inner: Sequence[int],
+    ways: Mapping[str, Sequence[int]],
     asked: bool,
 ) -> Iterator[tuple[Context, str]]:
     """Context degrees with a way to exchange keys and values, and why not, empty if they can be.
 
-    Those that nobody asked for leave every GPU ``LEAST_TOKENS`` of a sequence; ``inner`` are the Ulysses
-    degrees to try, all if empty.
+    Those that nobody asked for leave every GPU ``LEAST_TOKENS`` of a sequence. ``ways`` are the ways to try,
+    each with its Ulysses degrees, or none for all that make two levels.
     """
     for degree in degrees:
         if degree == 1:
@@ -127,8 +126,8 @@ def context_degrees(
         elif not job.stack.context_comms and asked:
             yield (degree, COMMS[0], 1), f"{job.stack.name} is planned without context parallelism"
         elif asked or job.seq_length >= degree * LEAST_TOKENS:
-            levels = inner or [n for n in range(2, degree) if degree % n == 0] or [1]
-            for comm, ulysses in [(c, u) for c in comms for u in (levels if c == "ulysses+ring" else [1])]:
+            levels = [n for n in range(2, degree) if degree % n == 0] or [1]
+            for comm, ulysses in [(comm, u) for comm, inner in ways.items() for u in inner or levels]:
                 layout = Layout(
                     tensor_parallel=tensor,
                     context_parallel=degree,

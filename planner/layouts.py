@@ -157,9 +157,9 @@ def _context_degrees(
         return [(1, COMMS[0], 1)]
     degrees = [d for d in divisors(job.cluster.num_gpus // tensor) if _allowed(d, choices.context_parallel)]
     comms = choices.context_comm or tuple(job.stack.context_comms)[:1]
+    ways = {comm: choices.ulysses_degree or () if comm == "ulysses+ring" else (1,) for comm in comms}
     found = []
-    inner = choices.ulysses_degree or ()
-    for context, problem in context_degrees(job, layers, tensor, degrees, comms, inner, asked):
+    for context, problem in context_degrees(job, layers, tensor, degrees, ways, asked):
         if problem:
             space.refused[problem] += 1
         else:

@@ -124,7 +124,8 @@ class ContextParallel(AbstractStrategy):
         c, t, u = self.degree, self.tensor, self.head_ranks
         if self.comm == "ulysses+ring" and (c % u or u in (1, c)):
             fits = ", ".join(str(n) for n in range(2, c // 2 + 1) if c % n == 0)
-            fix = f"ulysses_degree {fits}, or context_comm ring" if fits else "context_comm ring or ulysses"
+            fix = f"ulysses_degree {fits}, or " * bool(fits)
+            fix += f"context_comm {'ring' if u == 1 else 'ulysses' if u == c else 'ring or ulysses'}"
             yield f"ulysses_degree={u} does not make two levels of context_parallel={c}: use {fix}"
         for term in [term for layer in layers for term in sent(layer, "kv_heads")][:1]:
             # A first and a last chunk for every GPU, each of which sequence parallelism cuts.

@@ -348,6 +348,11 @@ def test_pricing_a_family_of_two_levels_is_pricing_each_of_its_layouts() -> None
             "ulysses_degree=2 belongs to context_comm ulysses\\+ring, not to ring: leave it out",
         ),
         (
+            Layout(4, context_parallel=2, context_comm="ulysses+ring", ulysses_degree=0),
+            long(32768, 4),
+            "ulysses_degree=0: use a whole number, 1 or more",
+        ),
+        (
             Layout(8, context_comm="ulysses+ring", ulysses_degree=2),
             long(),
             "ulysses_degree=2 is of context_parallel ranks, of which there are 1: use fewer",
@@ -355,7 +360,7 @@ def test_pricing_a_family_of_two_levels_is_pricing_each_of_its_layouts() -> None
         (
             Layout(1, 4, context_parallel=2, context_comm="ulysses+ring", sequence_parallel=True),
             long(32768, 1),
-            "ulysses_degree=1 does not make two levels of context_parallel=2: use context_comm ring or",
+            "ulysses_degree=1 does not make two levels of context_parallel=2: use context_comm ring",
         ),
         (
             Layout(1, context_parallel=8, context_comm="ulysses+ring", ulysses_degree=2, sharding="fsdp"),

@@ -216,14 +216,21 @@ def test_workspace_is_two_neighbours_or_the_whole_keys_and_values() -> None:
             SEQ,
             "ulysses_degree=3",
             "two levels of context_parallel=8",
-            "use ulysses_degree 2, 4, or context_comm ring",
+            "use ulysses_degree 2, 4, or context_comm ring or ulysses",
         ),
         (
             context(2, "ulysses+ring", ulysses_degree=1),
             SEQ,
             "ulysses_degree=1",
             "two levels of context_parallel=2",
-            "use context_comm ring or ulysses",
+            "use context_comm ring",
+        ),
+        (
+            context(4, "ulysses+ring"),
+            SEQ,
+            "ulysses_degree=4",
+            "two levels of context_parallel=4",
+            "use ulysses_degree 2, or context_comm ulysses",
         ),
         (context(12, "ulysses+ring"), SEQ, "context_parallel=12", f"seq_length={SEQ}", "a multiple of 24"),
         (

@@ -106,6 +106,8 @@ def _check_choices(job: Job, choices: Choices, objective: str, top: int, time_li
                 able = f"use {', '.join(allowed)}" if allowed else "it has none"
                 able += frozen.no_recompute(job.training) if name == "recompute" else ""
                 raise InputError(f"{name}={value} is not offered by {job.stack.name}: {able}")
+    if choices.ulysses_degree and "ulysses+ring" not in (choices.context_comm or ()):
+        raise InputError("ulysses_degree is of context_comm ulysses+ring: ask for that too, or leave it out")
     _check_chunks(choices)
     _check_offload(job, choices)
     for name in CHOSEN_DEGREES:

@@ -113,7 +113,10 @@ PP = Annotated[int, option("--pipeline-parallel", "-pp", help="Pipeline stages."
 CP = Annotated[int, option("--context-parallel", "-cp", help="GPUs that share a sequence.")]
 CPComm = Annotated[
     str | None,
-    option("--context-comm", help="How they exchange keys and values: ring, all-gather or ulysses."),
+    option("--context-comm", help="How they exchange keys, values: ring, all-gather, ulysses, ulysses+ring."),
+]
+Ulysses = Annotated[
+    int, option("--ulysses-degree", help="Of ulysses+ring: neighbours that hand out heads to each other.")
 ]
 EP = Annotated[int, option("--expert-parallel", "-ep", help="GPUs that share a mixture's experts.")]
 ETP = Annotated[
@@ -151,8 +154,12 @@ OnlyPP = Annotated[str | None, option("--pipeline-parallel", "-pp", help="Only t
 OnlyDP = Annotated[str | None, option("--data-parallel", "-dp", help="Only these degrees.")]
 OnlyCP = Annotated[str | None, option("--context-parallel", "-cp", help="Only these degrees.")]
 OnlyCPComm = Annotated[
-    str | None, option("--context-comm", help="Only these: ring, all-gather, ulysses; its default's alone.")
+    str | None,
+    option(
+        "--context-comm", help="Only these: ring, all-gather, ulysses, ulysses+ring; its default's alone."
+    ),
 ]
+OnlyUlysses = Annotated[str | None, option("--ulysses-degree", help="Of ulysses+ring only these degrees.")]
 OnlyEP = Annotated[str | None, option("--expert-parallel", "-ep", help="Only these degrees.")]
 OnlyETP = Annotated[str | None, option("--expert-tensor-parallel", "-etp", help="Only these degrees.")]
 OnlyMicro = Annotated[str | None, option("--micro-batch-size", "-mb", help="Only these sizes.")]
@@ -239,6 +246,7 @@ LAYOUT: Options = {
     "data_parallel": (DP, None),
     "context_parallel": (CP, 1),
     "context_comm": (CPComm, None),
+    "ulysses_degree": (Ulysses, 1),
     "expert_parallel": (EP, 1),
     "expert_tensor_parallel": (ETP, 1),
     "micro_batch_size": (Micro, 1),
@@ -260,6 +268,7 @@ CHOICES: Options = {
     "data_parallel": (OnlyDP, None),
     "context_parallel": (OnlyCP, None),
     "context_comm": (OnlyCPComm, None),
+    "ulysses_degree": (OnlyUlysses, None),
     "expert_parallel": (OnlyEP, None),
     "expert_tensor_parallel": (OnlyETP, None),
     "micro_batch_size": (OnlyMicro, None),

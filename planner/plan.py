@@ -100,6 +100,7 @@ class LayoutPlan(BaseModel):
     rank_order: str = RANK_ORDERS[0]
     context_parallel: int = 1
     context_comm: str = COMMS[0]
+    ulysses_degree: int = 1
     expert_parallel: int = 1
     expert_tensor_parallel: int = 1
     offload: str = ""
@@ -274,6 +275,7 @@ def _of_layout(job: Job, layout: Layout) -> list[str]:
             "sequence parallelism with tensor parallelism, for its memory (--no-sequence-parallel: without)"
         )
     if layout.context_parallel > 1 and (flag := job.stack.context_comms.get(layout.context_comm)):
+        flag = flag.format(heads=layout.head_ranks, ring=layout.attention_cut)
         notes.append(f"context parallelism by {layout.context_comm} is {job.stack.name}'s {flag}")
     if flag := job.stack.rank_orders.get(layout.rank_order):
         notes.append(f"rank order {layout.rank_order} is {job.stack.name}'s {flag}")

@@ -29,6 +29,7 @@ LAYOUT_OPTIONS = (
     "rank_order",
     "context_parallel",
     "context_comm",
+    "ulysses_degree",
     "expert_parallel",
     "expert_tensor_parallel",
 )
@@ -258,6 +259,7 @@ def read_layout(
         rank_order=given["rank_order"].strip().lower(),
         context_parallel=context,
         context_comm=(given["context_comm"] or job.stack.context_comm).strip().lower(),
+        ulysses_degree=given["ulysses_degree"],
         expert_parallel=given["expert_parallel"],
         expert_tensor_parallel=given["expert_tensor_parallel"],
         offload=",".join(i for i in read_offload(given["offload"]).split(",") if i != "activations"),

@@ -186,7 +186,8 @@ class Stack:
     reduces_as_weights: bool = False  # FSDP's gradients, where the weights are in half precision
     tensor_parallel: bool = True
     context_comms: Mapping[str, str] = field(default_factory=dict)
-    """Ways of context parallelism that it runs, and how each is asked for; the default first."""
+    """Ways of context parallelism that it runs, the default first, and how each is asked for: with
+    ``{heads}`` and ``{ring}`` for the degrees of two levels."""
     context_attention: tuple[str, ...] = ()  # the attention that these run; any, if empty
     rotated_bytes: float = 0.0  # of the gradients that PyTorch's own context parallelism sends round
     expert_parallel: bool = False

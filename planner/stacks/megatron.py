@@ -327,6 +327,7 @@ MEGATRON = Stack(
         "ring": "--cp-comm-type p2p",
         "all-gather": "--cp-comm-type all_gather",
         "ulysses": "--cp-comm-type a2a",
+        "ulysses+ring": "--cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes {heads} {ring}",
     },
     context_attention=("flash",),
     expert_parallel=True,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from strategies.base import POLICIES, Role
@@ -62,7 +62,7 @@ class Row:
         return present <= features and features.isdisjoint(absent)
 
 
-@lru_cache
+@cache
 def _words(when: str) -> tuple[frozenset[str], frozenset[str]]:
     """The words that must be present, and those that must be absent."""
     absent = {word for word in when.split() if word[0] == "!"}

@@ -66,10 +66,9 @@ class Compute:
         gpu = job.cluster.gpu
         reach = {name: figure.value for name, figure in gpu.achievable.items()}
         self.peak = gpu.peak_flops.get(job.recipe.unit, gpu.peak_flops["fp32"])
-        reach["fp8"] = reach.get("fp8", reach["matmul"])
-        self.products = (
-            self.peak * reach["fp8" if job.recipe.unit == "fp8" else "matmul"] * reach["sustained"]
-        )
+        # Of an FP4 peak the fraction of FP8's is assumed.
+        part = reach.get("fp8", reach["matmul"]) if job.recipe.quantized else reach["matmul"]
+        self.products = self.peak * part * reach["sustained"]
         self.rest = gpu.peak_flops.get(job.recipe.rest, self.peak)  # of the head and of attention
         half = gpu.peak_flops.get("bf16", gpu.peak_flops.get("fp16", self.peak))
         self.half_products = half * reach["matmul"] * reach["sustained"]

@@ -47,8 +47,8 @@ def for_hybrids(stack: Stack, model: ModelSpec, recipe: Recipe, options: Mapping
     """
     if model.state_space is None:
         return stack
-    if recipe.unit == "fp8":
-        raise InputError(f"{model.name}: state spaces with 8-bit products are not planned: use bf16")
+    if recipe.quantized:
+        raise InputError(f"{model.name}: state spaces with 8- or 4-bit products are not planned: use bf16")
     if options.get("norm") == "recomputed":
         raise InputError(
             "norm=recomputed: Megatron-LM's state spaces keep their norms' output: use norm=kept"

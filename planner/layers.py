@@ -24,6 +24,8 @@ from planner.specs import TrainingSpec
 from planner.stacks.base import (
     ALWAYS,
     BYTE,
+    CAST,
+    CAST_WEIGHT,
     COMPUTE,
     FP32,
     GRADIENT,
@@ -183,7 +185,7 @@ class Builder:
         if model.experts:
             self.dims["routed"] = routed(model.experts, training, expert_parallel)
         self.width = {COMPUTE: recipe.compute, GRADIENT: stack.autograd_bytes(recipe), FP32: 4.0, BYTE: 1.0}
-        self.width[INT64] = 8.0
+        self.width |= {INT64: 8.0, CAST: recipe.cast, CAST_WEIGHT: recipe.cast_weight}
         self.blocks = frozen.blocks_of(model, training)
         self.kinds = tuple(dict.fromkeys(self.blocks))
         self.features = features(model, training, stack)

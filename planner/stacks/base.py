@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from strategies.base import POLICIES, Role
@@ -22,8 +22,10 @@ from strategies.offload import NO_STAGING, Staging
 from strategies.pipeline_parallel import SPLIT
 
 COMPUTE, GRADIENT, FP32, BYTE, INT64 = "compute", "gradient", "fp32", "byte", "int64"
+CAST, CAST_WEIGHT = "cast", "cast weight"
 """Element types of a row; ``compute`` is the precision that the matrix products run in, ``gradient``
-that in which autograd makes the gradients of the weights."""
+that in which autograd makes the gradients of the weights, ``cast`` that of operands that are quantized for
+products of 8 or 4 bits, with their scales."""
 
 WIDTHS = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0}
 """Bytes of an element."""
@@ -60,7 +62,7 @@ class Row:
         return present <= features and features.isdisjoint(absent)
 
 
-@lru_cache
+@cache
 def _words(when: str) -> tuple[frozenset[str], frozenset[str]]:
     """The words that must be present, and those that must be absent."""
     absent = {word for word in when.split() if word[0] == "!"}
@@ -78,6 +80,13 @@ class Recipe:
     compute: float = 2.0  # bytes of an element in the matrix products and on the wire
     unit: str = "bf16"  # which of the GPU's peaks the blocks' matrix products run at
     rest: str = ""  # which the head and attention do, if another
+    cast: float = 0.0  # bytes of an element that is quantized for the blocks' products, with its scales
+    cast_weight: float = 0.0  # the same of a weight's, whose scales may be shared by more
+
+    @property
+    def quantized(self) -> bool:
+        """Do the blocks' products take operands of 8 or 4 bits?"""
+        return self.unit in ("fp8", "fp4")
 
 
 @dataclass(frozen=True, slots=True)

@@ -276,7 +276,7 @@ LAYOUT = Layout(8, sharding="zero1")
         ("nemotron-h-8b", LAYOUT, {"framework": "hf"}, "not under hf: use --framework megatron"),
         ("nemotron-h-8b", LAYOUT, {"framework": "torchtitan"}, "torchtitan has no nemotron_h models"),
         ("nemotron-h-8b", LAYOUT, {"framework": "deepspeed"}, "not under deepspeed"),
-        ("nemotron-h-8b", LAYOUT, {"precision": "fp8-delayed"}, "8-bit products are not planned"),
+        ("nemotron-h-8b", LAYOUT, {"precision": "fp8-delayed"}, "8- or 4-bit products are not planned"),
         ("nemotron-h-8b", LAYOUT, {"options": {"norm": "recomputed"}}, "use norm=kept"),
         ("qwen3-next-80b-a3b", LAYOUT, {}, "gated delta net"),
         (

@@ -353,8 +353,17 @@ def compare(given: dict[str, Any]) -> None:
 
 def _register() -> None:
     """The commands that have files of their own."""
-    from planner import cli_calibrate, cli_catalog, cli_infer, cli_measure, cli_plans, cli_validate
+    from planner import (
+        cli_calibrate,
+        cli_catalog,
+        cli_infer,
+        cli_measure,
+        cli_plans,
+        cli_report,
+        cli_validate,
+    )
 
+    app.command(epilog=cli_report.EXAMPLE)(cli_report.report)
     app.command(epilog=cli_plans.DIFF)(cli_plans.diff)
     app.command(epilog=cli_plans.CHECK)(cli_plans.check)
     app.command(epilog=cli_infer.EXAMPLE)(cli_infer.infer)

@@ -5,7 +5,7 @@ Sizes in bytes, times in seconds. Fields may be added; none of these goes away w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -160,6 +160,19 @@ class Plan(BaseModel):
     def fullest(self) -> int:
         """Index of the stage with the highest peak."""
         return max(range(len(self.stages)), key=lambda j: self.stages[j].peak_bytes)
+
+
+def proof_words(proof: Mapping[str, Any]) -> tuple[str, str]:
+    """What a search did, and how certain its answer is; the second empty where nothing was searched."""
+    if "enumerated" not in proof:
+        return "One given layout: nothing was searched.", ""
+    certain = "proved optimal" if proof["status"] == "optimal" else f"feasible, gap {proof['gap']:.2%}"
+    counts = (
+        f"{proof['enumerated']:,} layouts: {proof['does_not_fit']:,} do not fit, "
+        f"{proof['pruned_by_bound']:,} pruned by bound, {proof['solved']:,} solved; "
+        f"{proof['refused']:,} combinations refused before."
+    )
+    return counts, f"Best by {proof['objective']}, {certain}"
 
 
 def plan_stage(prices: Prices, solution: Solution, index: int) -> StagePlan:

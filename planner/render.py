@@ -21,7 +21,7 @@ from rich.text import Text
 
 from planner.advice import Change
 from planner.ledger import COMPONENTS, Entry, Message
-from planner.plan import Plan, StagePlan, verdict_of
+from planner.plan import Plan, StagePlan, proof_words, verdict_of
 from planner.render_axes import axis_columns
 from planner.render_offload import show_elsewhere
 from planner.units import gib, human_bytes, human_count, human_seconds
@@ -262,16 +262,10 @@ def bars(plan: Plan, width: int, most: int = 8) -> Group:
 
 def proof_line(plan: Plan) -> Text:
     """What the search did, and how certain its answer is."""
-    proof = plan.proof
-    if proof.get("status") == "given":
-        return Text("One given layout: nothing was searched.")
-    certain = "proved optimal" if proof["status"] == "optimal" else f"feasible, gap {proof['gap']:.2%}"
-    return Text(
-        f"{proof['enumerated']:,} layouts: {proof['does_not_fit']:,} do not fit, "
-        f"{proof['pruned_by_bound']:,} pruned by bound, {proof['solved']:,} solved; "
-        f"{proof['refused']:,} combinations refused before.\n"
-        f"Best by {proof['objective']}, {certain}, in {human_seconds(proof['seconds'])}."
-    )
+    counts, certainty = proof_words(plan.proof)
+    if not certainty:
+        return Text(counts)
+    return Text(f"{counts}\n{certainty}, in {human_seconds(plan.proof['seconds'])}.")
 
 
 def assumption_list(plan: Plan, verbose: bool) -> Group:

@@ -151,6 +151,21 @@ class Offloading:
 
 
 @dataclass(frozen=True, slots=True)
+class Saving:
+    """What a framework's checkpoint has: trained weights and optimizer states once, but for what this says.
+
+    ``without_weights`` are the shardings that save master copies in place of the weights; ``masters`` those
+    that save an fp32 copy of the weights even where the optimizer works on the weights themselves.
+    ``moment`` is bytes of a moment as it is saved (None: as it is kept).
+    """
+
+    source: str
+    without_weights: tuple[str, ...] = ()
+    masters: tuple[str, ...] = ()
+    moment: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Stack:
     """Everything the planner knows of one training framework."""
 
@@ -219,6 +234,7 @@ class Stack:
     attention_kernels: tuple[str, ...] = ("flash", "cudnn")  # fused ones, the preferred first
     hidden_transfers: str = ""  # the flags behind the overlap that is assumed
     offloading: Mapping[str, Offloading] = field(default_factory=dict)  # per sharding
+    saving: Saving = field(kw_only=True)
     context: Overhead = CONTEXT
     communicator: Overhead = COMMUNICATOR
     allocator: Overhead = ALLOCATOR

@@ -24,6 +24,7 @@ from planner.stacks.base import (
     Overhead,
     Recipe,
     Row,
+    Saving,
     Stack,
 )
 from planner.stacks.megatron_hybrid import MAMBA, by_parts, of_stage
@@ -332,6 +333,13 @@ MEGATRON = Stack(
     expert_parallel=True,
     expert_tensor_parallel=True,
     rerun={"attention core": NONE},
+    # core/optimizer/distrib_optimizer.py: _get_main_param_and_optimizer_states has a "param" besides the
+    # model's own, and moments as Transformer Engine's get_unscaled_state gives them: in fp32.
+    saving=Saving(
+        "Megatron-LM core 0.16, training/checkpointing.py, generate_state_dict",
+        masters=("zero1",),
+        moment=4.0,
+    ),
     offloading=OFFLOADING,
     vocabulary_multiple=128,
     gradients_resident=True,

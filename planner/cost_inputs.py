@@ -31,11 +31,8 @@ def with_costs(cluster: ClusterSpec, given: dict[str, Any]) -> ClusterSpec:
         update["checkpoint_bytes_per_s"] = parse_bytes(
             text.removesuffix("/s"), f"{FLAGS['checkpoint_bytes_per_s']} "
         )
-    for field, name in (
-        ("gpu_mtbf_s", "gpu_mtbf"),
-        ("job_mtbf_s", "job_mtbf"),
-        ("restart_s", "restart_time"),
-    ):
+    times = {"gpu_mtbf_s": "gpu_mtbf", "job_mtbf_s": "job_mtbf", "restart_s": "restart_time"}
+    for field, name in times.items():
         if (text := given.get(name)) is not None:
             update[field] = parse_seconds(text, f"{FLAGS[field]} ")
     try:

@@ -44,11 +44,10 @@ NvmeBandwidth = Annotated[str | None, option("--nvme-bandwidth", help="Of a node
 # What a whole training takes.
 Price = Annotated[str | None, option("--price", help="Of a GPU-hour, as in 2.5 or 2.5USD.")]
 GpuMtbf = Annotated[
-    str | None,
-    option("--gpu-mtbf", help="Mean time between failures of a GPU and its share of the rest: 50000h."),
+    str | None, option("--gpu-mtbf", help="Mean time between failures, per GPU, as in 50000h.")
 ]
 JobMtbf = Annotated[
-    str | None, option("--job-mtbf", help="The same of the whole job, in its place, as in 8h.")
+    str | None, option("--job-mtbf", help="The same of the whole job, in place of it, as in 8h.")
 ]
 CheckpointBandwidth = Annotated[
     str | None, option("--checkpoint-bandwidth", help="Of all GPUs writing a checkpoint, a second: 50GB.")

@@ -30,15 +30,13 @@ def checkpoint_bytes(job: Job, layout: Layout) -> int:
     the states of random numbers, schedule and data loader are left out: kilobytes of a rank.
     """
     saving, recipe = job.stack.saving, job.recipe
-    if saving.moment:
-        recipe = replace(recipe, moment=saving.moment)
-    if layout.sharding in saving.masters:
-        recipe = replace(recipe, master=max(recipe.master, 4.0))
+    if layout.sharding in saving.in_fp32:
+        recipe = replace(recipe, master=4.0, moment=4.0)
     shards = layout.data_shards if layout.sharding == "fsdp" else 1
     degrees = {"tensor_parallel": layout.tensor_parallel, "data_shards": shards}
     builder = Builder(job.model, job.training, job.stack, recipe, **degrees)
     builder.optimizer = replace(builder.optimizer, paged=0.0)  # what may be evicted is saved too
-    weights = layout.sharding not in saving.without_weights
+    weights = layout.sharding not in saving.without_weights or not recipe.master
     frozen = job.training.adapters is None
     layers = builder.layers()
     return round(sum(layer.count * _saved(layer, weights, frozen) for layer in layers))
@@ -86,7 +84,7 @@ def daly_goodput(interval: float, write: float, restart: float, mtbf: float) -> 
     return interval / (mtbf * exp(restart / mtbf) * expm1((interval + write) / mtbf))
 
 
-def cost_of(job: Job, layout: Layout, step: Span) -> CostPlan:
+def cost_plan(job: Job, layout: Layout, step: Span) -> CostPlan:
     """What a whole training under a layout takes, whose ``step`` takes seconds, at least and at most.
 
     Raises InputError where the job would fail before it gets anywhere.

@@ -390,7 +390,7 @@ def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
     if job.training.tokens or job.cluster.costed:
         from planner import cost as costs
 
-        cost = costs.cost_of(job, layout, Span(value=step, least=least, most=most))
+        cost = costs.cost_plan(job, layout, Span(value=step, least=least, most=most))
         notes = tuple(costs.notes_on(job, cost))
     return Plan(
         model=job.model.name,

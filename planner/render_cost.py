@@ -13,10 +13,11 @@ from planner.units import DAY, HOUR, about, decimal_bytes, human_count
 def cost_lines(cost: CostPlan) -> Iterator[Text]:
     """Time, GPU-hours, energy and money, if the tokens are given; checkpoints and failures."""
     if cost.tokens and cost.wall_s and cost.gpu_hours and cost.energy_kwh and cost.compute_s:
-        days = in_range(cost.wall_s.times(1 / DAY), "days")
-        text = f"{human_count(cost.tokens)} tokens, {cost.steps:,} steps: {days}"
+        unit, name = (DAY, "days") if cost.wall_s.value >= 2 * DAY else (HOUR, "hours")
+        time = in_range(cost.wall_s.times(1 / unit), name)
+        text = f"{human_count(cost.tokens)} tokens, {cost.steps:,} steps: {time}"
         if cost.goodput:
-            text += f", {about(cost.compute_s.value / DAY)} of them at work"
+            text += f", {about(cost.compute_s.value / unit)} of them at work"
         text += f"; {about(cost.gpu_hours.value)} GPU-hours"
         text += f", {energy(cost.energy_kwh.value)} with all boards at their {cost.power_w:g} W"
         if cost.money and cost.price:

@@ -154,15 +154,13 @@ class Offloading:
 class Saving:
     """What a framework's checkpoint has: trained weights and optimizer states once, but for what this says.
 
-    ``without_weights`` are the shardings that save master copies in place of the weights; ``masters`` those
-    that save an fp32 copy of the weights even where the optimizer works on the weights themselves.
-    ``moment`` is bytes of a moment as it is saved (None: as it is kept).
+    ``without_weights`` are the shardings that save master copies, where there are any, in place of the
+    weights; ``in_fp32`` those that save a master copy and moments in fp32 even if the optimizer has none.
     """
 
     source: str
     without_weights: tuple[str, ...] = ()
-    masters: tuple[str, ...] = ()
-    moment: float | None = None
+    in_fp32: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -333,12 +333,13 @@ MEGATRON = Stack(
     expert_parallel=True,
     expert_tensor_parallel=True,
     rerun={"attention core": NONE},
-    # core/optimizer/distrib_optimizer.py: _get_main_param_and_optimizer_states has a "param" besides the
-    # model's own, and moments as Transformer Engine's get_unscaled_state gives them: in fp32.
+    # core/optimizer/distrib_optimizer.py, _get_main_param_and_optimizer_states: a "param" besides the model's
+    # and moments of Transformer Engine's get_unscaled_state. Megatron-FSDP's modules have main weights for
+    # parameters (megatron_fsdp.py, _replace_param_with_distributed_if_needed).
     saving=Saving(
         "Megatron-LM core 0.16, training/checkpointing.py, generate_state_dict",
-        masters=("zero1",),
-        moment=4.0,
+        without_weights=("zero2", "fsdp"),
+        in_fp32=("zero1",),
     ),
     offloading=OFFLOADING,
     vocabulary_multiple=128,

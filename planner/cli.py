@@ -153,6 +153,7 @@ def progress(quiet: bool) -> Iterator[Callable[[int, int], None]]:
 @o.takes(
     o.JOB,
     o.TRAINING,
+    o.COST,
     o.CHOICES,
     {
         "objective": (o.Objective, "time"),
@@ -215,7 +216,12 @@ def cluster_of(given: dict[str, Any]) -> ClusterSpec:
     names = ("gpus", "memory_budget", "headroom", "nodes_per_leaf", "oversubscription")
     places = ("host_memory", "host_bandwidth", "nvme", "nvme_bandwidth")
     options: list[Any] = [given.get(name) for name in (*names, *places)]
-    return reading.read_cluster(*options)
+    cluster = reading.read_cluster(*options)
+    if all(given.get(name) is None for name in o.COST):
+        return cluster
+    from planner.cost_inputs import with_costs
+
+    return with_costs(cluster, given)
 
 
 def write_trace(model: ModelSpec, cluster: ClusterSpec, plan: Plan, path: str) -> None:
@@ -245,6 +251,7 @@ def one_layout(given: dict[str, Any]) -> tuple[Any, ...]:
     o.JOB,
     o.LAYOUT,
     o.TRAINING,
+    o.COST,
     {"trace": (o.Trace, None), "as_json": (o.Json, False), "verbose": (o.Verbose, False)},
 )
 def estimate(given: dict[str, Any]) -> None:
@@ -316,6 +323,7 @@ def explain(given: dict[str, Any]) -> None:
     o.JOB,
     {"micro_batch_size": (o.Micro, 1), "recompute": (o.Recompute, "auto")},
     o.TRAINING,
+    o.COST,
     {"as_json": (o.Json, False)},
 )
 def compare(given: dict[str, Any]) -> None:

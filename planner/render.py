@@ -24,7 +24,7 @@ from planner.ledger import COMPONENTS, Entry, Message
 from planner.plan import Plan, StagePlan, proof_words, verdict_of
 from planner.render_axes import axis_columns
 from planner.render_offload import show_elsewhere
-from planner.units import gib, human_bytes, human_count, human_seconds
+from planner.units import gib, human_bytes, human_seconds
 
 SHORT = {
     "parameters": "params",
@@ -138,14 +138,17 @@ def headline(plan: Plan) -> Text:
     )
     if plan.mfu - plan.mfu_causal > LONG:
         text.append(f" ({plan.mfu_causal:.0%} with attention counted causal)")
-    if plan.days:
-        text.append(f"; {human_count(float(plan.training.tokens or 0))} tokens in {plan.days:,.1f} days")
     return text
 
 
 def opening(plan: Plan) -> Group:
-    """The answer in words, and what must not be overlooked."""
-    return Group(headline(plan), *(Text(f"Warning: {note}", style="yellow") for note in plan.warnings))
+    """The answer in words, what a whole training takes, and what must not be overlooked."""
+    lines = [headline(plan)]
+    if plan.cost:
+        from planner.render_cost import cost_lines
+
+        lines += cost_lines(plan.cost)
+    return Group(*lines, *(Text(f"Warning: {note}", style="yellow") for note in plan.warnings))
 
 
 def ranking(plans: Sequence[Plan], wide: bool) -> Table:
@@ -154,18 +157,7 @@ def ranking(plans: Sequence[Plan], wide: bool) -> Table:
     names = ["#", "TP", "PP", "DP", *axes, "sharding", "mb"]
     names += ["peak GiB", "most", "bubble", "step", "MFU", "recompute"]
     if wide:
-        names = [
-            "#",
-            "TP",
-            "PP",
-            "DP",
-            *axes,
-            "chunks",
-            "sharding",
-            "schedule",
-            "micro-batch",
-            "grad accum",
-        ]
+        names = ["#", "TP", "PP", "DP", *axes, "chunks", "sharding", "schedule", "micro-batch", "grad accum"]
         names += ["peak GiB", "most", "bubble", "step", "tokens/s", "MFU", "layers per stage", "recompute"]
     left = ("order", "offload", "sharding", "schedule", "layers per stage", "recompute")
     spare = ("tokens/s", "bubble", "MFU", "grad accum", "most", "recompute", "layers per stage")
@@ -373,7 +365,7 @@ def show_entries(
     unfold: bool,
 ) -> None:
     """Where every byte of one stage comes from: terms in rows, strategies in columns."""
-    console.print(headline(plan))
+    console.print(opening(plan))
     console.print()
     console.print(Text(f"Stage {stage} of {plan.layout.to_layout().describe()}, at {moment}", style="bold"))
     labels = list(dict.fromkeys(label for entry in items for label in entry.shares))

@@ -52,6 +52,7 @@ def test_heavy_packages_have_a_home_each() -> None:
     renderers = {
         "planner/render.py",
         "planner/render_compare.py",
+        "planner/render_cost.py",
         "planner/render_infer.py",
         "planner/render_measure.py",
         "planner/render_offload.py",

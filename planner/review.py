@@ -13,19 +13,20 @@ from typing import Any, Literal
 from planner import review_charts as charts
 from planner.api import job_for
 from planner.catalog import step_time
+from planner.cost_words import checkpoints
 from planner.defaults import Job
 from planner.documents import Document
 from planner.errors import PlannerError
 from planner.ledger import COMPONENTS, components, entries, messages, view
 from planner.network import AXES, Network, group
-from planner.plan import Plan, make_plan, pass_seconds
+from planner.plan import CostPlan, Plan, make_plan, pass_seconds
 from planner.program import Solution
 from planner.replay import Snapshot, StageReplay
 from planner.schedule import shown_microbatches, timeline
 from planner.sensitivity import Case, cases
 from planner.stages import Prices, price
 from planner.trace import NAMES, rows_of
-from planner.units import gib, human_seconds
+from planner.units import DAY, gib, human_seconds
 
 Unit = Literal["text", "number", "bytes", "seconds", "share", "change"]
 MOST_SNAPSHOTS = 160
@@ -76,6 +77,8 @@ def exhibits(subject: Subject) -> Iterator[Exhibit]:
     yield _communication(subject)
     if len(subject.document.plans) > 1:
         yield _alternatives(subject.document.plans)
+    if subject.plan.cost:
+        yield _cost(subject.plan.cost)
     if subject.document.changes:
         yield _changes(subject.document)
     yield _sensitivity(subject)
@@ -231,6 +234,31 @@ def _level(network: Network, layout: Any, axis: str) -> str:
         names[2] = "network above leaf switches"
     over = [name for name, out in zip(names, crossed, strict=True) if bool(out)]
     return over[-1] if over else "itself"
+
+
+def _cost(cost: CostPlan) -> Exhibit:
+    """What the whole training takes, with the range that the step time's gives."""
+    spans = (
+        ("days at work", cost.compute_s, 1 / DAY),
+        ("days in all", cost.wall_s, 1 / DAY),
+        ("GPU-hours", cost.gpu_hours, 1.0),
+        ("kWh, all boards at their limit", cost.energy_kwh, 1.0),
+        (f"{cost.currency or 'price'} at {cost.price or 0:g} a GPU-hour", cost.money, 1.0),
+    )
+    rows = tuple(
+        (name, span.value * unit, span.least * unit, span.most * unit) for name, span, unit in spans if span
+    )
+    note = checkpoints(cost) + ". "
+    if cost.goodput is None:
+        note += "No failures and no checkpoints are counted in the time. "
+    return Exhibit(
+        "cost",
+        "Time, energy and price of the whole training",
+        note + "The range is the step time's.",
+        ("", "expected", "least", "most"),
+        ("text", "number", "number", "number"),
+        rows,
+    )
 
 
 def _alternatives(plans: Sequence[Plan]) -> Exhibit:

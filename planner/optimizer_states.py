@@ -104,6 +104,14 @@ def factored_fp32(tensor: Tensor, recipe: Recipe, shards: Quantity) -> Quantity:
     return 4 * factored(tensor, replace(recipe, weight=1.0), shards)
 
 
+def came_state(tensor: Tensor, recipe: Recipe, shards: Quantity) -> Quantity:
+    """A moment of every element, factors of squares and of the instability; of a vector both moments; fp32.
+
+    Luo et al. 2023, arXiv:2307.02047; came_pytorch 0.1.3, CAME.py, ``step``.
+    """
+    return 4 + (1 if len(tensor.shape) == 1 else 2) * factored_fp32(tensor, recipe, shards)
+
+
 def muon_state(tensor: Tensor, recipe: Recipe, shards: Quantity) -> Quantity:
     """A momentum of a block's matrices, AdamW's two moments of embedding, head, norms and biases.
 
@@ -152,6 +160,14 @@ def factored_fp32_room(tensors: Sequence[Tensor], recipe: Recipe) -> float:
     """Of the largest tensor two in fp32, the estimate and the update; copies of half-precision gradient and
     weight beside them."""
     return max(4 * (2 + 2 * (recipe.weight < 4)) * float(t.elements) for t in tensors)
+
+
+def came_room(tensors: Sequence[Tensor], recipe: Recipe) -> float:
+    """Of a tensor the instability in three steps, in fp32, and a half-precision gradient's copy; of the one
+    before it the update and the instability, which Python still holds on to."""
+    sizes = [4.0 * float(t.elements) for t in tensors]
+    own = 3 + (recipe.weight < 4)
+    return max(2 * before + own * size for before, size in zip([0.0, *sizes], sizes, strict=False))
 
 
 MOST_SOAP = 10_000

@@ -22,6 +22,8 @@ from planner.optimizer_states import (
     ROOM,
     Tensor,
     blockwise,
+    came_room,
+    came_state,
     factored,
     factored_fp32,
     factored_fp32_room,
@@ -209,6 +211,15 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
         accesses=lambda recipe, states: 24 * 4.0,
         room=factored_fp32_room,
     ),
+    "came": replace(
+        ADAFACTOR,
+        per_element=came_state,
+        source="Luo et al. 2023, arXiv:2307.02047; came_pytorch 0.1.3, CAME.py",
+        # Norms 2, square and sum 4, means 2, estimate and product 4, scaled 2, the mean 5, instability 7, its
+        # means 2, estimate and product 4, weight decay 3, the update 7.
+        accesses=lambda recipe, states: 42 * 4.0,
+        room=came_room,
+    ),
     "muon": Optimizer(
         muon_state,
         "Jordan et al. 2024; Liu et al. 2025, arXiv:2502.16982; torch.optim.Muon, AdamW for the rest",
@@ -243,7 +254,6 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
 REFUSED: Mapping[str, str] = {
     "adalomo": "its factored moments within the backward are not measured",
     "galore": "its projections' sizes depend on their rank",
-    "came": "not measured",
 }
 """Optimizers that are known by name but not planned, and why."""
 

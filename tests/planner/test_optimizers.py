@@ -105,7 +105,11 @@ def test_a_matrix_takes_the_temporaries_that_it_took(row: dict[str, Any]) -> Non
     width = 4.0 if row["precision"] == "fp32" else 2.0
     room = OPTIMIZERS[row["optimizer"]].room
     assert room is not None
-    found = room([Tensor(tuple(row["shape"]), hidden=True)], Recipe(width, width, 0, width))
+    tensor, recipe = Tensor(tuple(row["shape"]), hidden=True), Recipe(width, width, 0, width)
+    found = room([tensor], recipe)
+    if "state_bytes" in row:
+        states = OPTIMIZERS[row["optimizer"]].per_element(tensor, recipe, 1)
+        assert states * tensor.elements == row["state_bytes"]
     assert found == pytest.approx(row["bytes"], rel=0.015)  # means of rows and columns besides
 
 
@@ -189,11 +193,26 @@ def test_shampoos_indices_are_there_between_steps_too() -> None:
     assert spans == ["passes", "optimizer step"]
 
 
+def test_came_still_holds_what_it_made_of_the_tensor_before() -> None:
+    """Measured in a third step of came_pytorch 0.1.3 on tensors of these three shapes, in order."""
+    room = OPTIMIZERS["came"].room
+    assert room is not None
+    tensors = [Tensor((64, 96)), Tensor((640, 96)), Tensor((64, 64))]
+    for width, measured in ((4.0, 786_432), (2.0, 1_032_192)):
+        assert room(tensors, Recipe(width, width, 0, width)) == measured
+
+
 def test_adafactors_factors_of_transformers_are_fp32_whatever_the_weights() -> None:
     own, theirs = (
         total(priced(job_of(optimizer=name)), "states") for name in ("adafactor", "transformers-adafactor")
     )
     assert theirs == 2 * own
+
+
+@pytest.mark.parametrize(("model", "real"), [("phi-3-mini", 3_685_632), ("falcon-7b", 4_818_560)])
+def test_adafactor_sees_the_tensors_that_transformers_joins(model: str, real: int) -> None:
+    """2 bytes for each row and column of the parameters of transformers 5.23's modules."""
+    assert total(priced(job_of(model, optimizer="adafactor")), "states") == real
 
 
 def test_muon_keeps_one_moment_of_the_blocks_matrices_and_two_of_the_rest() -> None:
@@ -349,7 +368,10 @@ def test_optimizers_without_known_sizes_are_refused_by_name(name: str) -> None:
         ({"optimizer": "shampoo", "framework": "fsdp"}, "its own configurations for DDP and FSDP"),
         ({"optimizer": "soap", "step": "foreach", "precision": "fp32"}, "soap has no foreach step"),
         ({"optimizer": "shampoo", "model": "olmoe-1b-7b"}, "not planned for a mixture of experts"),
-        ({"optimizer": "shampoo", "model": "vit-large-patch16", "seq_length": 197}, "not planned for convolutions"),
+        (
+            {"optimizer": "shampoo", "model": "vit-large-patch16", "seq_length": 197},
+            "not planned for convolutions",
+        ),
         ({"optimizer": "shampoo", "adapters": {"rank": 8}}, "shampoo is not planned for adapters"),
         ({"precision": "bf16-kahan", "master_weights": True}, "compensation in place of master weights"),
     ],

@@ -24,9 +24,7 @@ MaxDays = Annotated[
     float | None, option("--max-days", help="Of a plan with --tokens; with failures, if counted.")
 ]
 MaxHours = Annotated[float | None, option("--max-gpu-hours", help="Of a plan with --tokens.")]
-MaxCost = Annotated[
-    float | None, option("--max-cost", help="Of a plan with --price, in its unit.")
-]
+MaxCost = Annotated[float | None, option("--max-cost", help="Of a plan with --price, in its unit.")]
 MinGoodput = Annotated[str | None, option("--min-goodput", help="Of a plan with --gpu-mtbf, as in 95%.")]
 
 

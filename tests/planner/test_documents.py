@@ -161,7 +161,7 @@ def test_diff_says_what_changed_at_any_width(small: Document, tmp_path: Path) ->
 
 def test_limits_hold_on_their_own_side_of_the_plans_figure(small: Document) -> None:
     pool = small.cluster.spec.model_copy(
-        update={"price_per_gpu_hour": 2.5, "gpu_mtbf_s": 1e8, "checkpoint_bytes_per_s": 1e9}
+        update={"price": 2.5, "gpu_mtbf_s": 1e8, "checkpoint_bytes_per_s": 1e9}
     )
     training = TrainingSpec(global_batch_size=8, tokens=1e11)
     plan = estimate(small.model, pool, training, small.best.layout.to_layout())

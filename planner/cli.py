@@ -368,10 +368,12 @@ def _register() -> None:
         cli_measure,
         cli_plans,
         cli_report,
+        cli_serve,
         cli_validate,
     )
 
     app.command(epilog=cli_report.EXAMPLE)(cli_report.report)
+    app.command(epilog=cli_serve.EXAMPLE)(cli_serve.serve)
     app.command(epilog=cli_plans.DIFF)(cli_plans.diff)
     app.command(epilog=cli_plans.CHECK)(cli_plans.check)
     app.command(epilog=cli_infer.EXAMPLE)(cli_infer.infer)

@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("html", "md", "csv", "json")
 PAGE = Path(__file__).parent / "page"
+SCRIPTS = ("echarts.min.js", "review.js")
 COMMENT_BYTES = 60_000
 """GitHub takes comments of 65,536 characters."""
 COMMENT_ROWS = 24
@@ -69,14 +71,20 @@ def cell_text(value: Any, unit: Unit) -> str:
     return str(value)
 
 
-def _shown(exhibit: Exhibit, most: int | None = None) -> Shown:
+def shown(exhibit: Exhibit, most: int | None = None) -> Shown:
+    """An exhibit as text, with ``most`` rows at most."""
     rows = exhibit.rows if most is None else exhibit.rows[:most]
     cells = [[cell_text(v, unit) for v, unit in zip(row, exhibit.units, strict=True)] for row in rows]
     return Shown(exhibit, cells, len(exhibit.rows) - len(rows))
 
 
 def _context(document: Document, subject: Subject, most: int | None = None) -> dict[str, Any]:
-    """What every template is filled with."""
+    """What every template of a review is filled with."""
+    return summary(document) | {"exhibits": [shown(one, most) for one in exhibits(subject)]}
+
+
+def summary(document: Document) -> dict[str, Any]:
+    """A document's answer in words and figures, without its exhibits."""
     plan = document.best
     return {
         "headline": headline(plan),
@@ -86,7 +94,6 @@ def _context(document: Document, subject: Subject, most: int | None = None) -> d
         "error": document.error,
         "figures": figures(document),
         "warnings": plan.warnings,
-        "exhibits": [_shown(one, most) for one in exhibits(subject)],
         "assumptions": plan.assumptions,
         "accuracy": accuracy(plan),
         "command": document.command,
@@ -96,7 +103,8 @@ def _context(document: Document, subject: Subject, most: int | None = None) -> d
     }
 
 
-def _environment(escape: bool) -> Environment:
+def environment(escape: bool) -> Environment:
+    """Where templates are read from; ``escape`` where they make HTML."""
     import jinja2
 
     loader = jinja2.FileSystemLoader(PAGE)
@@ -110,17 +118,15 @@ def page(document: Document, title: str = "", note: str = "") -> str:
     from markupsafe import Markup
 
     subject = Subject.of(document)
-    library, script, css = (
-        (PAGE / name).read_text(encoding="utf-8") for name in ("echarts.min.js", "review.js", "review.css")
-    )
+    library, script, css = (_text(name) for name in (*SCRIPTS, "review.css"))
     context = _context(document, subject)
     options = {
-        f"{shown.exhibit.name}-{index}": chart.option
-        for shown in context["exhibits"]
-        for index, chart in enumerate(shown.exhibit.charts)
+        f"{one.exhibit.name}-{index}": chart.option
+        for one in context["exhibits"]
+        for index, chart in enumerate(one.exhibit.charts)
     }
     return (
-        _environment(escape=True)
+        environment(escape=True)
         .get_template("review.html.j2")
         .render(
             **context,
@@ -130,8 +136,22 @@ def page(document: Document, title: str = "", note: str = "") -> str:
             library=Markup(library),
             script=Markup(script),
             options=Markup(_inert(options)),
-            script_hashes=Markup(" ".join(_hash(text) for text in (library, script))),
+            policy=Markup(policy()),
         )
+    )
+
+
+def _text(name: str) -> str:
+    return (PAGE / name).read_text(encoding="utf-8")
+
+
+@cache
+def policy() -> str:
+    """The content security policy of the page: its own scripts and styles, and nothing else."""
+    hashes = " ".join(_hash(_text(name)) for name in SCRIPTS)
+    return (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
     )
 
 
@@ -148,9 +168,9 @@ def _hash(text: str) -> str:
 def comment(document: Document) -> str:
     """The review as Markdown for a pull request, within what GitHub takes."""
     subject = Subject.of(document)
-    environment = _environment(escape=False)
-    environment.filters |= {"md": markdown_text, "fenced": _fenced}
-    template = environment.get_template("review.md.j2")
+    markdown = environment(escape=False)
+    markdown.filters |= {"md": markdown_text, "fenced": _fenced}
+    template = markdown.get_template("review.md.j2")
     text = ""
     for most in (COMMENT_ROWS, COMMENT_ROWS // 3, 0):
         text = re.sub(r"\n{3,}", "\n\n", template.render(**_context(document, subject, most)))

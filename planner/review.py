@@ -76,11 +76,11 @@ def exhibits(subject: Subject) -> Iterator[Exhibit]:
     yield from _schedule(subject)
     yield _communication(subject)
     if len(subject.document.plans) > 1:
-        yield _alternatives(subject.document.plans)
+        yield alternatives(subject.document.plans)
     if subject.plan.cost:
         yield _cost(subject.plan.cost)
     if subject.document.changes:
-        yield _changes(subject.document)
+        yield changes(subject.document)
     yield _sensitivity(subject)
 
 
@@ -261,7 +261,7 @@ def _cost(cost: CostPlan) -> Exhibit:
     )
 
 
-def _alternatives(plans: Sequence[Plan]) -> Exhibit:
+def alternatives(plans: Sequence[Plan]) -> Exhibit:
     """The ranked layouts, and why each lost to the first."""
     best = plans[0]
     rows = tuple(
@@ -296,7 +296,7 @@ def _why_lost(best: Plan, plan: Plan) -> str:
     return words + (f", {gib(abs(freed))} GiB {'more' if freed > 0 else 'less'} free")
 
 
-def _changes(document: Document) -> Exhibit:
+def changes(document: Document) -> Exhibit:
     """Changes under which a job that does not fit would."""
     best = document.best
     rows = tuple(

@@ -60,7 +60,10 @@ def test_heavy_packages_have_a_home_each() -> None:
         "planner/render_validate.py",
     }
     assert who_imports("rich") == renderers
-    assert who_imports("typer") == {"planner/cli.py", "planner/cli_plans.py", "planner/options.py"}
+    commands = {"planner/cli.py", "planner/cli_plans.py", "planner/cli_report.py", "planner/cli_serve.py"}
+    assert who_imports("typer") == {*commands, "planner/options.py"}
+    assert who_imports("starlette") == {"planner/web/app.py"}
+    assert who_imports("uvicorn") == {"planner/web/server.py"}
     for package in ("torch", "transformers"):
         assert {str(Path(file).parent) for file in who_imports(package)} == {"planner/truth"}, package
 

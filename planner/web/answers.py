@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,4 +122,4 @@ def _document(text: bytes) -> Any:
     return Document.model_validate_json(text)
 
 
-TASKS = {"search": search, "result": result, "review": review}
+TASKS: dict[str, Callable[..., str]] = {"search": search, "result": result, "review": review}

@@ -22,7 +22,7 @@ from planner.files import plain
 from planner.report import policy
 from planner.web.answers import UNEXPECTED, Answer
 from planner.web.fields import MOST_BODY, Asked, Malformed, from_json, from_query, read
-from planner.web.pages import LONGEST_ADDRESS, form_page, static
+from planner.web.pages import LONGEST_ADDRESS, first_page, form_page, static
 from planner.web.workers import Workers
 
 BODY_SECONDS = 10.0
@@ -189,7 +189,7 @@ def _good(answer: Answer, asked: Asked) -> bytes:
 
 async def form(request: Request) -> Response:
     """The form."""
-    return HTMLResponse(form_page())
+    return HTMLResponse(first_page())
 
 
 async def search(request: Request) -> Response:

@@ -40,14 +40,28 @@ SEARCH: o.Options = {
     "top": (o.Top, 10),
     "time_limit": (o.TimeLimit, 20.0),
 }
-CLUSTER = ("memory_budget", "headroom", "nodes_per_leaf", "oversubscription")
-CLUSTER += ("host_memory", "host_bandwidth", "nvme", "nvme_bandwidth")
+NETWORK = ("memory_budget", "headroom", "nodes_per_leaf", "oversubscription")
+CLUSTER = (*NETWORK, "host_memory", "host_bandwidth", "nvme", "nvme_bandwidth")
 FIRST = ("seq_length", "global_batch_size", "tokens", "framework", "precision", "optimizer", "recompute")
 CONFIG, TITLE, NOTE = "config", "title", "note"
 HELP = {
     "model": "A name of the catalog, or a shape: layers=32,hidden=4096,heads=32,ffn=11008,vocab=32000.",
     "option": "Kernels or buffers of the framework, as in loss=fused; one a line.",
     "time_limit": f"Seconds to search at most, up to {MOST_SECONDS:g}.",
+}
+LABELS = {
+    "gpus": "GPUs",
+    "seq_length": "Sequence length",
+    "tokens": "Tokens of the training",
+    "gpu_mtbf": "GPU MTBF",
+    "job_mtbf": "Job MTBF",
+    "nvme": "NVMe",
+    "nvme_bandwidth": "NVMe bandwidth",
+    "pue": "PUE",
+    "lora": "LoRA",
+    "option": "Options of the framework",
+    "swiglu": "SwiGLU",
+    "top": "Layouts to show",
 }
 CHOICES = {
     "framework": ("megatron", "torchtitan", "fsdp", "deepspeed", "hf"),
@@ -71,9 +85,7 @@ class Field:
     def label(self) -> str:
         """Its name in words."""
         words = self.name.replace("_", " ")
-        return {"gpus": "GPUs", "nvme": "NVMe", "pue": "PUE", "lora": "LoRA"}.get(
-            self.name, words[0].upper() + words[1:]
-        )
+        return LABELS.get(self.name, words[0].upper() + words[1:])
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -259,7 +271,7 @@ def _tight(config: str) -> str:
         raise InputError(str(error)) from None
     if not isinstance(found, dict):
         raise InputError("the config.json is no JSON object: paste the whole file, from { to }")
-    return json.dumps(found, separators=(",", ":"))
+    return json.dumps(found, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace").decode()
 
 
 def _words(text: str, most: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -70,6 +71,12 @@ def _base(values: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
+@cache
+def first_page() -> str:
+    """The form as everybody finds it."""
+    return form_page()
+
+
 def form_page(values: Mapping[str, str] = {}, error: str = "") -> str:
     """The form, with what is wrong with its ``values``."""
     return _template().render(**_base(values) | {"error": error, "marked": marked(error)})
@@ -96,6 +103,9 @@ def result_page(document: Document, asked: Asked) -> str:
     ranked = shown(alternatives(document.plans)) if document.plans else None
     if ranked is None and document.changes:
         ranked = shown(changes(document))
+    links = (
+        () if document.plans else [_changed(asked, str(one.get("option", ""))) for one in document.changes]
+    )
     query = urlencode(asked.address())
     return _template().render(
         **_base(asked.by_name)
@@ -105,8 +115,24 @@ def result_page(document: Document, asked: Asked) -> str:
             "ranked": ranked,
             "heading": "Layouts that fit, best first" if document.plans else "What would fit",
             "asked": asked.texts,
+            "links": links,
             "query": query if len(query) <= LONGEST_ADDRESS else "",
             "most_note": MOST_NOTE,
             "names": (TITLE, NOTE),
         }
     )
+
+
+def _changed(asked: Asked, options: str) -> str:
+    """The address of what was asked with some of the command's options instead, where it has one."""
+    words = shlex.split(options)
+    names = {field.flags[0]: name for name, field in fields().items()}
+    if len(words) % 2 or not all(flag in names for flag in words[::2]):
+        return ""
+    texts = asked.by_name
+    for flag, text in zip(words[::2], words[1::2], strict=True):
+        name = names[flag]
+        more = fields()[name].kind == "list" and texts.get(name)
+        texts[name] = f"{more}\n{text}" if more else text
+    address = "/search?" + urlencode(texts)
+    return address if words and len(address) <= LONGEST_ADDRESS else ""

@@ -159,12 +159,12 @@ class Workers:
         if under_way is None:
             if self.waiting >= self.queue:
                 return Answer.of(503, BUSY)
+            self.waiting += 1
             under_way = self.under_way[key] = asyncio.create_task(self._make(key, more))
             under_way.add_done_callback(lambda _: self.under_way.pop(key, None))
         return await asyncio.shield(under_way)
 
     async def _make(self, key: Key, more: tuple[Any, ...]) -> Answer:
-        self.waiting += 1
         try:
             async with asyncio.timeout(self.wait):
                 worker = await self.idle.get()

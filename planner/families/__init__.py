@@ -96,7 +96,7 @@ def model_from_config(data: Any, origin: str, name: str = "", source: str = "") 
     label = name or str(data.get("_name_or_path") or "").strip() or _file_name(origin)
     quantized = data.get("quantization_config")
     family = data.get("model_type")
-    if family in TEXT_PARTS and isinstance(data.get("text_config"), dict):
+    if isinstance(family, str) and family in TEXT_PARTS and isinstance(data.get("text_config"), dict):
         data = {"model_type": TEXT_PARTS[family]} | data["text_config"]
         source = source or f"the text part of a {family} model; its image part is left out"
         family = data["model_type"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +16,14 @@ UNEXPECTED = "something went wrong here that should not; the question is fine to
 
 @dataclass(frozen=True)
 class Answer:
-    """An HTTP status with its text in UTF-8; of any but 200, what is wrong."""
+    """An HTTP status with its text in UTF-8; of any but 200, what is wrong.
+
+    ``trace`` is for the server's own log, where something is wrong with the server; nobody else is told.
+    """
 
     status: int
     body: bytes
+    trace: str = ""
 
     @staticmethod
     def of(status: int, text: str) -> Answer:
@@ -45,8 +49,7 @@ def answer(task: str, *given: Any) -> Answer:
     except RecursionError:
         return Answer.of(422, "the config.json is nested too deeply")
     except Exception:
-        sys.excepthook(*sys.exc_info())  # for the server's own log; nobody else is told
-        return Answer.of(500, UNEXPECTED)
+        return Answer(500, UNEXPECTED.encode(), traceback.format_exc())
 
 
 def prepare() -> None:

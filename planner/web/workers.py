@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
@@ -42,7 +43,6 @@ BUSY = "too many questions at once: ask again in a minute"
 def work(connection: Connection) -> None:
     """What a process does until its server ends: tasks in, answers and its largest size out."""
     import signal
-    import sys
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server ends it
     sys.dont_write_bytecode = True
@@ -82,10 +82,8 @@ def _size() -> int:
         import resource
     except ImportError:
         return 0
-    from sys import platform
-
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if platform == "darwin" else most * 1024
+    return most if sys.platform == "darwin" else most * 1024
 
 
 class Worker:
@@ -181,6 +179,8 @@ class Workers:
         except (EOFError, OSError):
             await self._replace(worker)
             return Answer.of(503, DIED)
+        if found.trace:
+            print(found.trace, file=sys.stderr)
         if size > GROWN:
             await self._replace(worker)
         else:

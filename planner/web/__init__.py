@@ -6,6 +6,6 @@
     app       addresses, limits, headers, pages                           Starlette
     server    connections                                                 uvicorn
 
-Nothing is kept of anybody: an answer depends on its request alone. Nothing of the machine is read but the
-package's own files, nothing is written, and nothing is asked of a network.
+An answer depends on its request alone; the last ones stay in memory, up to a number of bytes. Nothing of the
+machine is read but the package's own files, nothing is written, and nothing is asked of a network.
 """

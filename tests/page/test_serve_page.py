@@ -97,12 +97,11 @@ def well(browser: Browser, origin: str) -> None:
 def test_from_the_form_to_the_review(width: int, scheme: str, origin: str, browser: Browser) -> None:
     browser.shape(width, scheme)
     browser.open(f"{origin}/")
-    assert browser.complaints() == []
-    background = browser.run("return getComputedStyle(document.body).backgroundColor")
-    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
     for fold in browser.driver.find_elements("css selector", "form details > summary"):
         fold.click()
     well(browser, origin)
+    background = browser.run("return getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
     write(browser, model="llama-2-7b", gpus="8xH100", seq_length="4096", tensor_parallel="1,2")
     press(browser, "Search")
     assert "model=llama-2-7b&gpus=8xH100&seq_length=4096&tensor_parallel=1%2C2" in browser.driver.current_url

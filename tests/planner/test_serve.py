@@ -675,3 +675,15 @@ def test_the_command_warns_of_an_open_address_and_says_how_to_install(
     missing = run(command, ["serve"])
     assert missing.exit_code == 2
     assert "pip install 'distributed-training-planner[serve]'" in missing.output
+
+
+def test_every_example_of_the_documentation_is_answered(page: TestClient) -> None:
+    text = (ROOT / "docs" / "serve.md").read_text()
+    found = re.findall(r"^curl '?http://127\.0\.0\.1:8000(/[^\s']*)'?(?: --json '(.*)')?$", text, re.M)
+    assert len(found) == 4
+    for path, data in found:
+        form = {"content-type": "application/json"}
+        answer = page.post(path, content=data, headers=form) if data else page.get(path)
+        assert answer.status_code == 200, answer.text
+    for name in FILES:
+        assert f"`--{name.replace('_', '-')}`" in text

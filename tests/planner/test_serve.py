@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -617,11 +618,12 @@ def test_a_connection_that_says_nothing_is_ended(port: int) -> None:
 
 
 def test_a_connection_stays_for_the_next_request(port: int) -> None:
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as line:
-        for _ in range(3):
-            time.sleep(0.4)
-            line.sendall(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
-            assert b" 200 OK" in line.recv(65_536)
+    line = HTTPConnection("127.0.0.1", port, timeout=10)
+    for _ in range(3):
+        line.request("GET", "/healthz")
+        assert json.load(line.getresponse()) == {"status": "ok", "waiting": 0}
+        time.sleep(0.7)  # longer than it may take to ask first
+    line.close()
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ def gptj(config: Config) -> Fields:
         "max_position_embeddings": config.integer("n_positions", "max_position_embeddings", default=2048),
         "tie_word_embeddings": config.flag("tie_word_embeddings"),
         "hidden_act": config.get("activation_function", "gelu_new"),
-        "rotary_fraction": min(1.0, config.integer("rotary_dim", default=64) / (hidden // heads)),
+        "rotary_fraction": min(1.0, config.integer("rotary_dim", default=64) / max(1, hidden // heads)),
         "dropout": config.get("resid_pdrop", 0.0),
         "attention_dropout": config.get("attn_pdrop", 0.0),
         "gated_mlp": False,

@@ -353,3 +353,14 @@ def test_a_shape_that_cannot_be_says_what_is_wrong(text: str, named: str) -> Non
     with pytest.raises(InputError) as caught:
         read_model(text)
     assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("family", [[], {}, ["llama"], None, 1])
+def test_a_model_type_that_is_no_word_is_refused(family: Any) -> None:
+    with pytest.raises(InputError, match="is not modelled"):
+        model_from_config({"model_type": family, "hidden_size": 64}, "config.json")
+
+
+def test_more_heads_than_elements_are_no_division_by_zero() -> None:
+    config = {"model_type": "gptj", "n_embd": 2, "n_head": 64, "head_dim": 1, "n_layer": 2, "vocab_size": 100}
+    assert model_from_config(config, "config.json").num_attention_heads == 64

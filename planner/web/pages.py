@@ -79,7 +79,8 @@ def first_page() -> str:
 
 def form_page(values: Mapping[str, str] = {}, error: str = "") -> str:
     """The form, with what is wrong with its ``values``."""
-    return _template().render(**_base(values) | {"error": error, "marked": marked(error)})
+    given = {name: text for name, text in values.items() if text.strip()}
+    return _template().render(**_base(given) | {"error": error, "marked": marked(error)})
 
 
 def marked(error: str) -> tuple[str, ...]:

@@ -689,3 +689,15 @@ def test_every_example_of_the_documentation_is_answered(page: TestClient) -> Non
         assert answer.status_code == 200, answer.text
     for name in FILES:
         assert f"`--{name.replace('_', '-')}`" in text
+
+
+def test_a_fold_with_something_in_it_is_open(page: TestClient) -> None:
+    def opened(text: str) -> list[str]:
+        return re.findall(r"<details open>\s*<summary>([^<]+)<", text)
+
+    assert opened(page.get("/").text) == []
+    assert opened(page.get("/search", params={**JOB, "headroom": "5%"}).text) == ["Cluster"]
+    wrong = page.get("/search", params={**JOB, "tensor_parallel": "7", "price": "x"}).text
+    assert opened(wrong) == ["Layouts to search", "Price and failures"]
+    blank = page.post("/search", data={**dict.fromkeys(fields(), ""), "model": "gpt2-small"})
+    assert (blank.status_code, opened(blank.text)) == (422, [])

@@ -36,7 +36,7 @@
     form.addEventListener("submit", function () {
       const wait = form.querySelector("#wait");
       for (const button of form.querySelectorAll("button")) { setTimeout(function () { button.disabled = true; }); }
-      if (wait) { wait.textContent = "Searching: a second for most questions, a minute for the largest."; }
+      if (wait) { wait.textContent = "Searching: seconds for most questions, a minute where a large one does not fit."; }
     });
   }
   // Back from an answer, the form is to be used again.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
 Key = tuple[str, Asked]
-SECONDS = 60.0
+SECONDS = 90.0
 """Of one answer: the search's own limit, and what would fit where nothing does."""
 WAIT = 120.0
 """Seconds in the queue."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from planner.layouts import Choices
     from planner.plan import Plan
     from planner.specs import ClusterSpec, ModelSpec, TrainingSpec
+    from planner.sweeping import Point, Sweep, grid, sweep
     from strategies.layout import Layout
 
 __version__ = "0.1.0"
@@ -31,6 +32,10 @@ _HOME = {
     "ModelSpec": "planner.specs",
     "TrainingSpec": "planner.specs",
     "Plan": "planner.plan",
+    "sweep": "planner.sweeping",
+    "grid": "planner.sweeping",
+    "Point": "planner.sweeping",
+    "Sweep": "planner.sweeping",
     "Layout": "strategies.layout",
     "PlannerError": "planner.errors",
     "InputError": "planner.errors",
@@ -46,12 +51,16 @@ __all__ = [
     "ModelSpec",
     "Plan",
     "PlannerError",
+    "Point",
     "SolverError",
+    "Sweep",
     "TrainingSpec",
     "compare",
     "estimate",
     "explain",
+    "grid",
     "search",
+    "sweep",
 ]
 
 

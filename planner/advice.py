@@ -34,10 +34,14 @@ class Change:
 
 
 def nearest_plan(job: Job, choices: Choices) -> Plan:
-    """The layout that asks for least memory on its fullest GPU, though more than there is."""
+    """The layout that asks for least memory on its fullest GPU, though more than there is.
+
+    It is looked for in the whole GPU, and more: so it is the same whatever part of that the job may use.
+    """
+    whole = job.cluster.model_copy(update={"budget_bytes": None, "headroom": 0.0})
     stretch = 2.0
     while True:
-        stretched = replace(job, stretch=stretch)
+        stretched = replace(job, cluster=whole, stretch=stretch)
         found = find(stretched, choices, "headroom", top=1)
         if found.answers:
             return make_plan(job, found.answers[0], {"status": "does not fit", "objective": "headroom"})

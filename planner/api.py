@@ -77,16 +77,21 @@ def search(
     changes that would fit) if no layout fits.
     """
     job = resolve(model, cluster, training)
-    _check_choices(job, choices, objective, top, time_limit)
+    check_choices(job, choices, objective, top, time_limit)
     found = find(job, choices, objective, top, time_limit, progress)
     proof = proof_of(found, objective)
     if not found.answers:
         _nothing_found(job, choices, found, progress)
-    settled = [settle(one) if objective == "time" else one for one in found.answers]
-    return [make_plan(job, solution, proof) for solution in settled]
+    return [make_plan(job, solution, proof) for solution in settled(found, objective)]
 
 
-def _check_choices(job: Job, choices: Choices, objective: str, top: int, time_limit: float) -> None:
+def settled(found: Found, objective: str) -> list[Solution]:
+    """The answers of a search as they are shown."""
+    return [settle(one) if objective == "time" else one for one in found.answers]
+
+
+def check_choices(job: Job, choices: Choices, objective: str, top: int, time_limit: float) -> None:
+    """Raises InputError for what a search of this job cannot be asked."""
     if objective not in OBJECTIVES:
         raise InputError(f"objective={objective!r}: use {' or '.join(OBJECTIVES)}")
     if not 0 < time_limit <= 1e6:
@@ -151,6 +156,14 @@ def _check_chunks(choices: Choices) -> None:
 
 
 def _nothing_found(job: Job, choices: Choices, found: Found, progress: Callable[[int, int], Any]) -> None:
+    check_proved(job, choices, found)
+    nearest = nearest_plan(job, choices)
+    message = shortfall(job, found, nearest)
+    raise InfeasibleError(message, nearest, changes_that_fit(job, choices, progress))
+
+
+def check_proved(job: Job, choices: Choices, found: Found) -> None:
+    """Raises InputError where there was no layout to look at, SolverError where there was no time to."""
     if not found.space.size:
         reasons = sorted(found.space.refused, key=lambda reason: " runs " in reason)
         chosen = {name: value for name, value in vars(choices).items() if value and isinstance(value, tuple)}
@@ -161,7 +174,10 @@ def _nothing_found(job: Job, choices: Choices, found: Found, progress: Callable[
         raise InputError(f"{what}: {'; '.join(reasons) or 'their degrees do not multiply to the GPUs'}")
     if not found.optimal:
         raise SolverError("nothing was found within the time limit: give it more with --time-limit")
-    nearest = nearest_plan(job, choices)
+
+
+def shortfall(job: Job, found: Found, nearest: Plan) -> str:
+    """By how much nothing fits: the nearest plan's fullest stage, its moment and its largest part."""
     stage = nearest.stages[nearest.fullest]
     component = max(stage.components, key=lambda name: stage.components[name])
     layout = nearest.layout.to_layout().describe()
@@ -178,12 +194,11 @@ def _nothing_found(job: Job, choices: Choices, found: Found, progress: Callable[
     over = f"{gib(usual, 2)} GiB" if usual > 0 else f"up to {gib(most, 2)} GiB"
     largest = f"{component.replace('_', ' ')}, {gib(stage.components[component], 2)} GiB"
     over = f", {over} over; its largest part is {largest}" if most > 0 else ""
-    message = (
+    return (
         f"{job.model.name} {fits} none of {found.enumerated:,} layouts of {job.cluster.num_gpus} x "
         f"{job.cluster.gpu.name}. Nearest is {layout}: at {stage.moment} stage {nearest.fullest} {takes} "
         f"of {gib(stage.capacity_bytes)}{over}{'; '.join(['', *short[:1]])}"
     )
-    raise InfeasibleError(message, nearest, changes_that_fit(job, choices, progress))
 
 
 def job_for(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, layout: Layout) -> Job:

@@ -335,8 +335,9 @@ def compare(given: dict[str, Any]) -> None:
 
 def _register() -> None:
     """The commands that have files of their own."""
-    from planner import cli_calibrate, cli_catalog, cli_infer, cli_measure, cli_validate
+    from planner import cli_calibrate, cli_catalog, cli_infer, cli_measure, cli_sweep, cli_validate
 
+    app.command(epilog=cli_sweep.EXAMPLE)(cli_sweep.sweep)
     app.command(epilog=cli_infer.EXAMPLE)(cli_infer.infer)
     app.command(epilog=cli_catalog.EXAMPLE)(cli_catalog.catalog)
     app.command(epilog=cli_measure.EXAMPLE)(cli_measure.measure)

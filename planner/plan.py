@@ -321,6 +321,21 @@ def pass_seconds(prices: Prices, rows: Sequence[Sequence[int]]) -> list[list[Pas
     return stages
 
 
+def with_memory(plan: Plan, job: Job) -> Plan:
+    """The same plan where a GPU has as much memory as this job's, else the same: no other byte changes."""
+    capacity = job.cluster.capacity_bytes
+    stages = [stage.model_copy(update={"capacity_bytes": capacity}) for stage in plan.stages]
+    verdict = verdict_of(stages)
+    update = {
+        "stages": tuple(stages),
+        "capacity_bytes": capacity,
+        "verdict": verdict,
+        "fits": verdict == "fits",
+        "warnings": tuple(warnings_for(job, plan.layout.to_layout(), verdict)),
+    }
+    return plan.model_copy(update=update)
+
+
 def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
     """A plan from a solved candidate: stages, time on the schedule graph, proof."""
     candidate = solution.candidate

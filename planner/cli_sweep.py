@@ -124,8 +124,6 @@ def finish(
     asked: Swept, found: Sweep, given: dict[str, Any], output: Path | None, kept: Path | None, stopped: bool
 ) -> None:
     """Writes what was found, shows it, and ends with the status that says so."""
-    from typer import Exit
-
     from planner.cli import print_json
 
     if output and not stopped:
@@ -148,9 +146,9 @@ def finish(
             f"their rows are in {kept}: go on with --resume" if kept else "nothing keeps them: give --state"
         )
         sys.stderr.write(f"Interrupted: {asked.done:,} of {asked.total:,} points are done, {where}\n")
-        raise Exit(130)
+        raise SystemExit(130)
     if not found.within:
-        raise Exit(1)
+        raise SystemExit(1)
 
 
 def all_refused(found: Sweep) -> str:

@@ -24,7 +24,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path, self.others, self.broken, self.taken = path, 0, 0, 0
-        self._file: TextIO | None = None
+        self.begun = False
 
     def read(self, resume: bool) -> dict[str, Any]:
         """Rows by key, none of no file. Raises InputError for a file that cannot be gone on with."""
@@ -63,27 +63,23 @@ class Journal:
 
     def add(self, key: str, row: dict[str, Any]) -> None:
         """Adds a row. Raises InputError if it cannot be written."""
+        line = json.dumps({"key": key, "row": row}) + "\n"
         try:
-            if self._file is None:
-                self._file = self.path.open("a+", encoding="utf-8")
-                self._file.seek(0, 2)
-                if self._file.tell():  # what may have been cut off gets a line of its own
-                    self._file.write("\n")
-            self._file.write(json.dumps({"key": key, "row": row}) + "\n")
-            self._file.flush()
+            with self.path.open("ab") as file:
+                if not self.begun and file.tell():  # what may have been cut off gets a line of its own
+                    line = "\n" + line
+                self.begun = file.write(line.encode()) > 0
         except OSError as error:
             raise InputError(f"{self.path}: cannot be written: {reason_of(error)}") from None
 
     def notes(self) -> Iterator[str]:
         """What its reader should know of the file that was gone on from."""
         if self.taken - self.others:
-            yield f"{self.taken - self.others:,} points were there already"
+            yield f"points that {self.path.name} had already: {self.taken - self.others:,}"
         if self.others:
             whose = "of other inputs or another version"
-            yield f"{self.others:,} rows of {self.path.name} are {whose}: left alone"
+            yield f"rows that {self.path.name} has {whose}, left alone: {self.others:,}"
 
     def remove(self) -> None:
         """Removes the file, now that all rows are elsewhere."""
-        if self._file is not None:
-            self._file.close()
         self.path.unlink(missing_ok=True)

@@ -59,16 +59,17 @@ def answers(sweep: Sweep, goal: str | None) -> Iterator[Text]:
     rows = sweep.within
     models = list(dict.fromkeys(row.model for row in rows))
     if not rows:
-        fit = sum(row.fits for row in sweep.rows)
-        why = f"{fit:,} points fit, none within the limits" if fit else "none of the points fits"
+        fit = any(row.fits for row in sweep.rows)
+        why = "No point that fits is within the limits" if fit else "No point fits"
         yield Text(f"{why}{nearest(sweep)}", style="bold red")
     for model in models:
+        reached: dict[str, list[str]] = {}
         for name in [goal] if goal else USUAL_GOALS:
-            found = best([row for row in rows if row.model == model], name)
-            if found:
-                of = f"{model}, " if len(models) > 1 else ""
-                words = GOALS[name][0]
-                yield Text(f"{(of + words)[0].upper()}{(of + words)[1:]}: {sentence(found)}", style="bold")
+            if found := best([row for row in rows if row.model == model], name):
+                reached.setdefault(sentence(found), []).append(GOALS[name][0])
+        for answer, goals in reached.items():
+            words = ", ".join([model, *goals] if len(models) > 1 else goals)
+            yield Text(f"{words[0].upper()}{words[1:]}: {answer}", style="bold")
 
 
 def sentence(row: Row) -> str:

@@ -55,10 +55,14 @@ def test_heavy_packages_have_a_home_each() -> None:
         "planner/render_infer.py",
         "planner/render_measure.py",
         "planner/render_offload.py",
+        "planner/render_sweep.py",
         "planner/render_validate.py",
     }
     assert who_imports("rich") == renderers
     assert who_imports("typer") == {"planner/cli.py", "planner/options.py"}
+    for package in ("joblib", "dask", "distributed", "ray"):
+        assert who_imports(package) == {"planner/sweeping.py"}, package
+    assert who_imports("pyarrow") == {"planner/sweep_files.py"}
     for package in ("torch", "transformers"):
         assert {str(Path(file).parent) for file in who_imports(package)} == {"planner/truth"}, package
 

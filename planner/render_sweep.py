@@ -16,6 +16,7 @@ from planner.sweep_row import Row
 from planner.sweeping import Sweep
 from planner.units import gib, human_seconds
 
+FREE = "Free: what stays of all that the fullest GPU has, whatever the job needs. Budgets are in GiB."
 MOST_ROWS = 40
 """Rows of the front that are shown."""
 SPARE = ("recompute", "MFU", "batch", "step")
@@ -43,7 +44,7 @@ def show_sweep(console: Console, sweep: Sweep, goal: str | None, quiet: bool, ou
         console.print(table(sweep, front[:MOST_ROWS]))
         if len(front) > MOST_ROWS:
             console.print(Text(f"... and {len(front) - MOST_ROWS:,} more on the front"))
-        console.print(Text("Free: bytes of the fullest GPU that no run is expected to touch.", style="dim"))
+        console.print(Text(FREE, style="dim"))
     console.print()
     console.print(Text(counts(sweep)))
     for line in refusals(sweep):
@@ -114,7 +115,7 @@ def table(sweep: Sweep, rows: list[Row]) -> object:
         columns["GPU-hours"] = lambda row: f"{row.gpu_hours:,.0f}"
     columns["free GiB"] = lambda row: gib(row.free_bytes or 0)
     if vary("capacity_bytes"):
-        columns["of GiB"] = lambda row: gib(row.capacity_bytes)
+        columns["budget"] = lambda row: gib(row.capacity_bytes)
     if vary("global_batch_size"):
         columns["batch"] = lambda row: f"{row.global_batch_size:,}"
     columns["MFU"] = lambda row: f"{row.mfu or 0:.1%}"

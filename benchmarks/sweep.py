@@ -2,8 +2,8 @@
 
     python benchmarks/sweep.py [JOBS]
 
-Wall-clock time depends on what else runs; CPU time over that of the headline search, measured before and after,
-does so less. Then it is killed halfway and gone on with: the file must be the same to the byte.
+Wall-clock time depends on what else runs; CPU time over that of the headline search, measured before and
+after, does so less. Then it is killed halfway and gone on with: the file must be the same to the byte.
 """
 
 from __future__ import annotations

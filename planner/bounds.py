@@ -216,7 +216,8 @@ def tight_bound(prices: Prices, objective: str = "time", names: Sequence[str] | 
             rows = np.minimum(rows, np.where(memory < 0, -np.inf, most))
         rows = np.where(exists, rows, 0.0)
         enough = np.all((rows >= least) | (exists == 0), axis=1)
-        return enough & (_over_stages(rows) >= wanted)
+        held = rows.sum(axis=1) if alike else _over_stages(rows)  # whole numbers add up alike in any order
+        return enough & (held >= wanted)
 
     # A time in which one stage alone could run every row, under the slowest policy.
     slow = np.maximum.reduce(prices.row_seconds)

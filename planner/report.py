@@ -23,7 +23,7 @@ from planner.documents import SCHEMA, Document
 from planner.files import plain
 from planner.plan import proof_words
 from planner.review import Exhibit, Subject, Unit, accuracy, exhibits, figures, headline, subject_words
-from planner.units import gib, human_seconds
+from planner.units import about, gib, human_seconds
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -65,7 +65,7 @@ def cell_text(value: Any, unit: Unit) -> str:
         case "change":
             return f"{value:+.1%}"
         case "number":
-            return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+            return f"{value:,}" if isinstance(value, int) else about(value)
     return str(value)
 
 

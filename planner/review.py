@@ -26,7 +26,7 @@ from planner.schedule import shown_microbatches, timeline
 from planner.sensitivity import Case, cases
 from planner.stages import Prices, price
 from planner.trace import NAMES, rows_of
-from planner.units import DAY, gib, human_seconds
+from planner.units import DAY, about, gib, human_count, human_seconds
 
 Unit = Literal["text", "number", "bytes", "seconds", "share", "change"]
 MOST_SNAPSHOTS = 160
@@ -248,14 +248,15 @@ def _cost(cost: CostPlan) -> Exhibit:
     rows = tuple(
         (name, span.value * unit, span.least * unit, span.most * unit) for name, span, unit in spans if span
     )
-    note = checkpoints(cost) + ". "
+    words = checkpoints(cost)
+    note = f"{words[0].upper()}{words[1:]}. "
     if cost.goodput is None:
         note += "No failures and no checkpoints are counted in the time. "
     return Exhibit(
         "cost",
         "Time, energy and price of the whole training",
         note + "The range is the step time's.",
-        ("", "expected", "least", "most"),
+        ("of the whole training", "expected", "least", "most"),
         ("text", "number", "number", "number"),
         rows,
     )
@@ -396,15 +397,12 @@ def figures(document: Document) -> list[tuple[str, str, str]]:
         ("Throughput", f"{plan.tokens_per_s:,.0f} tokens/s", f"MFU {plan.mfu:.0%}"),
         ("Pipeline idle", f"{plan.bubble_fraction:.1%}", f"{len(plan.stages)} stages"),
     ]
-    if plan.days is not None and plan.training.tokens:
-        hours = plan.days * 24 * plan.num_gpus
-        found.append(
-            (
-                f"{plan.training.tokens / 1e12:,.3g} T tokens",
-                f"{plan.days:,.1f} days",
-                f"{hours:,.0f} GPU-hours",
-            )
-        )
+    cost = plan.cost
+    if cost and cost.tokens and cost.wall_s and cost.gpu_hours:
+        hours = f"{about(cost.gpu_hours.value)} GPU-hours"
+        price = f", {about(cost.money.value)} {cost.currency}".rstrip() if cost.money else ""
+        days = f"{about(cost.wall_s.value / DAY)} days"
+        found.append((f"{human_count(cost.tokens)} tokens", days, hours + price))
     return found
 
 

@@ -292,7 +292,7 @@ def _alternatives(plans: Sequence[Plan]) -> Exhibit:
 def _why_lost(best: Plan, plan: Plan) -> str:
     """A plan against the best one in words."""
     slower = plan.step_time_s / best.step_time_s - 1
-    words = f"{slower:+.1%} step time" + (", a tie" if plan.ties_with(best) else "")
+    words = f"{slower:.1%} slower" + (", a tie" if plan.ties_with(best) else "")
     freed = plan.headroom_bytes - best.headroom_bytes
     return words + (f", {gib(abs(freed))} GiB {'more' if freed > 0 else 'less'} free")
 
@@ -395,7 +395,7 @@ def figures(document: Document) -> list[tuple[str, str, str]]:
         ),
         ("One step", human_seconds(plan.step_time_s), f"{faster} to {slower}"),
         ("Throughput", f"{plan.tokens_per_s:,.0f} tokens/s", f"MFU {plan.mfu:.0%}"),
-        ("Pipeline idle", f"{plan.bubble_fraction:.1%}", f"{len(plan.stages)} stages"),
+        ("Pipeline idle", f"{plan.bubble_fraction:.1%}", f"of working time, {len(plan.stages)} stages"),
     ]
     cost = plan.cost
     if cost and cost.tokens and cost.wall_s and cost.gpu_hours:

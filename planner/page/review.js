@@ -16,7 +16,7 @@
       { x: start[0], y: start[1] - height / 2, width: Math.max(end[0] - start[0], 0.5), height: height },
       { x: area.x, y: area.y, width: area.width, height: area.height }
     );
-    return shape && { type: "rect", shape: shape, style: { fill: api.visual("color"), stroke: printing || !dark.matches ? "#ffffff" : "#14181f", lineWidth: 0.5 } };
+    return shape && { type: "rect", shape: shape, style: { fill: api.visual("color"), stroke: printing || !dark.matches ? "#ffffff" : "#14181f", lineWidth: end[0] - start[0] > 4 ? 0.5 : 0 } };
   }
 
   function seconds(value) { return value >= 1 ? value.toPrecision(4) + " s" : (value * 1000).toPrecision(3) + " ms"; }

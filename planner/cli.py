@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 from planner import options as o
 
 if TYPE_CHECKING:
+    from planner.advice import Advice
     from planner.plan import Plan
     from planner.specs import ClusterSpec, ModelSpec
 
@@ -93,9 +94,10 @@ def without_reader() -> None:
 
 def report_infeasible(error: Any) -> NoReturn:
     """The nearest layout and the changes that would fit; exit status 1."""
-    from planner.render import console_for, show_infeasible
+    from planner.render import console_for
+    from planner.render_advice import show_infeasible
 
-    show_infeasible(console_for(), str(error), error.nearest, error.changes)
+    show_infeasible(console_for(), str(error), error.nearest, error.changes, error.tried)
     raise typer.Exit(1)
 
 
@@ -127,8 +129,10 @@ def print_json(value: Any) -> None:
 
 
 @contextmanager
-def progress(quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """How far a search is, on standard error, once it has taken a second; nothing when piped."""
+def progress(
+    quiet: bool, words: str = "searching: {:,} solved, {:,} layouts left"
+) -> Iterator[Callable[[int, int], None]]:
+    """How far something is, on standard error, once it has taken a second; nothing when piped."""
     import time
 
     start, shown = time.monotonic(), False
@@ -137,7 +141,7 @@ def progress(quiet: bool) -> Iterator[Callable[[int, int], None]]:
         nonlocal shown
         if not quiet and sys.stderr.isatty() and time.monotonic() - start > 1:
             shown = True
-            sys.stderr.write(f"\r\x1b[Ksearching: {done} solved, {left:,} layouts left")
+            sys.stderr.write("\r\x1b[K" + words.format(done, left))
             sys.stderr.flush()
 
     try:
@@ -238,6 +242,34 @@ def one_layout(given: dict[str, Any]) -> tuple[Any, ...]:
     return spec, cluster, *reading.read_layout(spec, cluster, training, given)
 
 
+def way_of(given: dict[str, Any]) -> dict[str, Any]:
+    """How a given layout's layers are run and split."""
+    from planner import reading
+
+    layers = reading.numbers("--layers-per-stage", given["layers_per_stage"])
+    return {"recompute": reading.read_way(given["recompute"], given["offload"]), "layers": layers}
+
+
+def advice_on(job: tuple[Any, ...], given: dict[str, Any], plan: Plan) -> Advice | None:
+    """What would fit, where a given layout does not."""
+    from planner import api
+
+    if plan.fits:
+        return None
+    with progress(given["as_json"], "looking for changes: {} tried, {} fit") as report:
+        return api.whynot(*job, **way_of(given), progress=report)
+
+
+def show_advice_on(job: tuple[Any, ...], given: dict[str, Any], plan: Plan) -> None:
+    """The same on standard output."""
+    advice = advice_on(job, given, plan)
+    if advice:
+        from planner.render import console_for
+        from planner.render_advice import show_advice
+
+        show_advice(console_for(), advice)
+
+
 @app.command(
     epilog="Example: planner estimate --model llama-65b --gpus 64x80G -tp 8 -pp 2 --global-batch-size 512"
 )
@@ -251,22 +283,21 @@ def estimate(given: dict[str, Any]) -> None:
     """One given layout, per stage, per component and per moment. Exit status 1 if it does not fit."""
     with reported(given["as_json"]):
         job = one_layout(given)
-        from planner import api, reading
+        from planner import api
 
-        layers = reading.numbers("--layers-per-stage", given["layers_per_stage"])
-        plan = api.estimate(
-            *job, recompute=reading.read_way(given["recompute"], given["offload"]), layers=layers
-        )
+        plan = api.estimate(*job, **way_of(given))
         if given["trace"]:
             write_trace(job[0], job[1], plan, given["trace"])
         if given["as_json"]:
             from planner.documents import document_of
 
-            print_json(document_of(job[0], job[1], [plan], given["command"]()).to_json())
+            advice = advice_on(job, given, plan)
+            print_json(document_of(job[0], job[1], [plan], given["command"](), advice).to_json())
         else:
             from planner.render import console_for, show_plan
 
             show_plan(console_for(), plan, given["verbose"])
+            show_advice_on(job, given, plan)
         if not plan.fits:
             raise typer.Exit(1)
 
@@ -281,6 +312,7 @@ def estimate(given: dict[str, Any]) -> None:
     {
         "stage": (o.Stage, None),
         "moment": (o.Moment, None),
+        "term": (o.Term, None),
         "as_json": (o.Json, False),
         "verbose": (o.Verbose, False),
     },
@@ -289,26 +321,27 @@ def explain(given: dict[str, Any]) -> None:
     """Where every byte of a stage comes from, term by term and share by share, and what it sends."""
     with reported(given["as_json"]):
         job = one_layout(given)
-        from planner import api, reading
+        from planner import api
 
-        layers = reading.numbers("--layers-per-stage", given["layers_per_stage"])
         when = given["moment"].lower() if given["moment"] else None
-        way = reading.read_way(given["recompute"], given["offload"])
-        found = api.explain(*job, recompute=way, layers=layers, stage=given["stage"], moment=when)
+        found = api.explain(*job, **way_of(given), stage=given["stage"], moment=when)
+        if given["term"] is not None:
+            found.only(given["term"])  # is there such a term?
         if given["as_json"]:
-            from dataclasses import asdict
+            from planner.explaining import explanation_of
 
-            document: dict[str, Any] = {
-                "schema": "planner.explain/1",
-                "stage": found.stage,
-                "moment": found.moment,
-            }
-            document |= {"entries": [asdict(entry) for entry in found.entries]}
-            document |= {"messages": [asdict(message) for message in found.messages]}
-            return print_json(document | {"plan": found.plan.model_dump(mode="json")})
-        from planner.render import console_for, show_entries
+            shown = found if given["term"] is None else found.only(given["term"])
+            advice = advice_on(job, given, found.plan)
+            print_json(explanation_of(shown) | (advice.document() if advice else {}))
+        else:
+            from planner.render import console_for
+            from planner.render_explain import show_explanation
 
-        show_entries(console_for(), *found, unfold=given["verbose"])
+            show_explanation(console_for(), found, given["verbose"], given["term"])
+            if given["term"] is None:
+                show_advice_on(job, given, found.plan)
+        if not found.plan.fits:
+            raise typer.Exit(1)
 
 
 @app.command(epilog="Example: planner compare --model llama-2-7b --gpus 8x80G")

@@ -198,6 +198,10 @@ Moment = Annotated[
     str | None, option("--moment", help="As estimate lists them, or host, nvme; the peak by default.")
 ]
 
+Term = Annotated[
+    str | None, option("--term", help="Take apart the terms with this in their name: formula and source.")
+]
+
 # The catalog.
 What = Annotated[str, typer.Argument(help="models or gpus")]
 Entry = Annotated[str | None, typer.Argument(help="One entry, with its sources.")]

@@ -128,7 +128,7 @@ def term_lines(entry: Entry) -> list[str]:
 
 
 def formula(entry: Entry) -> str:
-    """A term with its numbers: ``2 x batch 1 x seq 2048 x residual 8192``; its bytes, if it has no lengths."""
+    """A term with its numbers: ``2 x batch 1 x seq 2048 x residual 8192``; its bytes if it has none."""
     if not entry.dims:
         return human_bytes(entry.whole)
     return " x ".join([f"{entry.unit:g}", *(f"{name} {size:,}" for name, size in entry.dims.items())])

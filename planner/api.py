@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from planner import frozen
-from planner.advice import Advice, Binding, advise, changes_that_fit, nearest_plan
-from planner.asked import Asked
 from planner.best_first import Found, find
 from planner.candidate import Candidate
 from planner.defaults import Job, resolve
 from planner.errors import InfeasibleError, InputError, SolverError
-from planner.explaining import Explanation as Explanation
-from planner.explaining import explained
 from planner.given import check_layout, check_supported, unsupported
 from planner.layouts import CHOSEN_DEGREES, Choices
 from planner.offload import offloading_of
@@ -25,6 +21,11 @@ from planner.specs import ClusterSpec, ModelSpec, TrainingSpec
 from planner.stages import price
 from strategies.layout import RANK_ORDERS, Layout
 from strategies.pipeline_parallel import FOLDED, SCHEDULES, PipelineParallel
+
+if TYPE_CHECKING:
+    from planner.advice import Advice
+    from planner.asked import Asked
+    from planner.explaining import Explanation
 
 OBJECTIVES = ("time", "headroom")
 
@@ -71,6 +72,8 @@ def search(
     found = find(job, choices, objective, top, time_limit, progress)
     proof = proof_of(found, objective)
     if not found.answers:
+        from planner.asked import Asked
+
         _nothing_found(job, Asked(model, cluster, training, choices=choices), found, progress)
     settled = [settle(one) if objective == "time" else one for one in found.answers]
     return [make_plan(job, solution, proof) for solution in settled]
@@ -143,6 +146,8 @@ def _check_chunks(choices: Choices) -> None:
 
 
 def _nothing_found(job: Job, inputs: Asked, found: Found, progress: Callable[[int, int], Any]) -> None:
+    from planner.advice import Binding, changes_that_fit, nearest_plan
+
     choices = inputs.choices
     if not found.space.size:
         reasons = sorted(found.space.refused, key=lambda reason: " runs " in reason)
@@ -347,6 +352,9 @@ def whynot(
     Takes what :func:`estimate` takes. ``progress`` is told how many changes were tried and how many fit.
     Raises InputError as :func:`estimate` does.
     """
+    from planner.advice import advise
+    from planner.asked import Asked
+
     asked = Asked(model, cluster, training, layout, recompute, tuple(layers) if layers else None)
     plan = estimate_of(asked)
     return None if plan.fits else advise(asked, plan, estimate_of, progress)
@@ -386,6 +394,8 @@ def explain(
 
     Raises InputError for a stage or moment that the plan does not have.
     """
+    from planner.explaining import explained
+
     plan = estimate(model, cluster, training, layout, recompute=recompute, layers=layers)
     return explained(job_for(model, cluster, training, layout), plan, stage, moment)
 
@@ -394,6 +404,8 @@ def explain_plan(
     model: ModelSpec, cluster: ClusterSpec, plan: Plan, *, stage: int | None = None, moment: str | None = None
 ) -> Explanation:
     """The same of any plan, a search's too, of the model and cluster that it was made for."""
+    from planner.explaining import explained
+
     return explained(job_for(model, cluster, plan.training, plan.layout.to_layout()), plan, stage, moment)
 
 

@@ -143,7 +143,11 @@ class Advice:
         for change in self.changes:
             values = {name: value for name, value in vars(change).items() if name != "asked"}
             changes.append(values | {"layout": asdict(change.layout)})
-        return {"binding": asdict(self.binding), "changes": changes, "tried": [asdict(one) for one in self.tried]}
+        return {
+            "binding": asdict(self.binding),
+            "changes": changes,
+            "tried": [asdict(one) for one in self.tried],
+        }
 
 
 def nearest_plan(job: Job, choices: Choices) -> Plan:

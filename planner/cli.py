@@ -18,6 +18,7 @@ from planner import options as o
 
 if TYPE_CHECKING:
     from planner.advice import Advice
+    from planner.explaining import Explanation
     from planner.plan import Plan
     from planner.specs import ClusterSpec, ModelSpec
 
@@ -250,24 +251,18 @@ def way_of(given: dict[str, Any]) -> dict[str, Any]:
     return {"recompute": reading.read_way(given["recompute"], given["offload"]), "layers": layers}
 
 
-def advice_on(job: tuple[Any, ...], given: dict[str, Any], plan: Plan) -> Advice | None:
-    """What would fit, where a given layout does not."""
-    from planner import api
-
+def advice_on(job: tuple[Any, ...] | None, given: dict[str, Any], plan: Plan) -> Advice | None:
+    """What binds where a plan does not fit, and what would fit in place of a given layout."""
     if plan.fits:
         return None
+    if job is None:
+        from planner.advice import Advice, Binding
+
+        return Advice(Binding.of(plan), [], [])
+    from planner import api
+
     with progress(given["as_json"], "looking for changes: {} tried, {} fit") as report:
         return api.whynot(*job, **way_of(given), progress=report)
-
-
-def show_advice_on(job: tuple[Any, ...], given: dict[str, Any], plan: Plan) -> None:
-    """The same on standard output."""
-    advice = advice_on(job, given, plan)
-    if advice:
-        from planner.render import console_for
-        from planner.render_advice import show_advice
-
-        show_advice(console_for(), advice)
 
 
 @app.command(
@@ -297,7 +292,10 @@ def estimate(given: dict[str, Any]) -> None:
             from planner.render import console_for, show_plan
 
             show_plan(console_for(), plan, given["verbose"])
-            show_advice_on(job, given, plan)
+            if advice := advice_on(job, given, plan):
+                from planner.render_advice import show_advice
+
+                show_advice(console_for(), advice)
         if not plan.fits:
             raise typer.Exit(1)
 
@@ -306,7 +304,8 @@ def estimate(given: dict[str, Any]) -> None:
     epilog="Example: planner explain --model llama-65b --gpus 64x80G -tp 8 -pp 2 --stage 0 --moment backward"
 )
 @o.takes(
-    o.JOB,
+    {"plan": (o.PlanFile, None)},
+    o.JOB | {"model": (o.Model, None), "gpus": (o.Gpus, None)},
     o.LAYOUT,
     o.TRAINING,
     {
@@ -318,30 +317,57 @@ def estimate(given: dict[str, Any]) -> None:
     },
 )
 def explain(given: dict[str, Any]) -> None:
-    """Where every byte of a stage comes from, term by term and share by share, and what it sends."""
+    """Where every byte of a stage comes from, and what it sends; of a layout, or of a PLAN that was kept."""
     with reported(given["as_json"]):
-        job = one_layout(given)
-        from planner import api
-
-        when = given["moment"].lower() if given["moment"] else None
-        found = api.explain(*job, **way_of(given), stage=given["stage"], moment=when)
-        if given["term"] is not None:
-            found.only(given["term"])  # is there such a term?
+        found = explanation(given)
+        advice = None
+        if given["term"] is None and not found.plan.fits:
+            advice = advice_on(None if given["plan"] else one_layout(given), given, found.plan)
         if given["as_json"]:
             from planner.explaining import explanation_of
 
             shown = found if given["term"] is None else found.only(given["term"])
-            advice = advice_on(job, given, found.plan)
             print_json(explanation_of(shown) | (advice.document() if advice else {}))
         else:
             from planner.render import console_for
             from planner.render_explain import show_explanation
 
             show_explanation(console_for(), found, given["verbose"], given["term"])
-            if given["term"] is None:
-                show_advice_on(job, given, found.plan)
+            if advice:
+                from planner.render_advice import show_advice
+
+                show_advice(console_for(), advice)
         if not found.plan.fits:
             raise typer.Exit(1)
+
+
+OF_EXPLAIN = ("plan", "stage", "moment", "term")
+
+
+def explanation(given: dict[str, Any]) -> Explanation:
+    """A kept plan's bytes, or those of a layout that the options describe."""
+    from planner import api
+    from planner.errors import InputError
+
+    stage, when = given["stage"], given["moment"].lower() if given["moment"] else None
+    if given["plan"]:
+        from pathlib import Path
+
+        from planner.documents import read_document
+
+        if others := [name for name in given["asked"] if name not in OF_EXPLAIN]:
+            named = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+            raise InputError(f"{named} beside a plan, which has its own: leave one of them out")
+        document = read_document(Path(given["plan"]))
+        job = document.model, document.cluster.spec, document.best
+        found = api.explain_plan(*job, stage=stage, moment=when)
+    elif given["model"] is None or given["gpus"] is None:
+        raise InputError("explain takes --model and --gpus, or a plan that search or estimate --json wrote")
+    else:
+        found = api.explain(*one_layout(given), **way_of(given), stage=stage, moment=when)
+    if given["term"] is not None:
+        found.only(given["term"])  # is there such a term?
+    return found
 
 
 @app.command(epilog="Example: planner compare --model llama-2-7b --gpus 8x80G")

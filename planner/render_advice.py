@@ -56,7 +56,7 @@ def show_advice(console: Console, advice: Advice) -> None:
     """What binds a given layout, and the changes that would fit, each re-solved."""
     console.print()
     console.print(Text(f"What binds: {advice.binding.describe()}", style="bold"))
-    if not advice.changes:
+    if not advice.changes and advice.tried:
         console.print("No change that was tried makes it fit.")
     for of, heading in HEADINGS.items():
         own = [change for change in advice.changes if change.of == of]

@@ -72,9 +72,9 @@ class ClusterDocument(BaseModel):
 class Document(BaseModel):
     """Plans for one job, best first; none, with an ``error`` and the ``nearest``, where nothing fits.
 
-    ``binding`` is what does not fit of a given layout or of the nearest, ``changes`` are what would, ``tried``
-    what would not either (docs/whynot.md).
-    ``command`` gives it again; empty where it was made in Python.
+    ``binding`` is what does not fit of a given layout or of the nearest, ``changes`` are what would,
+    ``tried`` what would not either (docs/whynot.md). ``command`` gives it again; empty where it was made in
+    Python.
     """
 
     model_config = MODEL

@@ -48,7 +48,12 @@ def _show_found(console: Console, changes: Sequence[Change]) -> None:
     for change in changes:
         words = (change.what, change.option, change.layout.describe())
         table.add_row(*words, gib(change.peak_bytes), human_seconds(change.step_time_s))
-    console.print(Text("What would fit, each checked by a search; cheapest in GPU time first:", style="bold"))
+    console.print(
+        Text(
+            "What would fit, each checked by a search; least changed first, then cheapest in GPU time:",
+            style="bold",
+        )
+    )
     console.print(table)
 
 

@@ -82,18 +82,25 @@ class Binding:
         words = f"at {self.moment} stage {self.stage} takes {taken} of {gib(self.capacity_bytes)}"
         if not self.surely_over_bytes:
             return words
-        over = f"up to {gib(self.surely_over_bytes, 2)} GiB"
-        over = f"{gib(self.over_bytes, 2)} GiB" if self.over_bytes else over
         largest = f"{self.component.replace('_', ' ')}, {gib(self.component_bytes, 2)} GiB"
-        return f"{words}, {over} over; its largest part is {largest}"
+        return f"{words}, {over(self.over_bytes, self.surely_over_bytes)}; its largest part is {largest}"
+
+
+def over(usually: int, surely: int) -> str:
+    """By how much something is over: usually, or only where it takes the most that it may.
+
+    >>> over(3 * 2**30, 4 * 2**30), over(0, 2**30)
+    ('3.00 GiB over', 'up to 1.00 GiB over')
+    """
+    return f"{gib(usually, 2)} GiB over" if usually else f"up to {gib(surely, 2)} GiB over"
 
 
 def _binding(
     stage: int, moment: str, place: str, parts: dict[str, int], usual: int, least: int, most: int, room: int
 ) -> Binding:
     largest = max(parts, key=lambda name: parts[name])
-    over = max(0, usual - room), max(0, most - room)
-    return Binding(stage, moment, place, largest, parts[largest], usual, least, most, room, *over)
+    beyond = max(0, usual - room), max(0, most - room)
+    return Binding(stage, moment, place, largest, parts[largest], usual, least, most, room, *beyond)
 
 
 @dataclass(frozen=True)
@@ -121,11 +128,15 @@ class Change:
 
 @dataclass(frozen=True)
 class Tried:
-    """A change that does not do: by how much it is still over, and where. None of either for a search's."""
+    """A change that does not do: by how much it is still over, as of :class:`Binding`, and on which stage.
+
+    None of either for a search's.
+    """
 
     what: str
     option: str
     over_bytes: int | None = None
+    surely_over_bytes: int | None = None
     stage: int | None = None
 
 
@@ -254,7 +265,8 @@ class _Trial:
         one = Tried(proposal.what, option)
         if plan:
             binding = Binding.of(plan)
-            one = replace(one, over_bytes=binding.surely_over_bytes, stage=binding.stage)
+            beyond = binding.over_bytes, binding.surely_over_bytes
+            one = Tried(one.what, one.option, *beyond, binding.stage)
         before = self.failed.get(proposal.sort)
         if before is None or _over(one) <= _over(before):
             self.failed[proposal.sort] = one
@@ -277,12 +289,12 @@ class _Trial:
         """Those that fit, ranked, and the sorts of which none does but all help, the nearest first."""
         before = Binding.of(self.plan).surely_over_bytes if self.plan else 0
         failed = [one for sort, one in self.failed.items() if sort not in self.found]
-        tried = [one for one in failed if one.over_bytes is None or one.over_bytes < before]
+        tried = [one for one in failed if one.surely_over_bytes is None or one.surely_over_bytes < before]
         return list(ranked(self.found.values())), sorted(tried, key=_over)
 
 
 def _over(one: Tried) -> float:
-    return float("inf") if one.over_bytes is None else one.over_bytes
+    return float("inf") if one.surely_over_bytes is None else one.surely_over_bytes
 
 
 def ranked(changes: Iterable[Change]) -> Iterator[Change]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
-from planner.advice import Advice, Change, Tried
+from planner.advice import Advice, Change, Tried, over
 from planner.plan import Plan
 from planner.render import grid, show_stages
 from planner.units import gib, human_seconds
@@ -77,7 +77,8 @@ def _show_changes(console: Console, changes: Sequence[Change]) -> None:
     numbers = ("GPUs", "peak GiB", "step", "of before")
     table = grid(*left, *numbers, left=left, wrap=left, spare=("GPUs", "peak GiB"))
     for change in changes:
-        ratio = f"{change.step_time_ratio - 1:+.0%}" if change.step_time_ratio else ""
+        percent = round(100 * (change.step_time_ratio or 1)) - 100
+        ratio = f"{percent:+}%" if percent else "0%"
         step = human_seconds(change.step_time_s)
         table.add_row(change.what, change.option, str(change.num_gpus), gib(change.peak_bytes), step, ratio)
     console.print(table)
@@ -85,14 +86,15 @@ def _show_changes(console: Console, changes: Sequence[Change]) -> None:
 
 def _show_tried(console: Console, tried: Sequence[Tried]) -> None:
     """What was tried and does not do: by how much the nearest are over, and the names of the others."""
-    over = [one for one in tried if one.over_bytes is not None]
-    if over:
+    still = [(one, one.over_bytes or 0, one.surely_over_bytes) for one in tried]
+    nearest = [(one, usual, surely) for one, usual, surely in still if surely is not None]
+    if nearest:
         console.print()
         console.print(Text("Tried, and not enough by itself:", style="bold"))
-    unlike = {one.over_bytes: one for one in reversed(over)}  # of those that come to the same, the first
-    for one in list(reversed(unlike.values()))[:NEAREST]:
-        missing = f"{gib(one.over_bytes or 0, 2)} GiB over on stage {one.stage}"
-        console.print(Text(f"  {one.what} ({one.option}): {missing}"))
-    nowhere = list(dict.fromkeys(one.what for one in tried if one.over_bytes is None))
+    unlike = {surely: (one, usual) for one, usual, surely in reversed(nearest)}  # of equal ones the first
+    for surely in sorted(unlike)[:NEAREST]:
+        one, usual = unlike[surely]
+        console.print(Text(f"  {one.what} ({one.option}): {over(usual, surely)} on stage {one.stage}"))
+    nowhere = list(dict.fromkeys(one.what for one in tried if one.surely_over_bytes is None))
     if nowhere:
         console.print(Text(f"No layout fits with: {'; '.join(nowhere)}", style="dim"))

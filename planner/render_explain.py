@@ -124,7 +124,10 @@ def term_lines(entry: Entry) -> list[str]:
     elif entry.count != 1:
         lines = [f"{human_bytes(entry.whole)} x {entry.count:g}"]
     lines.append(f"source: {entry.source}")
-    return lines + [f"{label} {share_text(share)}: {SHARES[label]}" for label, share in shares.items()]
+    return lines + [
+        f"{label} {share_text(share)}: {SHARES.get(label, 'docs/strategies')}"
+        for label, share in shares.items()
+    ]
 
 
 def formula(entry: Entry) -> str:

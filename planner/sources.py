@@ -71,4 +71,5 @@ def source_of(entry: Entry, job: Job, layout: Layout) -> str:
             return f"{STATES}; {OPTIMIZERS[job.training.optimizer].source}"
     option, value = MEGATRONS_KERNELS
     other = job.training.options.get(option) == value
-    return f"{ROWS['megatron' if other else job.stack.name]} (docs/terms.md)"
+    counted = ROWS.get("megatron" if other else job.stack.name, job.stack.version)
+    return f"{counted} (docs/terms.md)"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +21,11 @@ from planner.asked import Asked, applied, options_between, options_text
 from planner.cli import cluster_of, one_layout, way_of
 from planner.layouts import Choices
 from planner.options import CHOICES, JOB, LAYOUT, TRAINING
+from planner.sources import BUFFERS, ROWS, SHARES
+from planner.stacks import STACKS
 from tests.planner.test_cli import run
+
+ROOT = Path(__file__).parents[2]
 
 GIB = 2**30
 Given = dict[str, Any]
@@ -125,7 +132,8 @@ def test_a_change_of_a_given_layout_fits_as_said(data: st.DataObject) -> None:
         same(estimated(applied(given, change.options)), change)
         assert change.step_time_ratio == pytest.approx(change.step_time_s / plan.step_time_s)
     for tried in advice.tried:
-        assert tried.over_bytes is None or 0 < tried.over_bytes < advice.binding.surely_over_bytes
+        still = tried.surely_over_bytes
+        assert still is None or 0 < still < advice.binding.surely_over_bytes
 
 
 def searched(given: Given) -> Plan:
@@ -309,6 +317,23 @@ def test_every_term_has_a_source(framework: str) -> None:
     assert all(entry.source for entry in found.entries)
 
 
+def test_every_strategy_and_framework_has_a_source() -> None:
+    """Papers are those that the strategies' own pages name."""
+    modules = [import_module(f"strategies.{path.stem}") for path in (ROOT / "strategies").glob("*.py")]
+    labels = {vars(one)["label"] for module in modules for one in vars(module).values() if has_label(one)}
+    assert labels <= set(SHARES)
+    assert set(STACKS) <= set(ROWS)
+    pages = "".join(path.read_text() for path in (ROOT / "strategies").glob("*.py"))
+    for paper in re.findall(r"arXiv:[\d.]+\d", " ".join(SHARES.values())):
+        assert paper in pages, paper
+    for page in {one for one in [*SHARES.values(), *BUFFERS.values()] if one.startswith("docs/")}:
+        assert (ROOT / page.partition("#")[0]).exists(), page
+
+
+def has_label(one: object) -> bool:
+    return isinstance(one, type) and isinstance(vars(one).get("label"), str)
+
+
 def test_a_plan_of_a_search_is_explained_with_its_own_rows() -> None:
     """Uneven layers and recompute; of every stage and moment, as the plan has them."""
     model, cluster = ModelSpec.from_catalog("llama-2-13b"), ClusterSpec.parse("4xA100")
@@ -327,3 +352,14 @@ def test_explain_says_what_would_fit_where_a_layout_does_not() -> None:
     assert result.exit_code == 1
     assert "What binds: at " in result.output
     assert "--sharding zero1" in result.output
+
+
+def test_a_kept_plan_is_explained(tmp_path: Path) -> None:
+    """As the layout that it was made of; options beside it contradict it."""
+    kept = tmp_path / "plan.json"
+    layout = ["-m", "llama-2-7b", "-g", "8x80G", "-b", "64", "--recompute", "auto", "-mb", "4"]
+    kept.write_text(run("estimate", *layout, "--json").stdout)
+    again = json.loads(run("explain", str(kept), "--json").stdout)
+    assert again["entries"] == json.loads(run("explain", *layout, "--json").stdout)["entries"]
+    assert "--tensor-parallel beside a plan" in run("explain", str(kept), "-tp", "2").output
+    assert "takes --model and --gpus" in run("explain").output

@@ -44,17 +44,8 @@ RESTRICTIONS = (
     "expert_parallel",
 )
 """What a search may be held to, and a change leaves out."""
-KEPT = (
-    "budget_bytes",
-    "headroom",
-    "nodes_per_leaf",
-    "oversubscription",
-    "host_memory_bytes",
-    "host_bytes_per_s",
-    "nvme_bytes",
-    "nvme_bytes_per_s",
-)
-"""Of a cluster, on other GPUs too."""
+OF_GPUS = ("gpu", "num_gpus", "gpus_per_node", "assumptions")
+"""What a cluster on other GPUs does not keep."""
 
 
 Of = Literal["layout", "gpus", "training"]
@@ -273,7 +264,8 @@ def _on(asked: Asked, count: int, kind: str, **fields: Any) -> Asked:
         if count % per_node:
             raise InputError(f"{count} GPUs are no whole nodes of {per_node}")
         text = f"{count // per_node}x{per_node}x{gpu.name}"
-    values = dict(ClusterSpec.parse(text)) | {name: getattr(cluster, name) for name in KEPT}
+    kept = {name: value for name, value in dict(cluster).items() if name not in OF_GPUS}
+    values = dict(ClusterSpec.parse(text)) | kept
     try:
         other = ClusterSpec(**values | ({"gpu": cluster.gpu} if own else {}))
     except ValidationError as error:

@@ -158,6 +158,7 @@ def progress(
 @o.takes(
     o.JOB,
     o.TRAINING,
+    o.COST,
     o.CHOICES,
     {
         "objective": (o.Objective, "time"),
@@ -220,7 +221,12 @@ def cluster_of(given: dict[str, Any]) -> ClusterSpec:
     names = ("gpus", "memory_budget", "headroom", "nodes_per_leaf", "oversubscription")
     places = ("host_memory", "host_bandwidth", "nvme", "nvme_bandwidth")
     options: list[Any] = [given.get(name) for name in (*names, *places)]
-    return reading.read_cluster(*options)
+    cluster = reading.read_cluster(*options)
+    if all(given.get(name) is None for name in o.COST):
+        return cluster
+    from planner.cost_inputs import with_costs
+
+    return with_costs(cluster, given)
 
 
 def write_trace(model: ModelSpec, cluster: ClusterSpec, plan: Plan, path: str) -> None:
@@ -272,6 +278,7 @@ def advice_on(job: tuple[Any, ...] | None, given: dict[str, Any], plan: Plan) ->
     o.JOB,
     o.LAYOUT,
     o.TRAINING,
+    o.COST,
     {"trace": (o.Trace, None), "as_json": (o.Json, False), "verbose": (o.Verbose, False)},
 )
 def estimate(given: dict[str, Any]) -> None:
@@ -375,6 +382,7 @@ def explanation(given: dict[str, Any]) -> Explanation:
     o.JOB,
     {"micro_batch_size": (o.Micro, 1), "recompute": (o.Recompute, "auto")},
     o.TRAINING,
+    o.COST,
     {"as_json": (o.Json, False)},
 )
 def compare(given: dict[str, Any]) -> None:
@@ -412,8 +420,17 @@ def compare(given: dict[str, Any]) -> None:
 
 def _register() -> None:
     """The commands that have files of their own."""
-    from planner import cli_calibrate, cli_catalog, cli_infer, cli_measure, cli_plans, cli_validate
+    from planner import (
+        cli_calibrate,
+        cli_catalog,
+        cli_infer,
+        cli_measure,
+        cli_plans,
+        cli_report,
+        cli_validate,
+    )
 
+    app.command(epilog=cli_report.EXAMPLE)(cli_report.report)
     app.command(epilog=cli_plans.DIFF)(cli_plans.diff)
     app.command(epilog=cli_plans.CHECK)(cli_plans.check)
     app.command(epilog=cli_infer.EXAMPLE)(cli_infer.infer)

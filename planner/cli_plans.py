@@ -20,7 +20,12 @@ MinHeadroom = Annotated[
 ]
 MaxStep = Annotated[float | None, option("--max-step-time", help="Seconds a step.")]
 MinMfu = Annotated[str | None, option("--min-mfu", help="As in 40%.")]
-MaxDays = Annotated[float | None, option("--max-days", help="Of a plan with --tokens.")]
+MaxDays = Annotated[
+    float | None, option("--max-days", help="Of a plan with --tokens; with failures, if counted.")
+]
+MaxHours = Annotated[float | None, option("--max-gpu-hours", help="Of a plan with --tokens.")]
+MaxCost = Annotated[float | None, option("--max-cost", help="Of a plan with --price, in its unit.")]
+MinGoodput = Annotated[str | None, option("--min-goodput", help="Of a plan with --gpu-mtbf, as in 95%.")]
 
 
 def diff(before: File, after: File, exit_code: ExitCode = False, as_json: o.Json = False) -> None:
@@ -54,6 +59,9 @@ def check(
     max_step_time: MaxStep = None,
     min_mfu: MinMfu = None,
     max_days: MaxDays = None,
+    max_gpu_hours: MaxHours = None,
+    max_cost: MaxCost = None,
+    min_goodput: MinGoodput = None,
     as_json: o.Json = False,
 ) -> None:
     """Does a plan fit, within these limits? Exit status 1 if not."""
@@ -87,15 +95,16 @@ def _limits(given: dict[str, Any]) -> dict[str, float]:
     from planner.units import parse_bytes, parse_fraction
 
     limits: dict[str, float] = {}
-    for name in ("max_gpus", "max_step_time", "max_days"):
+    for name in ("max_gpus", "max_step_time", "max_days", "max_gpu_hours", "max_cost"):
         if (value := given[name]) is not None:
             if not 0 < value < float("inf"):
                 raise InputError(f"--{name.replace('_', '-')} {value}: use a number above 0")
             limits[name] = value
     if given["max_peak"] is not None:
         limits["max_peak"] = parse_bytes(given["max_peak"], "--max-peak ")
-    if given["min_mfu"] is not None:
-        limits["min_mfu"] = parse_fraction(given["min_mfu"], "--min-mfu ")
+    for name in ("min_mfu", "min_goodput"):
+        if given[name] is not None:
+            limits[name] = parse_fraction(given[name], f"--{name.replace('_', '-')} ")
     if (text := given["min_headroom"]) is not None:
         if text.strip()[-1:].lower() == "b":
             limits["min_headroom_bytes"] = parse_bytes(text, "--min-headroom ")

@@ -72,6 +72,10 @@ class Compute:
         self.rest = gpu.peak_flops.get(job.recipe.rest, self.peak)  # of the head and of attention
         half = gpu.peak_flops.get("bf16", gpu.peak_flops.get("fp16", self.peak))
         self.half_products = half * reach["matmul"] * reach["sustained"]
+        full = job.recipe.unit if job.recipe.unit in ("fp32", "tf32") else "fp32"
+        self.full_products = (
+            gpu.peak_flops.get(full, gpu.peak_flops["fp32"]) * reach["matmul"] * reach["sustained"]
+        )
         self.head_products = self.half_products if job.recipe.rest else self.products
         self.unaligned = gpu.peak_flops["fp32"] * reach["matmul"]
         self.bandwidth = gpu.hbm_bytes_per_s * reach["memory"]
@@ -83,6 +87,10 @@ class Compute:
         self.blocking = job.training.options.get("launch_blocking") == "on"
         self.attention = gpu.attention.get(job.stack.attention_kernel(job.training.attention, gpu.attention))
         self.memo: dict[tuple[str, str], tuple[Quantity, Quantity, Quantity]] = {}
+
+    def products_of(self, width: float) -> float:
+        """FLOPs a second of products of so many bytes an element, which no autocast narrows."""
+        return self.full_products if width == 4 else self.half_products
 
     def passes(
         self,

@@ -219,6 +219,10 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
             f"a budget of {cluster.capacity_bytes:,} bytes per GPU holds no training job: "
             "give 256 MiB or more"
         )
+    if cluster.costed:
+        from planner.cost_inputs import check
+
+        check(cluster, training)
     notes = list(cluster.assumptions)
     if cluster.num_gpus > cluster.domain:
         notes.append(_switches(cluster))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from planner.documents import Document
-from planner.plan import Plan
+from planner.plan import Plan, Span
 
 SECTIONS = ("model", "cluster", "training", "assumptions", "layout", "memory", "time", "cost")
 TIMES = ("step_time_s", "step_time_least_s", "step_time_most_s", "tokens_per_s", "days")
@@ -72,8 +72,8 @@ def _values(document: Document, section: str) -> Iterator[tuple[str, Any]]:
             for name in (*TIMES, *RATES):
                 yield name, getattr(plan, name)
         case _:
-            cost = getattr(plan, section, None)
-            yield from _flat(cost.model_dump(mode="json") if cost else {})
+            for name, value in plan.cost or ():
+                yield name, value.value if isinstance(value, Span) else value
 
 
 def _flat(values: dict[str, Any], of: str = "") -> Iterator[tuple[str, Any]]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from planner.errors import InputError
-from planner.plan import Plan
-from planner.units import gib, human_seconds
+from planner.plan import Plan, Span
+from planner.units import DAY, gib, human_seconds
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,20 @@ def _days(value: float) -> str:
     return f"{value:,.1f} days"
 
 
+def _whole_days(plan: Plan) -> float | None:
+    """Days with failures and checkpoints, where they are counted."""
+    wall = plan.cost.wall_s if plan.cost else None
+    return wall.value / DAY if wall else plan.days
+
+
+def _of_cost(name: str) -> Callable[[Plan], float | None]:
+    def figure(plan: Plan) -> float | None:
+        found = getattr(plan.cost, name, None)
+        return found.value if isinstance(found, Span) else found
+
+    return figure
+
+
 LIMITS: Mapping[str, tuple[Callable[[Plan], float | None], bool, Callable[[Any], str], str]] = {
     "max_gpus": (lambda plan: plan.num_gpus, True, "{:,}".format, ""),
     "max_peak": (lambda plan: plan.peak_bytes, True, _gib, ""),
@@ -40,7 +54,15 @@ LIMITS: Mapping[str, tuple[Callable[[Plan], float | None], bool, Callable[[Any],
     "min_headroom_bytes": (lambda plan: plan.headroom_bytes, False, _gib, ""),
     "max_step_time": (lambda plan: plan.step_time_s, True, human_seconds, ""),
     "min_mfu": (lambda plan: plan.mfu, False, _percent, ""),
-    "max_days": (lambda plan: plan.days, True, _days, "plan it with --tokens"),
+    "max_days": (_whole_days, True, _days, "plan it with --tokens"),
+    "max_gpu_hours": (_of_cost("gpu_hours"), True, "{:,.0f}".format, "plan it with --tokens"),
+    "max_cost": (_of_cost("money"), True, "{:,.0f}".format, "plan it with --tokens and --price"),
+    "min_goodput": (
+        _of_cost("goodput"),
+        False,
+        _percent,
+        "plan it with --tokens, --gpu-mtbf and --checkpoint-bandwidth",
+    ),
 }
 """By name: the plan's figure, is the limit the most that it may be, how it is written, what else it needs."""
 

@@ -69,6 +69,24 @@ JobFile = Annotated[
 ]
 SaveJob = Annotated[str | None, option("--save-job", help="Write the options given to this YAML file.")]
 
+# What a whole training takes.
+Price = Annotated[str | None, option("--price", help="Of a GPU-hour, as in 2.5 or 2.5USD.")]
+GpuMtbf = Annotated[
+    str | None, option("--gpu-mtbf", help="Mean time between failures, per GPU, as in 50000h.")
+]
+JobMtbf = Annotated[
+    str | None, option("--job-mtbf", help="The same of the whole job, in place of it, as in 8h.")
+]
+CheckpointBandwidth = Annotated[
+    str | None, option("--checkpoint-bandwidth", help="Of all GPUs writing a checkpoint, a second: 50GB.")
+]
+RestartTime = Annotated[
+    str | None, option("--restart-time", help="From a failure until training goes on, as in 10min.")
+]
+Pue = Annotated[
+    float | None, option("--pue", help="Power of the data centre over that of its machines, as in 1.1.")
+]
+
 # The stack.
 Framework = Annotated[str, option("--framework", help="megatron, torchtitan, fsdp, deepspeed or hf.")]
 Choice = Annotated[
@@ -246,6 +264,15 @@ TRAINING: Options = {
     "freeze": (Freeze, None),
 }
 """How it is trained, and what of the GPUs it may use."""
+COST: Options = {
+    "price": (Price, None),
+    "gpu_mtbf": (GpuMtbf, None),
+    "job_mtbf": (JobMtbf, None),
+    "checkpoint_bandwidth": (CheckpointBandwidth, None),
+    "restart_time": (RestartTime, None),
+    "pue": (Pue, None),
+}
+"""What a whole training takes, of the cluster."""
 LAYOUT: Options = {
     "tensor_parallel": (TP, 1),
     "pipeline_parallel": (PP, 1),

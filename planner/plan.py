@@ -5,7 +5,7 @@ Sizes in bytes, times in seconds. Fields may be added; none of these goes away w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -111,6 +111,51 @@ class LayoutPlan(BaseModel):
         return Layout(**self.model_dump())
 
 
+class Span(BaseModel):
+    """A figure, and between what it lies: as the step time does, four times in five."""
+
+    model_config = MODEL
+
+    value: float
+    least: float
+    most: float
+
+    def times(self, factor: float) -> Span:
+        """The figure and its range, multiplied."""
+        return Span(value=self.value * factor, least=self.least * factor, most=self.most * factor)
+
+
+class CostPlan(BaseModel):
+    """What a whole training takes (planner/cost.py); None is not counted, as something was not given.
+
+    Seconds of work are ``compute_s``, with checkpoints and failures ``wall_s``: their ratio is ``goodput``.
+    GPU-hours, energy and money are of the latter. ``interval_s`` of work lie between checkpoints at best, in
+    whole steps ``interval_steps``.
+    """
+
+    model_config = MODEL
+
+    tokens: float | None
+    steps: int | None
+    checkpoint_bytes: int
+    checkpoint_s: float | None = None
+    mtbf_s: float | None = None
+    restart_s: float | None = None
+    young_interval_s: float | None = None
+    interval_s: float | None = None
+    interval_steps: int | None = None
+    goodput: float | None = None
+    compute_s: Span | None = None
+    wall_s: Span | None = None
+    gpu_hours: Span | None = None
+    power_w: float
+    pue: float | None = None
+    energy_kwh: Span | None = None
+    price: float | None = None
+    currency: str = ""
+    money: Span | None = None
+
+
 class Plan(BaseModel):
     """A layout with its memory, its time and its proof."""
 
@@ -146,6 +191,7 @@ class Plan(BaseModel):
     warnings: tuple[str, ...]
     assumptions: tuple[str, ...]
     proof: dict[str, Any]
+    cost: CostPlan | None = None  # where tokens, or what failures depend on, are given
 
     @property
     def headroom_bytes(self) -> int:
@@ -161,6 +207,19 @@ class Plan(BaseModel):
     def fullest(self) -> int:
         """Index of the stage with the highest peak."""
         return max(range(len(self.stages)), key=lambda j: self.stages[j].peak_bytes)
+
+
+def proof_words(proof: Mapping[str, Any]) -> tuple[str, str]:
+    """What a search did, and how certain its answer is; the second empty where nothing was searched."""
+    if "enumerated" not in proof:
+        return "One given layout: nothing was searched.", ""
+    certain = "proved optimal" if proof["status"] == "optimal" else f"feasible, gap {proof['gap']:.2%}"
+    counts = (
+        f"{proof['enumerated']:,} layouts: {proof['does_not_fit']:,} do not fit, "
+        f"{proof['pruned_by_bound']:,} pruned by bound, {proof['solved']:,} solved; "
+        f"{proof['refused']:,} combinations refused before."
+    )
+    return counts, f"Best by {proof['objective']}, {certain}"
 
 
 def plan_stage(prices: Prices, solution: Solution, index: int) -> StagePlan:
@@ -342,6 +401,13 @@ def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
     tokens_per_s = job.tokens_per_step / step
     peak = max(stage.peak_bytes for stage in stages)
     verdict = verdict_of(stages)
+    least, most = (step * step_time(name).value for name in ("least", "most"))
+    cost, notes = None, tuple[str, ...]()
+    if job.training.tokens or job.cluster.costed:
+        from planner import cost as costs
+
+        cost = costs.cost_plan(job, layout, Span(value=step, least=least, most=most))
+        notes = tuple(costs.notes_on(job, cost))
     return Plan(
         model=job.model.name,
         num_parameters=job.model.num_parameters,
@@ -357,8 +423,8 @@ def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
         most_bytes=max(stage.most_bytes for stage in stages),
         capacity_bytes=job.cluster.capacity_bytes,
         step_time_s=step,
-        step_time_least_s=step * step_time("least").value,
-        step_time_most_s=step * step_time("most").value,
+        step_time_least_s=least,
+        step_time_most_s=most,
         critical_path_s=step_seconds(layout, pass_seconds(prices, solution.rows))
         + candidate.step_seconds
         + max(candidate.update_seconds(j, own) for j, own in enumerate(solution.rows)),
@@ -372,8 +438,10 @@ def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
             *job.assumptions,
             *_of_layout(job, layout),
             *(_of_host(job, layout, stages) if prices.offloads else ()),
+            *notes,
         ),
         proof=proof,
+        cost=cost,
     )
 
 

@@ -20,10 +20,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from planner.ledger import COMPONENTS
-from planner.plan import Plan, StagePlan, verdict_of
+from planner.plan import Plan, StagePlan, proof_words, verdict_of
 from planner.render_axes import axis_columns
 from planner.render_offload import show_elsewhere
-from planner.units import gib, human_count, human_seconds
+from planner.units import gib, human_seconds
 
 SHORT = {
     "parameters": "params",
@@ -137,14 +137,17 @@ def headline(plan: Plan) -> Text:
     )
     if plan.mfu - plan.mfu_causal > LONG:
         text.append(f" ({plan.mfu_causal:.0%} with attention counted causal)")
-    if plan.days:
-        text.append(f"; {human_count(float(plan.training.tokens or 0))} tokens in {plan.days:,.1f} days")
     return text
 
 
 def opening(plan: Plan) -> Group:
-    """The answer in words, and what must not be overlooked."""
-    return Group(headline(plan), *(Text(f"Warning: {note}", style="yellow") for note in plan.warnings))
+    """The answer in words, what a whole training takes, and what must not be overlooked."""
+    lines = [headline(plan)]
+    if plan.cost:
+        from planner.render_cost import cost_lines
+
+        lines += cost_lines(plan.cost)
+    return Group(*lines, *(Text(f"Warning: {note}", style="yellow") for note in plan.warnings))
 
 
 def ranking(plans: Sequence[Plan], wide: bool) -> Table:
@@ -153,18 +156,7 @@ def ranking(plans: Sequence[Plan], wide: bool) -> Table:
     names = ["#", "TP", "PP", "DP", *axes, "sharding", "mb"]
     names += ["peak GiB", "most", "bubble", "step", "MFU", "recompute"]
     if wide:
-        names = [
-            "#",
-            "TP",
-            "PP",
-            "DP",
-            *axes,
-            "chunks",
-            "sharding",
-            "schedule",
-            "micro-batch",
-            "grad accum",
-        ]
+        names = ["#", "TP", "PP", "DP", *axes, "chunks", "sharding", "schedule", "micro-batch", "grad accum"]
         names += ["peak GiB", "most", "bubble", "step", "tokens/s", "MFU", "layers per stage", "recompute"]
     left = ("order", "offload", "sharding", "schedule", "layers per stage", "recompute")
     spare = ("tokens/s", "bubble", "MFU", "grad accum", "most", "recompute", "layers per stage")
@@ -261,16 +253,10 @@ def bars(plan: Plan, width: int, most: int = 8) -> Group:
 
 def proof_line(plan: Plan) -> Text:
     """What the search did, and how certain its answer is."""
-    proof = plan.proof
-    if proof.get("status") == "given":
-        return Text("One given layout: nothing was searched.")
-    certain = "proved optimal" if proof["status"] == "optimal" else f"feasible, gap {proof['gap']:.2%}"
-    return Text(
-        f"{proof['enumerated']:,} layouts: {proof['does_not_fit']:,} do not fit, "
-        f"{proof['pruned_by_bound']:,} pruned by bound, {proof['solved']:,} solved; "
-        f"{proof['refused']:,} combinations refused before.\n"
-        f"Best by {proof['objective']}, {certain}, in {human_seconds(proof['seconds'])}."
-    )
+    counts, certainty = proof_words(plan.proof)
+    if not certainty:
+        return Text(counts)
+    return Text(f"{counts}\n{certainty}, in {human_seconds(plan.proof['seconds'])}.")
 
 
 def assumption_list(plan: Plan, verbose: bool) -> Group:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from planner.explaining import Explanation
 from planner.ledger import COMPONENTS, Entry, Message
-from planner.render import grid, headline
+from planner.render import grid, opening
 from planner.sources import SHARES
 from planner.units import human_bytes, human_seconds
 
@@ -20,7 +20,7 @@ def show_explanation(
     console: Console, found: Explanation, unfold: bool = False, term: str | None = None
 ) -> None:
     """Where every byte of one stage comes from: by component; every term, or those that were asked for."""
-    console.print(headline(found.plan))
+    console.print(opening(found.plan))
     console.print()
     place = f"Stage {found.stage} of {found.plan.layout.to_layout().describe()}, at {found.moment}"
     console.print(Text(place, style="bold"))

@@ -160,6 +160,19 @@ class Offloading:
 
 
 @dataclass(frozen=True, slots=True)
+class Saving:
+    """What a framework's checkpoint has: trained weights and optimizer states once, but for what this says.
+
+    ``without_weights`` are the shardings that save master copies, where there are any, in place of the
+    weights; ``in_fp32`` those that save a master copy and moments in fp32 even if the optimizer has none.
+    """
+
+    source: str
+    without_weights: tuple[str, ...] = ()
+    in_fp32: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Stack:
     """Everything the planner knows of one training framework."""
 
@@ -229,6 +242,7 @@ class Stack:
     attention_kernels: tuple[str, ...] = ("flash", "cudnn")  # fused ones, the preferred first
     hidden_transfers: str = ""  # the flags behind the overlap that is assumed
     offloading: Mapping[str, Offloading] = field(default_factory=dict)  # per sharding
+    saving: Saving = field(kw_only=True)
     context: Overhead = CONTEXT
     communicator: Overhead = COMMUNICATOR
     allocator: Overhead = ALLOCATOR

@@ -24,6 +24,7 @@ from planner.stacks.base import (
     Overhead,
     Recipe,
     Row,
+    Saving,
     Stack,
 )
 from planner.stacks.megatron_hybrid import MAMBA, by_parts, of_stage
@@ -287,6 +288,14 @@ MEGATRON = Stack(
     expert_parallel=True,
     expert_tensor_parallel=True,
     rerun={"attention core": NONE},
+    # core/optimizer/distrib_optimizer.py, _get_main_param_and_optimizer_states: a "param" besides the model's
+    # and moments of Transformer Engine's get_unscaled_state. Megatron-FSDP's modules have main weights for
+    # parameters (megatron_fsdp.py, _replace_param_with_distributed_if_needed).
+    saving=Saving(
+        "Megatron-LM core 0.16, training/checkpointing.py, generate_state_dict",
+        without_weights=("zero2", "fsdp"),
+        in_fp32=("zero1",),
+    ),
     offloading=OFFLOADING,
     vocabulary_multiple=128,
     gradients_resident=True,

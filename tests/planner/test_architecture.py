@@ -54,6 +54,7 @@ def test_heavy_packages_have_a_home_each() -> None:
         "planner/render_advice.py",
         "planner/render_compare.py",
         "planner/render_explain.py",
+        "planner/render_cost.py",
         "planner/render_infer.py",
         "planner/render_measure.py",
         "planner/render_offload.py",

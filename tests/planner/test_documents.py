@@ -160,7 +160,11 @@ def test_diff_says_what_changed_at_any_width(small: Document, tmp_path: Path) ->
 
 
 def test_limits_hold_on_their_own_side_of_the_plans_figure(small: Document) -> None:
-    plan = small.best.model_copy(update={"days": 3.0})
+    pool = small.cluster.spec.model_copy(
+        update={"price": 2.5, "gpu_mtbf_s": 1e8, "checkpoint_bytes_per_s": 1e9}
+    )
+    training = TrainingSpec(global_batch_size=8, tokens=1e11)
+    plan = estimate(small.model, pool, training, small.best.layout.to_layout())
     for name, (figure, most, _, _) in LIMITS.items():
         value = figure(plan)
         assert value is not None

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from planner.api import compare, estimate, explain, search
+    from planner.api import compare, estimate, explain, search, whynot
     from planner.documents import Document, document_of, read_document
     from planner.errors import InfeasibleError, InputError, PlannerError, SolverError
     from planner.layouts import Choices
@@ -27,6 +27,7 @@ _HOME = {
     "estimate": "planner.api",
     "explain": "planner.api",
     "compare": "planner.api",
+    "whynot": "planner.api",
     "Document": "planner.documents",
     "document_of": "planner.documents",
     "read_document": "planner.documents",
@@ -59,6 +60,7 @@ __all__ = [
     "explain",
     "read_document",
     "search",
+    "whynot",
 ]
 
 

@@ -19,13 +19,13 @@ from planner.documents import Document
 from planner.errors import PlannerError
 from planner.ledger import COMPONENTS, components, entries, messages, view
 from planner.network import AXES, Network, group
-from planner.plan import CostPlan, Plan, make_plan, pass_seconds
+from planner.plan import CostPlan, Plan, make_plan, pass_seconds, priced_again
 from planner.program import Solution
 from planner.replay import Snapshot, StageReplay
 from planner.schedule import shown_microbatches, timeline
 from planner.sensitivity import Case, cases
 from planner.stages import Prices, price
-from planner.trace import NAMES, rows_of
+from planner.trace import NAMES
 from planner.units import DAY, about, gib, human_count, human_seconds
 
 Unit = Literal["text", "number", "bytes", "seconds", "share", "change"]
@@ -55,18 +55,14 @@ class Subject:
     plan: Plan
     job: Job
     prices: Prices
-    rows: list[tuple[int, ...]]
+    rows: tuple[tuple[int, ...], ...]
 
     @staticmethod
     def of(document: Document) -> Subject:
         """The first plan of a document, or the nearest where nothing fits."""
         plan, cluster = document.best, document.cluster.spec
-        layout = plan.layout.to_layout()
-        job = job_for(document.model, cluster, plan.training, layout)
-        ways = dict.fromkeys(name for stage in plan.stages for name in stage.rows)
-        offloads = any("+" in name for name in ways)
-        prices = price(job, layout, tuple(ways) if offloads else None)
-        return Subject(document, plan, job, prices, rows_of(plan, prices.policies))
+        job = job_for(document.model, cluster, plan.training, plan.layout.to_layout())
+        return Subject(document, plan, job, *priced_again(job, plan))
 
 
 def exhibits(subject: Subject) -> Iterator[Exhibit]:
@@ -314,7 +310,7 @@ def _changes(document: Document) -> Exhibit:
     return Exhibit(
         "changes",
         "What would fit",
-        "Each change was planned again, not guessed; the cheapest in GPU time first.",
+        "Each change was planned again, not guessed; least changed first, then the cheapest in GPU time.",
         ("change", "option", "GPUs", "peak", "step", "against the nearest"),
         ("text", "text", "number", "bytes", "seconds", "change"),
         rows,

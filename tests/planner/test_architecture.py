@@ -51,7 +51,9 @@ def test_heavy_packages_have_a_home_each() -> None:
     assert who_imports("pulp") == {"planner/program.py"}
     renderers = {
         "planner/render.py",
+        "planner/render_advice.py",
         "planner/render_compare.py",
+        "planner/render_explain.py",
         "planner/render_cost.py",
         "planner/render_infer.py",
         "planner/render_measure.py",

@@ -22,7 +22,17 @@ from typing import TYPE_CHECKING, Any
 from planner.documents import SCHEMA, Document
 from planner.files import plain
 from planner.plan import proof_words
-from planner.review import Exhibit, Subject, Unit, accuracy, exhibits, figures, headline, subject_words
+from planner.review import (
+    Exhibit,
+    Subject,
+    Unit,
+    accuracy,
+    binding_words,
+    exhibits,
+    figures,
+    headline,
+    subject_words,
+)
 from planner.units import about, gib, human_seconds
 
 if TYPE_CHECKING:
@@ -83,7 +93,7 @@ def _context(document: Document, subject: Subject, most: int | None = None) -> d
         "verdict": plan.verdict,
         "verdict_class": CLASSES[plan.verdict],
         "mark": MARKS[plan.verdict],
-        "error": document.error,
+        "error": document.error or binding_words(plan),
         "figures": figures(document),
         "warnings": plan.warnings,
         "exhibits": [_shown(one, most) for one in exhibits(subject)],

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from planner import review_charts as charts
+from planner.advice import Binding
 from planner.api import job_for
 from planner.catalog import step_time
 from planner.cost_words import checkpoints
@@ -77,6 +78,8 @@ def exhibits(subject: Subject) -> Iterator[Exhibit]:
         yield _cost(subject.plan.cost)
     if subject.document.changes:
         yield _changes(subject.document)
+    if subject.document.tried:
+        yield _tried(subject.document)
     yield _sensitivity(subject)
 
 
@@ -317,6 +320,19 @@ def _changes(document: Document) -> Exhibit:
     )
 
 
+def _tried(document: Document) -> Exhibit:
+    """Changes that are not enough."""
+    rows = tuple((one["what"], one["option"], one["surely_over_bytes"]) for one in document.tried)
+    return Exhibit(
+        "tried",
+        "Tried, and not enough by itself",
+        "How much is lacking on the fullest GPU, where one layout was asked about.",
+        ("change", "option", "over"),
+        ("text", "text", "bytes"),
+        rows,
+    )
+
+
 def _sensitivity(subject: Subject) -> Exhibit:
     """The same layout with one thing changed."""
     plan, found = subject.plan, []
@@ -366,6 +382,11 @@ def headline(plan: Plan) -> str:
     where = f"{plan.num_gpus:,} x {plan.gpu}"
     layout = plan.layout.to_layout().describe()
     return f"{plan.model} {plan.verdict.replace('at risk', 'is at risk')} on {where} as {layout}"
+
+
+def binding_words(plan: Plan) -> str:
+    """What of a plan that does not fit for sure binds; empty where it fits."""
+    return "" if plan.fits else f"What binds: {Binding.of(plan).describe()}."
 
 
 def subject_words(plan: Plan) -> str:

@@ -9,6 +9,7 @@ import json
 import resource
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,8 @@ def test_a_comment_is_within_what_github_takes_and_text_stays_text(headline: Doc
     deep = Layout(16, 1, 126, 1, 1, 32, sharding="zero1")
     large = document_of(model, cluster, [estimate(model, cluster, training, deep)])
     assert len(comment(large).encode()) <= COMMENT_BYTES
+    for line, after in pairwise(comment(large).splitlines()):  # a table ends with its rows
+        assert not (line.startswith("| ") and after and after[0] not in "|<"), after
     named = headline.best.model_copy(update={"model": HOSTILE, "warnings": (HOSTILE,)})
     text = comment(headline.model_copy(update={"plans": (named,), "command": "x ``` y", "error": HOSTILE}))
     assert "<script" not in text

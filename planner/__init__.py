@@ -13,7 +13,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from planner.api import compare, estimate, explain, search
+    from planner.api import compare, estimate, explain, search, whynot
+    from planner.documents import Document, document_of, read_document
     from planner.errors import InfeasibleError, InputError, PlannerError, SolverError
     from planner.layouts import Choices
     from planner.plan import Plan
@@ -27,6 +28,10 @@ _HOME = {
     "estimate": "planner.api",
     "explain": "planner.api",
     "compare": "planner.api",
+    "whynot": "planner.api",
+    "Document": "planner.documents",
+    "document_of": "planner.documents",
+    "read_document": "planner.documents",
     "Choices": "planner.layouts",
     "ClusterSpec": "planner.specs",
     "ModelSpec": "planner.specs",
@@ -45,6 +50,7 @@ _HOME = {
 __all__ = [
     "Choices",
     "ClusterSpec",
+    "Document",
     "InfeasibleError",
     "InputError",
     "Layout",
@@ -56,11 +62,14 @@ __all__ = [
     "Sweep",
     "TrainingSpec",
     "compare",
+    "document_of",
     "estimate",
     "explain",
     "grid",
+    "read_document",
     "search",
     "sweep",
+    "whynot",
 ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from planner.defaults import Job
@@ -17,20 +17,22 @@ LEAST_TOKENS = 4096
 products and attention run on pieces too small for their rates while each layer sends more; tensor, pipeline
 or data parallelism cut such sequences' activations as well. Llama 3, arXiv:2407.21783, table 4: parts of
 8,192 of 131,072 tokens, and 8,192 whole."""
+Context = tuple[int, str, int]
+"""``context_parallel``, ``context_comm`` and ``ulysses_degree`` of a layout."""
 WHOLE = ("full", "bidirectional", "none")
 """Mixers whose context parallelism is planned. A window needs its neighbour's tokens only, a state space
 hands its state on."""
-HYBRIDS = ("a2a+p2p", "usp")
-"""Ulysses within and a ring between groups (Fang and Zhao 2024, arXiv:2405.07719), which are not planned."""
 
 
 def context_problems(job: Job, layout: Layout, layers: list[Layer]) -> Iterator[str]:
     """Why a job cannot have the context parallelism of a layout."""
-    c, comm = layout.context_parallel, layout.context_comm
-    if comm in HYBRIDS:
-        yield f"context_comm={comm}: two levels of groups are not planned: use {', '.join(COMMS)}"
-    elif comm not in COMMS:
+    c, comm, u = layout.context_parallel, layout.context_comm, layout.ulysses_degree
+    if comm not in COMMS:
         yield f"context_comm={comm!r}: use one of {', '.join(COMMS)}"
+    elif u > 1 and comm != "ulysses+ring":
+        yield f"ulysses_degree={u} belongs to context_comm ulysses+ring, not to {comm}: leave it out"
+    elif u > c:
+        yield f"ulysses_degree={u} is of context_parallel ranks, of which there are {c}: use fewer"
     if c == 1:
         return
     model, stack, why = job.model, job.stack, f"context_parallel={c}: that of"
@@ -51,7 +53,7 @@ def context_problems(job: Job, layout: Layout, layers: list[Layer]) -> Iterator[
         able = " or ".join(stack.context_attention)
         yield f"context_parallel={c}: {stack.name} has it with attention {able}, not {attention}"
     yield from ContextParallel(
-        c, comm, layout.tensor_parallel, layout.sequence_parallel, stack.rotated_bytes
+        c, comm, layout.tensor_parallel, layout.sequence_parallel, stack.rotated_bytes, u
     ).objections(layers)
 
 
@@ -106,26 +108,34 @@ def out_of_order(job: Job, layout: Layout) -> Any:
 
 
 def context_degrees(
-    job: Job, layers: list[Layer], tensor: int, degrees: Iterable[int], comms: Iterable[str], asked: bool
-) -> Iterator[tuple[int, str, str]]:
+    job: Job,
+    layers: list[Layer],
+    tensor: int,
+    degrees: Iterable[int],
+    ways: Mapping[str, Sequence[int]],
+    asked: bool,
+) -> Iterator[tuple[Context, str]]:
     """Context degrees with a way to exchange keys and values, and why not, empty if they can be.
 
-    Those that nobody asked for leave every GPU ``LEAST_TOKENS`` of a sequence.
+    Those that nobody asked for leave every GPU ``LEAST_TOKENS`` of a sequence. ``ways`` are the ways to try,
+    each with its Ulysses degrees, or none for all that make two levels.
     """
     for degree in degrees:
         if degree == 1:
-            yield 1, COMMS[0], ""
+            yield (1, COMMS[0], 1), ""
         elif not job.stack.context_comms and asked:
-            yield degree, COMMS[0], f"{job.stack.name} is planned without context parallelism"
+            yield (degree, COMMS[0], 1), f"{job.stack.name} is planned without context parallelism"
         elif asked or job.seq_length >= degree * LEAST_TOKENS:
-            for comm in comms:
+            levels = [n for n in range(2, degree) if degree % n == 0] or [1]
+            for comm, ulysses in [(comm, u) for comm, inner in ways.items() for u in inner or levels]:
                 layout = Layout(
                     tensor_parallel=tensor,
                     context_parallel=degree,
                     context_comm=comm,
+                    ulysses_degree=ulysses,
                     sequence_parallel=tensor > 1,
                 )
-                yield degree, comm, next(context_problems(job, layout, layers), "")
+                yield (degree, comm, ulysses), next(context_problems(job, layout, layers), "")
 
 
 def unsupported_axes(stack: Stack, layout: Layout) -> Iterator[str]:

@@ -66,13 +66,16 @@ class Compute:
         gpu = job.cluster.gpu
         reach = {name: figure.value for name, figure in gpu.achievable.items()}
         self.peak = gpu.peak_flops.get(job.recipe.unit, gpu.peak_flops["fp32"])
-        reach["fp8"] = reach.get("fp8", reach["matmul"])
-        self.products = (
-            self.peak * reach["fp8" if job.recipe.unit == "fp8" else "matmul"] * reach["sustained"]
-        )
+        # Of an FP4 peak the fraction of FP8's is assumed.
+        part = reach.get("fp8", reach["matmul"]) if job.recipe.quantized else reach["matmul"]
+        self.products = self.peak * part * reach["sustained"]
         self.rest = gpu.peak_flops.get(job.recipe.rest, self.peak)  # of the head and of attention
         half = gpu.peak_flops.get("bf16", gpu.peak_flops.get("fp16", self.peak))
         self.half_products = half * reach["matmul"] * reach["sustained"]
+        full = job.recipe.unit if job.recipe.unit in ("fp32", "tf32") else "fp32"
+        self.full_products = (
+            gpu.peak_flops.get(full, gpu.peak_flops["fp32"]) * reach["matmul"] * reach["sustained"]
+        )
         self.head_products = self.half_products if job.recipe.rest else self.products
         self.unaligned = gpu.peak_flops["fp32"] * reach["matmul"]
         self.bandwidth = gpu.hbm_bytes_per_s * reach["memory"]
@@ -84,6 +87,10 @@ class Compute:
         self.blocking = job.training.options.get("launch_blocking") == "on"
         self.attention = gpu.attention.get(job.stack.attention_kernel(job.training.attention, gpu.attention))
         self.memo: dict[tuple[str, str], tuple[Quantity, Quantity, Quantity]] = {}
+
+    def products_of(self, width: float) -> float:
+        """FLOPs a second of products of so many bytes an element, which no autocast narrows."""
+        return self.full_products if width == 4 else self.half_products
 
     def passes(
         self,

@@ -13,7 +13,7 @@ from planner.frozen import blocks_of, unmade_by_mixers
 from planner.hybrids import for_hybrids, notes_of
 from planner.model import Block
 from planner.optimizers import OPTIMIZERS, check_states, shardings_of
-from planner.precision import EIGHT_BITS, check_options, precision_of, words_of
+from planner.precision import EIGHT_BITS, FOUR_BITS, check_options, precision_of, words_of
 from planner.specs import ClusterSpec, ModelSpec, Profile, TrainingSpec
 from planner.stacks import STACKS, stack_named
 from planner.stacks.base import WIDTHS, Recipe, Stack
@@ -219,6 +219,10 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
             f"a budget of {cluster.capacity_bytes:,} bytes per GPU holds no training job: "
             "give 256 MiB or more"
         )
+    if cluster.costed:
+        from planner.cost_inputs import check
+
+        check(cluster, training)
     notes = list(cluster.assumptions)
     if cluster.num_gpus > cluster.domain:
         notes.append(_switches(cluster))
@@ -240,7 +244,7 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     if not model.experts and (training.expert_capacity_factor or training.expert_imbalance != 1):
         raise InputError(f"expert_imbalance and expert_capacity_factor: {model.name} has no routed experts")
     options = _options(stack, training, model, cluster.num_gpus, precision)
-    check_options(precision, stack, options)
+    check_options(precision, stack, model, options)
     stack = _with_profile(stack.under(options), training.profile)
     stack = replace(stack, precision_words=words_of(precision, stack, cluster.gpu))
     if reason := uncounted(model, stack, options):
@@ -312,8 +316,8 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
         notes.append(f"optimizer {training.optimizer}: {optimizer.source}")
     if optimizer.note:
         notes.append(optimizer.note)
-    if recipe.rest:
-        notes.append(EIGHT_BITS)
+    if recipe.quantized:
+        notes.append(FOUR_BITS if recipe.unit == "fp4" else EIGHT_BITS)
     notes += notes_of(model)
     notes.append("MFU counts attention in full, as if it were not causal")
     low, high, tie = (step_time(name).value for name in ("least", "most", "tie"))

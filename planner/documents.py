@@ -1,33 +1,200 @@
-"""The JSON of commands that answer with plans."""
+"""The JSON document of commands that answer with plans: written, read back, and its published schema.
+
+    {"schema": "planner.plans/1", "model": ..., "cluster": ..., "plans": [<Plan>, ...], ...}
+
+It holds all that is needed to go on from: ``planner explain``, ``report``, ``diff`` and ``check`` read it.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, WrapSerializer
+
+from planner import __version__
+from planner.errors import InfeasibleError, InputError
+from planner.files import content, plain
+from planner.plan import MODEL, Plan
+from planner.specs import ClusterSpec, ModelSpec, TrainingSpec, first_problem
 
 if TYPE_CHECKING:
-    from planner.plan import Plan
-    from planner.specs import ClusterSpec, ModelSpec
+    from planner.advice import Advice
+
+SCHEMA: Literal["planner.plans/1"] = "planner.plans/1"
+MOST_BYTES = 50_000_000
+DEEPEST = 20
+"""Levels of lists and objects that a document may have; its own are 8."""
+
+OF_FAILURE = {"error", "nearest"}
+OF_ADVICE = {"binding", "changes", "tried"}
 
 
-def document_of(model: ModelSpec, cluster: ClusterSpec, plans: list[Plan]) -> dict[str, Any]:
-    """The JSON of a command that answers with plans."""
-    dumped = [plan.model_dump(mode="json") for plan in plans]
-    return {
-        "schema": "planner.plans/1",
-        "model": {"num_parameters": model.num_parameters, **model.model_dump(mode="json")},
-        "cluster": {
-            "gpu": cluster.gpu.name,
-            "num_gpus": cluster.num_gpus,
-            "gpus_per_node": cluster.gpus_per_node,
-            "nodes_per_leaf": cluster.nodes_per_leaf,
-            "oversubscription": cluster.oversubscription,
-            "usable_bytes": cluster.gpu.usable_bytes,
-            "capacity_bytes": cluster.capacity_bytes,
-            "host_memory_bytes": cluster.host_memory_bytes,
-            "nvme_bytes": cluster.nvme_bytes,
-        },
-        "training": dumped[0]["training"],
-        "assumptions": dumped[0]["assumptions"],
-        "plans": dumped,
-        "proof": dumped[0]["proof"],
+def _without_count(given: Any) -> Any:
+    return {k: v for k, v in given.items() if k != "num_parameters"} if isinstance(given, dict) else given
+
+
+def _with_count(model: ModelSpec, dump: Any) -> dict[str, Any]:
+    return {"num_parameters": model.num_parameters, **dump(model)}
+
+
+class ClusterDocument(BaseModel):
+    """A cluster: what people look for, and the whole ``spec``."""
+
+    model_config = MODEL
+
+    gpu: str
+    num_gpus: int
+    gpus_per_node: int
+    nodes_per_leaf: int | None
+    oversubscription: float
+    usable_bytes: int
+    capacity_bytes: int
+    host_memory_bytes: int | None
+    nvme_bytes: int | None
+    spec: ClusterSpec
+
+    @staticmethod
+    def of(cluster: ClusterSpec) -> ClusterDocument:
+        """The document of a cluster."""
+        own = {"gpu", "usable_bytes", "capacity_bytes", "spec"}
+        alike = {name: getattr(cluster, name) for name in ClusterDocument.model_fields if name not in own}
+        return ClusterDocument(
+            gpu=cluster.gpu.name,
+            usable_bytes=cluster.gpu.usable_bytes,
+            capacity_bytes=cluster.capacity_bytes,
+            spec=cluster,
+            **alike,
+        )
+
+
+class Document(BaseModel):
+    """Plans for one job, best first; none, with an ``error`` and the ``nearest``, where nothing fits.
+
+    ``binding`` is what does not fit of a given layout or of the nearest, ``changes`` are what would,
+    ``tried`` what would not either (docs/whynot.md). ``command`` gives it again; empty where it was made in
+    Python.
+    """
+
+    model_config = MODEL
+
+    schema_version: Literal["planner.plans/1"] = Field(SCHEMA, alias="schema")
+    planner: str
+    command: str = ""
+    model: Annotated[ModelSpec, BeforeValidator(_without_count), WrapSerializer(_with_count)]
+    cluster: ClusterDocument
+    training: TrainingSpec
+    assumptions: tuple[str, ...]
+    plans: tuple[Plan, ...]
+    proof: dict[str, Any]
+    error: str = ""
+    nearest: Plan | None = None
+    binding: dict[str, Any] | None = None
+    changes: tuple[dict[str, Any], ...] = ()
+    tried: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def best(self) -> Plan:
+        """The first plan, or the nearest where nothing fits."""
+        found = self.plans[0] if self.plans else self.nearest
+        assert found is not None
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """The document as JSON values; what is about failure only where there is one."""
+        left_out = (set() if self.error else OF_FAILURE) | (set() if self.binding else OF_ADVICE)
+        return self.model_dump(mode="json", by_alias=True, exclude=left_out)
+
+
+def document_of(
+    model: ModelSpec,
+    cluster: ClusterSpec,
+    plans: Sequence[Plan],
+    command: str = "",
+    advice: Advice | None = None,
+) -> Document:
+    """The document of a command that answers with plans; ``advice`` on one that does not fit."""
+    more = advice.document() if advice else {}
+    return _document(model, cluster, plans[0], command, plans=tuple(plans), **more)
+
+
+def document_of_failure(
+    model: ModelSpec, cluster: ClusterSpec, error: InfeasibleError, command: str = ""
+) -> Document:
+    """The document of a search that found nothing: the nearest plan, and changes that would fit."""
+    from planner.advice import Advice
+
+    more = Advice(error.binding, error.changes, error.tried).document()
+    nearest = error.nearest
+    return _document(model, cluster, nearest, command, plans=(), error=str(error), nearest=nearest, **more)
+
+
+def _document(model: ModelSpec, cluster: ClusterSpec, first: Plan, command: str, **more: Any) -> Document:
+    given: dict[str, Any] = {
+        "schema": SCHEMA,
+        "planner": __version__,
+        "command": command,
+        "model": model,
+        "cluster": ClusterDocument.of(cluster),
+        "training": first.training,
+        "assumptions": first.assumptions,
+        "proof": first.proof,
     }
+    return Document(**given, **more)
+
+
+def read_document(path: Path) -> Document:
+    """A document that ``--json`` wrote. Raises InputError for what is none, or of another version."""
+    import json
+
+    shown = plain(str(path))
+    data = content(path, MOST_BYTES, "a plan")
+    try:
+        found = json.loads(data, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        raise InputError(f"{shown}: not JSON: give a file that planner search --json wrote") from None
+    if not isinstance(found, dict) or _depth(found) > DEEPEST:
+        raise InputError(f"{shown}: not a plan: give a file that planner search --json wrote")
+    schema = found.get("schema")
+    if schema != SCHEMA:
+        named = f"schema {plain(str(schema))}" if schema else "a file without a schema"
+        raise InputError(
+            f"{shown}: {named} is not read here: give {SCHEMA}, as planner search --json writes it"
+        )
+    try:
+        document = Document.model_validate(found)
+    except ValidationError as error:
+        by = plain(str(found.get("planner", "an older version")))
+        problem = plain(first_problem(error), 200)
+        raise InputError(f"{shown}, written by planner {by}: {problem}; plan it again") from None
+    if not (document.plans or document.nearest):
+        raise InputError(f"{shown}: no plan in it")
+    return document
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number")
+
+
+def _depth(value: Any) -> int:
+    """Levels of lists and objects; one more than ``DEEPEST`` at most is looked at."""
+    level, deep = [value], 0
+    while level and deep <= DEEPEST:
+        held = [one for one in level if isinstance(one, (dict, list))]
+        level = [inner for one in held for inner in (one.values() if isinstance(one, dict) else one)]
+        deep += bool(held)
+    return deep
+
+
+def json_schema() -> dict[str, Any]:
+    """The published JSON Schema of a document (docs/schema/planner.plans-1.json)."""
+    schema = Document.model_json_schema(mode="serialization")
+    model = ModelSpec.model_json_schema(mode="serialization")
+    schema["$defs"] |= model.pop("$defs")
+    model["properties"] |= {"num_parameters": {"title": "Num Parameters", "type": "integer"}}
+    model["required"].append("num_parameters")
+    schema["properties"]["model"] = model
+    schema["required"] = [name for name in schema["required"] if name not in OF_FAILURE | OF_ADVICE]
+    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return {**dialect, **schema, "title": SCHEMA}

@@ -24,6 +24,8 @@ from planner.specs import TrainingSpec
 from planner.stacks.base import (
     ALWAYS,
     BYTE,
+    CAST,
+    CAST_WEIGHT,
     COMPUTE,
     FP32,
     GRADIENT,
@@ -171,6 +173,7 @@ class Builder:
             "heads": model.num_attention_heads,
             "kv_heads": self.key_heads(tensor_parallel),
             "gathered_heads": model.num_attention_heads + 2 * model.num_key_value_heads,
+            "key_head_alone": there(tensor_parallel >= model.num_key_value_heads),
             "repeats": int(stack.repeats_heads) and there(tensor_parallel > model.num_key_value_heads),
             "head_dim": model.head_dim,
             "ffn": model.intermediate_size,
@@ -183,7 +186,7 @@ class Builder:
         if model.experts:
             self.dims["routed"] = routed(model.experts, training, expert_parallel)
         self.width = {COMPUTE: recipe.compute, GRADIENT: stack.autograd_bytes(recipe), FP32: 4.0, BYTE: 1.0}
-        self.width[INT64] = 8.0
+        self.width |= {INT64: 8.0, CAST: recipe.cast, CAST_WEIGHT: recipe.cast_weight}
         self.blocks = frozen.blocks_of(model, training)
         self.kinds = tuple(dict.fromkeys(self.blocks))
         self.features = features(model, training, stack)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from planner.axes import (
+    Context,
     context_degrees,
     expert_problems,
     out_of_order,
@@ -43,6 +44,7 @@ NUMBERS = (
     "grad_accum",
     "data_shards",
     "context_parallel",
+    "ulysses_degree",
     "expert_parallel",
     "expert_tensor_parallel",
 )
@@ -51,13 +53,14 @@ CHOSEN_DEGREES = (
     "pipeline_parallel",
     "data_parallel",
     "context_parallel",
+    "ulysses_degree",
     "expert_parallel",
     "expert_tensor_parallel",
     "micro_batch_size",
     "chunks",
 )
 """Degrees that a search can be held to."""
-OFTEN_ONE = NUMBERS[-3:]
+OFTEN_ONE = NUMBERS[-4:]
 """Degrees that stay plain numbers where they are 1 in a whole family: nothing is then computed for them."""
 
 
@@ -72,6 +75,7 @@ class Choices:
     chunks: tuple[int, ...] | None = None
     context_parallel: tuple[int, ...] | None = None
     context_comm: tuple[str, ...] | None = None  # the framework's default way, where None
+    ulysses_degree: tuple[int, ...] | None = None  # of ulysses+ring
     expert_parallel: tuple[int, ...] | None = None
     expert_tensor_parallel: tuple[int, ...] | None = None
     sharding: tuple[str, ...] | None = None
@@ -146,19 +150,20 @@ def _tensor_degrees(job: Job, choices: Choices, layers: list[Layer], space: Spac
 
 def _context_degrees(
     job: Job, choices: Choices, tensor: int, layers: list[Layer], space: Space
-) -> list[tuple[int, str]]:
+) -> list[Context]:
     """Context-parallel degrees beside a tensor-parallel one, with the ways of exchange to try."""
     asked = choices.context_parallel is not None
     if not (asked or job.stack.context_comms):
-        return [(1, COMMS[0])]
+        return [(1, COMMS[0], 1)]
     degrees = [d for d in divisors(job.cluster.num_gpus // tensor) if _allowed(d, choices.context_parallel)]
     comms = choices.context_comm or tuple(job.stack.context_comms)[:1]
+    ways = {comm: choices.ulysses_degree or () if comm == "ulysses+ring" else (1,) for comm in comms}
     found = []
-    for degree, comm, problem in context_degrees(job, layers, tensor, degrees, comms, asked):
+    for context, problem in context_degrees(job, layers, tensor, degrees, ways, asked):
         if problem:
             space.refused[problem] += 1
         else:
-            found.append((degree, comm))
+            found.append(context)
     return found
 
 
@@ -251,16 +256,16 @@ def _places(job: Job, choices: Choices, layers: list[Layer], space: Space) -> It
         for pipeline in divisors(gpus // tensor):
             left = gpus // tensor // pipeline
             several = [
-                (left // context, context, comm)
-                for context, comm in contexts
-                if left % context == 0 and _allowed(left // context, choices.data_parallel)
+                (left // context[0], context)
+                for context in contexts
+                if left % context[0] == 0 and _allowed(left // context[0], choices.data_parallel)
             ]
             if not (several and _allowed(pipeline, choices.pipeline_parallel)):
                 continue
             if any(PipelineParallel(pipeline).objections(layers)):
                 space.refused[f"pipeline_parallel is more than the {depth} layers"] += 1
                 continue
-            for data, context, comm in several:
+            for data, (context, comm, ulysses) in several:
                 if batch % data:
                     space.refused[f"data_parallel does not divide global_batch_size={batch}"] += 1
                     continue
@@ -271,6 +276,7 @@ def _places(job: Job, choices: Choices, layers: list[Layer], space: Space) -> It
                     sequence_parallel=tensor > 1 and choices.sequence_parallel,
                     context_parallel=context,
                     context_comm=comm,
+                    ulysses_degree=ulysses,
                 )
 
 
@@ -283,7 +289,8 @@ def enumerate_layouts(job: Job, choices: Choices = Choices()) -> Space:
     unlike = len(set(job.blocks)) > 1  # then each number of chunks makes rows of its own
     within = in_backward(job.training.optimizer, job.training.options)
     for place in _places(job, choices, layers, space):
-        data, pipeline, context = place.data_parallel, place.pipeline_parallel, place.context_parallel
+        data, tensor, pipeline = place.data_parallel, place.tensor_parallel, place.pipeline_parallel
+        context, ulysses = place.context_parallel, place.ulysses_degree
         shardings = [
             (*found, *experts)
             for found in _shardings(job, choices, place, space)
@@ -308,7 +315,7 @@ def enumerate_layouts(job: Job, choices: Choices = Choices()) -> Space:
                 continue
             for sharding, shards, reshard, *experts in shardings:
                 alike = sharding, reshard, place.sequence_parallel, schedule, place.context_comm
-                row = data, place.tensor_parallel, pipeline, chunks, micro, accum, shards, context, *experts
+                row = data, tensor, pipeline, chunks, micro, accum, shards, context, ulysses, *experts
                 rows[*alike, unlike * chunks].append(row)
     for (sharding, reshard, sequence_parallel, schedule, comm, _), numbers in rows.items():
         columns: dict[str, Any] = dict(zip(NUMBERS, np.array(numbers, dtype=np.int64).T, strict=True))

@@ -14,7 +14,7 @@ from planner.collectives import Messages
 from planner.layer_price import LayerPrice
 from planner.network import size_of
 from planner.offload import host_buffers, moved_terms, moves
-from planner.optimizers import TEMPORARIES
+from planner.optimizers import INDICES, TEMPORARIES
 from planner.overheads import groups, library_bytes
 from planner.replay import Snapshot, chunk_blocks
 from planner.spans import SPANS_OF
@@ -165,7 +165,7 @@ def tensor_entries(prices: Prices, stage: StageView, now: Snapshot) -> Iterator[
             yield _plain("workspace", "copies of gradients, or a foreach optimizer's updates", room)
     for buffer in prices.buffers(stage.first, stage.last):
         if buffer.span in SPANS_OF[now.place] and float(buffer.size):
-            kind = "workspace" if buffer.name == TEMPORARIES else "communication_buffers"
+            kind = "workspace" if buffer.name in (TEMPORARIES, INDICES) else "communication_buffers"
             yield _plain(kind, buffer.name, float(buffer.size))
 
 

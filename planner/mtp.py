@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from planner.stacks.base import ALWAYS, COMPUTE, FP32, Row
+from planner.stacks.base import ALWAYS, CAST, CAST_WEIGHT, COMPUTE, FP32, Row
 from planner.weights import Weight, mtp_weights
 from strategies.base import Role, Term
 
@@ -28,7 +28,17 @@ JOINING = (
     # What the model made of the token is the head's input too; the embedding looks the other one up again.
     Row("embedding of the further token", H, 1, COMPUTE, ALWAYS, steps="joining"),
     Row("statistics of the joining norms", "batch seq residual:1", 2, FP32, ALWAYS, steps="joining"),
-    Row("joined inputs", H, 2, COMPUTE, ALWAYS, steps="joining"),
+    Row("joined inputs", H, 2, COMPUTE, ALWAYS, "!quantized", steps="joining"),
+    Row("joined inputs, quantized", H, 2, CAST, ALWAYS, "quantized", steps="joining"),
+    Row("joining weight, quantized", "hidden joined", 1, CAST_WEIGHT, when="quantized", role=Role.BUFFER),
+    Row(
+        "joining weight, quantized columnwise",
+        "hidden joined",
+        1,
+        CAST_WEIGHT,
+        when="columnwise",
+        role=Role.BUFFER,
+    ),
     Row("gradient of the joined inputs", H, 4, role=Role.TRANSIENT, steps="joining"),
 )
 

@@ -142,6 +142,8 @@ AXES = (
     "data_replicate",
     "pipeline",
     "context",
+    "context_heads",
+    "context_ring",
     "expert",
     "expert_tensor",
     "expert_data",
@@ -154,13 +156,18 @@ def group(axis: str, layout: Layout) -> tuple[Quantity, ...]:
 
     Where it is as many of such groups at a larger stride, their number and that stride follow. A group of
     experts takes neighbours first: of the ranks that share a sequence, tensor and context parallel ones, then
-    of the replicas (Megatron Core's parallel_state.py; torchtitan's parallel_dims.py).
+    of the replicas (Megatron Core's parallel_state.py; torchtitan's parallel_dims.py). Of those that
+    share a sequence neighbours hand out heads, and rings join equal heads (create_hierarchical_groups).
     """
     match axis:
         case "tensor":
             return layout.tensor_parallel, layout.stride("tp")
         case "context":
             return layout.context_parallel, layout.stride("cp")
+        case "context_heads":
+            return layout.head_ranks, layout.stride("cp")
+        case "context_ring":
+            return layout.attention_cut, layout.stride("cp") * layout.head_ranks
         case "data":
             return _with_context(layout, layout.data_parallel)
         case "data_shard":

@@ -1,14 +1,13 @@
 """Optimizers: the bytes of state that each keeps of a tensor, and what its step needs and moves.
 
-One table, :data:`OPTIMIZERS`. State is a function of the tensor's shape: factored moments keep rows and
-columns, block-wise ones a scale a block and small tensors unquantised, Muon one moment of a block's matrices
-and AdamW's two of everything else. A master copy of the weights is the precision's, not the optimizer's
-(:class:`~planner.stacks.base.Recipe`). A step counter of 4 bytes a tensor is left out.
+One table, :data:`OPTIMIZERS`. State is a function of the tensor's shape (:mod:`planner.optimizer_states`). A
+master copy of the weights is the precision's, not the optimizer's (:class:`~planner.stacks.base.Recipe`). A
+step counter of 4 bytes a tensor is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 from math import prod
@@ -17,10 +16,35 @@ import numpy as np
 
 from planner.errors import InputError, nearest_names
 from planner.model import Block, ModelSpec
+from planner.optimizer_states import (
+    BLOCK,
+    PER_ELEMENT,
+    ROOM,
+    Tensor,
+    blockwise,
+    came_room,
+    came_state,
+    factored,
+    factored_fp32,
+    factored_fp32_room,
+    factored_room,
+    moments,
+    muon_state,
+    newton_schulz_flops,
+    newton_schulz_room,
+    shampoo_flops,
+    shampoo_indices,
+    shampoo_state,
+    soap_flops,
+    soap_room,
+    soap_state,
+    torchao,
+    whole_precision,
+)
 from planner.specs import TrainingSpec
 from planner.stacks.base import WIDTHS, Recipe, Stack
 from planner.weights import Weight, block_weights, embedding_weights, head_weights
-from strategies.base import Quantity
+from strategies.base import Buffer, Quantity
 
 FOREACH = "foreach"
 IN_BACKWARD = "in_backward"
@@ -30,141 +54,8 @@ as its gradient is there, which is then freed (``register_post_accumulate_grad_h
 
 TEMPORARIES = "temporaries of the optimizer step"
 """The buffer of a step that goes tensor by tensor."""
-
-LEAST_8BIT = 4096
-"""Elements below which a tensor's moments are not quantised (bitsandbytes 0.50.2, optim/optimizer.py,
-``min_8bit_size``; torchao 0.18, optim/adam.py, ``_new_buffer``)."""
-BLOCK = 256
-"""Elements that share a scale: bitsandbytes ``init_state``, ``blocksize``; torchao ``block_size`` of Adam8bit
-and AdamFp8. torchao's 4-bit Adam has blocks of 128."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """One tensor of parameters as the modules have it: its lengths, and is it a matrix of a block, or an
-    embedding's?"""
-
-    shape: tuple[Quantity, ...]
-    hidden: bool = False
-    embedding: bool = False
-
-    @property
-    def elements(self) -> Quantity:
-        """Its number of elements."""
-        return prod(self.shape)
-
-
-PER_ELEMENT = Callable[[Tensor, Recipe, Quantity], Quantity]
-"""Bytes of state per element of a tensor that is cut over a number of GPUs."""
-
-
-def moments(count: int) -> PER_ELEMENT:
-    """``count`` moments of the recipe's type for each element: momentum 1, Adam 2."""
-    return lambda tensor, recipe, shards: recipe.moment * count
-
-
-def whole_precision(count: int) -> PER_ELEMENT:
-    """``count`` moments in fp32 whatever the weights are in (bitsandbytes' 32-bit states)."""
-    return lambda tensor, recipe, shards: 4.0 * count
-
-
-def blockwise(count: int, whole_embeddings: bool = False) -> PER_ELEMENT:
-    """A byte for each of ``count`` moments and an fp32 maximum a block; small tensors in fp32.
-
-    Dettmers et al. 2021, arXiv:2110.02861, section 2; bitsandbytes 0.50.2, optim/optimizer.py.
-    The tables of quantised values, 1 KiB each, are shared by all tensors. transformers' Trainer keeps what
-    belongs to embeddings in fp32 too (trainer.py, ``register_module_override``).
-    """
-
-    def per_element(tensor: Tensor, recipe: Recipe, shards: Quantity) -> Quantity:
-        n = tensor.elements
-        blocks = np.ceil(n / BLOCK)
-        whole = (n < LEAST_8BIT) | (whole_embeddings and tensor.embedding)
-        return np.where(whole, 4.0 * count, count * (1 + 4 * blocks / n))
-
-    return per_element
-
-
-def torchao(bits: int, block: int, table: int) -> PER_ELEMENT:
-    """Two moments of so many bits, an fp32 scale a block and a ``table`` of bytes for each state.
-
-    torchao 0.18, optim/adam.py and subclass_8bit.py, subclass_4bit.py, subclass_fp8.py: what counts is the
-    GPU's own part of the tensor (``to_local``); small parts, and those that are no whole blocks, keep the
-    weights' type.
-    """
-
-    def per_element(tensor: Tensor, recipe: Recipe, shards: Quantity) -> Quantity:
-        own = tensor.elements / shards
-        packed = 2 * (bits / 8 + 4 / block + table / own)
-        return np.where((own >= LEAST_8BIT) & (own % block == 0), packed, 2 * recipe.weight)
-
-    return per_element
-
-
-def factored(tensor: Tensor, recipe: Recipe, shards: Quantity) -> Quantity:
-    """Rows and columns of a matrix, every element of a vector, in the weights' type.
-
-    Shazeer and Stern 2018, arXiv:1804.04235, section 3; torch.optim.Adafactor, ``_init_group``.
-    """
-    if len(tensor.shape) == 1:
-        return recipe.weight
-    *others, rows, columns = tensor.shape
-    return recipe.weight * prod(others) * (rows + columns) / tensor.elements
-
-
-def factored_fp32(tensor: Tensor, recipe: Recipe, shards: Quantity) -> Quantity:
-    """The same in fp32, whatever the weights are in: transformers' Adafactor, ``step``."""
-    return 4 * factored(tensor, replace(recipe, weight=1.0), shards)
-
-
-def muon_state(tensor: Tensor, recipe: Recipe, shards: Quantity) -> Quantity:
-    """A momentum of a block's matrices, AdamW's two moments of embedding, head, norms and biases.
-
-    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv:2502.16982,
-    section 2; torch.optim.Muon, ``_init_group``.
-    """
-    return recipe.moment * (1 if tensor.hidden else 2)
-
-
-ITERATIONS = 5
-"""Newton-Schulz iterations: torch.optim.Muon, ``ns_steps``."""
-
-
-def newton_schulz_flops(tensor: Tensor) -> Quantity:
-    """FLOPs of orthogonalising a matrix of m <= n: ``5 (4 m^2 n + 2 m^3)``.
-
-    Each iteration multiplies X Xᵀ (2 m² n), its square (2 m³) and the result with X (2 m² n):
-    torch.optim.Muon, ``_zeropower_via_newtonschulz``.
-
-    >>> newton_schulz_flops(Tensor((10, 20), hidden=True))
-    50000
-    """
-    if not tensor.hidden:
-        return 0
-    m, n = min(tensor.shape), max(tensor.shape)
-    return ITERATIONS * (4 * m * m * n + 2 * m**3)
-
-
-def newton_schulz_room(tensors: Sequence[Tensor], recipe: Recipe) -> float:
-    """Bytes while the largest matrix is orthogonalised, one at a time.
-
-    The update in the weights' type (Nesterov's), the bf16 matrix before and after an iteration, and two of
-    m x m; where the weights are in bf16 too the update is the first of the matrices, and is kept.
-    """
-    sizes = ((recipe.weight + 4) * t.elements + 4 * min(t.shape) ** 2 for t in tensors if t.hidden)
-    return float(max(sizes))
-
-
-def factored_room(tensors: Sequence[Tensor], recipe: Recipe) -> float:
-    """The update of a tensor beside that of the one before it, which Python still holds on to."""
-    sizes = [recipe.weight * float(t.elements) for t in tensors]
-    return max(a + b for a, b in zip([0.0, *sizes], [*sizes, 0.0], strict=True))
-
-
-def factored_fp32_room(tensors: Sequence[Tensor], recipe: Recipe) -> float:
-    """Of the largest tensor two in fp32, the estimate and the update; copies of half-precision gradient and
-    weight beside them."""
-    return max(4 * (2 + 2 * (recipe.weight < 4)) * float(t.elements) for t in tensors)
+INDICES = "indices of packed matrices"
+"""The buffer of an optimizer that all its tensors share, between steps too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +63,11 @@ class Optimizer:
     """One optimizer: its states, and what its step makes and moves.
 
     ``foreach`` counts elements of the moments' type that torch's foreach step reads and writes for each
-    parameter, ``accesses`` bytes of a step that is not fused; else states are read and written, the gradient
-    read and the weight written, once. ``room`` is the temporaries of a step that goes tensor by tensor; a
-    foreach step makes ``foreach_room`` copies of the moments' type of all at once.
+    parameter, ``accesses`` bytes of a step that is not fused, from the recipe and its bytes of state; else
+    states are read and written, the gradient read and the weight written, once. ``room`` is the temporaries
+    of a step that goes tensor by tensor; a foreach step, or the only one of an optimizer, ``foreach_room``
+    copies of the moments' type of all at once. ``kept`` is what all tensors share. ``flops`` of a tensor are
+    of products of ``product_bytes``, or of the weights' type.
     """
 
     per_element: PER_ELEMENT
@@ -183,12 +76,15 @@ class Optimizer:
     """The stacks that it is planned in and their shardings; None: all of them."""
     foreach: float = 0.0
     foreach_room: float = 0.0
-    accesses: Callable[[Recipe], float] | None = None
-    room: Callable[[Sequence[Tensor], Recipe], float] | None = None
+    accesses: Callable[[Recipe, Quantity], Quantity] | None = None
+    room: ROOM | None = None
+    kept: ROOM | None = None
     flops: Callable[[Tensor], Quantity] | None = None
+    product_bytes: float = 0.0
     in_backward: bool = True
     paged: float = 0.0  # bytes per parameter of states that may be evicted to the host
     typed: bool = True  # are its moments of the recipe's type?
+    whole_weights: bool = False  # does it take weights and gradients in fp32 alone?
     needs: str = ""
     note: str = ""
 
@@ -207,6 +103,68 @@ PAGED = (
 ADAM_FOREACH = 20
 """torch/optim/adam.py, ``_multi_tensor_adam``: a product for weight decay 2, the moments 3 + 5, root,
 division and sum 6, the update 4."""
+
+ADAFACTOR = Optimizer(
+    factored,
+    "Shazeer and Stern 2018, arXiv:1804.04235; torch.optim.Adafactor, not transformers' (fp32 factors)",
+    ONE_GPU,
+    # Norms of rows and columns 2, the estimate 3, clamp and root 4, the product 3, norms 2, the update 3.
+    accesses=lambda recipe, states: 17 * recipe.weight,
+    room=factored_room,
+    in_backward=False,
+    typed=False,
+    needs="factors of rows and columns are of whole matrices",
+)
+
+DECOMPOSED = (
+    "decompositions of the optimizer's matrices are timed at the rate of products, which they do not reach, "
+    "and are without cuSOLVER's workspace"
+)
+
+SOAP = Optimizer(
+    soap_state,
+    "Vyas et al. 2024, arXiv:2409.11321; the authors' soap.py (github.com/nikhilvyas/SOAP, a1e5535)",
+    ONE_GPU,
+    # Of each element 24, 2 in each of 8 products and of 2 outer ones; of a length's matrices 1 in each of its
+    # 5 products, 3 for the mean; each tenth step 4 and 14. Tensors with one such length, embeddings, less.
+    accesses=lambda recipe, states: 44.4 * recipe.weight + 4.7 * (states - 2 * recipe.weight),
+    room=soap_room(1),
+    flops=soap_flops(5, 26 / 3),
+    in_backward=False,
+    typed=False,
+    whole_weights=True,
+    needs="its matrices are of whole tensors' rows and columns",
+    note=DECOMPOSED,
+)
+
+
+def shampoo(most: int) -> Optimizer:
+    """Distributed Shampoo in AdamW's place, with matrices up to ``most`` rows: 8192 in its README's examples,
+    1024 if ``max_preconditioner_dim`` is not given."""
+    return Optimizer(
+        shampoo_state(most),
+        "Shi et al. 2023, arXiv:2309.06497; github.com/facebookresearch/optimizers, f606606, "
+        f"distributed_shampoo/README.md, example 4, max_preconditioner_dim={most}",
+        ONE_GPU,
+        # The gradient's mean and its correction, Adam's root and quotient, the update.
+        foreach_room=4.0,
+        # Of each element 35, 16 bytes in products, 12 to cast halves; of a matrix's the outer product, its
+        # packing, the mean and the unpacked root.
+        accesses=lambda recipe, states: (
+            35 * recipe.weight
+            + 16
+            + 12 * (recipe.weight < 4)
+            + (64 + 3 * recipe.weight) * (states - 2 * recipe.weight) / 4
+        ),
+        kept=shampoo_indices(most),
+        flops=shampoo_flops(most),
+        product_bytes=4.0,
+        in_backward=False,
+        typed=False,
+        needs="its blocks are of whole tensors, and its own configurations for DDP and FSDP share them out",
+        note=f"{DECOMPOSED}; under DDP every GPU has all of Shampoo's blocks (no DDPDistributedConfig)",
+    )
+
 
 OPTIMIZERS: Mapping[str, Optimizer] = {
     "adamw": Optimizer(moments(2), "Loshchilov and Hutter 2019, arXiv:1711.05101", None, ADAM_FOREACH, 1.0),
@@ -244,39 +202,48 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
     ),
     "torchao-adamw4bit": Optimizer(torchao(4, 128, 64), "torchao 0.18, optim/adam.py", OWN_PART, typed=False),
     "torchao-adamwfp8": Optimizer(torchao(8, 256, 0), "torchao 0.18, optim/adam.py", OWN_PART, typed=False),
-    "adafactor": Optimizer(
-        factored,
-        "Shazeer and Stern 2018, arXiv:1804.04235; torch.optim.Adafactor, not transformers' (fp32 factors)",
-        ONE_GPU,
-        # Norms of rows and columns 2, the estimate 3, clamp and root 4, the product 3, norms 2, the update 3.
-        accesses=lambda recipe: 17 * recipe.weight,
-        room=factored_room,
-        in_backward=False,
-        typed=False,
-        needs="factors of rows and columns are of whole matrices",
-    ),
-    "transformers-adafactor": Optimizer(
-        factored_fp32,
-        "Shazeer and Stern 2018, arXiv:1804.04235; transformers 5.23, optimization.py, Adafactor",
-        ONE_GPU,
+    "adafactor": ADAFACTOR,
+    "transformers-adafactor": replace(
+        ADAFACTOR,
+        per_element=factored_fp32,
+        source="Shazeer and Stern 2018, arXiv:1804.04235; transformers 5.23, optimization.py, Adafactor",
         # Square and sum 5, means 2, the estimate 3, the product 3, norms 2, scaled 4, negated 2, added 3.
-        accesses=lambda recipe: 24 * 4.0,
+        accesses=lambda recipe, states: 24 * 4.0,
         room=factored_fp32_room,
-        in_backward=False,
-        typed=False,
-        needs="factors of rows and columns are of whole matrices",
+    ),
+    "came": replace(
+        ADAFACTOR,
+        per_element=came_state,
+        source="Luo et al. 2023, arXiv:2307.02047; came_pytorch 0.1.3, CAME.py",
+        # Norms 2, square and sum 4, means 2, estimate and product 4, scaled 2, the mean 5, instability 7, its
+        # means 2, estimate and product 4, weight decay 3, the update 7.
+        accesses=lambda recipe, states: 42 * 4.0,
+        room=came_room,
     ),
     "muon": Optimizer(
         muon_state,
         "Jordan et al. 2024; Liu et al. 2025, arXiv:2502.16982; torch.optim.Muon, AdamW for the rest",
         ONE_GPU,
         # Momentum and Nesterov's update 6, norm and division 3, four in each iteration, the update 5.
-        accesses=lambda recipe: 34 * recipe.weight,
+        accesses=lambda recipe, states: 34 * recipe.weight,
         room=newton_schulz_room,
         flops=newton_schulz_flops,
+        product_bytes=2.0,
         in_backward=False,
         needs="Newton-Schulz iterations take whole matrices, which are gathered in many ways",
     ),
+    "soap": SOAP,
+    "pytorch-optimizer-soap": replace(
+        SOAP,
+        source="Vyas et al. 2024, arXiv:2409.11321; pytorch_optimizer 4.1.0, optimizer/soap.py",
+        # As below, of 20, 6 and 2 products; each tenth step 4 and 12.
+        accesses=lambda recipe, states: 36.4 * recipe.weight + 4.1 * (states - 2 * recipe.weight),
+        room=soap_room(0),
+        flops=soap_flops(4, 14 / 3),
+        whole_weights=False,
+    ),
+    "shampoo": shampoo(8192),
+    "shampoo-1024": shampoo(1024),
     "lomo": Optimizer(
         moments(0),
         "Lv et al. 2023, arXiv:2306.09782: SGD within the backward, without a norm to clip",
@@ -285,11 +252,8 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
 }
 
 REFUSED: Mapping[str, str] = {
-    "shampoo": "its preconditioners' sizes depend on the implementation's blocks",
-    "soap": "its preconditioners' sizes depend on the implementation's largest dimension",
     "adalomo": "its factored moments within the backward are not measured",
     "galore": "its projections' sizes depend on their rank",
-    "came": "not measured",
 }
 """Optimizers that are known by name but not planned, and why."""
 
@@ -313,20 +277,29 @@ EMBEDDINGS = ("word embedding", "position embedding")
 """Weights of look-ups."""
 
 
-def tensor_of(weight: Weight, model: ModelSpec) -> Tensor:
-    """The tensor that a weight is, or is a part of: GPT-2, GPT-NeoX and BLOOM keep q, k and v in one.
+QUERY_KEY_VALUE = ("gpt2", "gpt_neox", "bloom", "falcon", "phi3", "mpt", "gpt_bigcode")
+"""Families whose query, key and value are one tensor in transformers."""
+GATE_UP = ("phi3", "glm4")
+"""Families whose gate and up projections are one."""
+COUNTS = ("pair", "copies", "vectors", "stacks")
+"""Dimensions that say how many tensors of one shape there are."""
 
-    A ``pair`` are two tensors of one shape, ``copies`` how many there are.
-    """
-    dims = {name: length for name, length in weight.dims.items() if name not in ("pair", "copies")}
-    together = model.model_type in ("gpt2", "gpt_neox", "bloom")
+
+def tensor_of(weight: Weight, model: ModelSpec) -> Tensor:
+    """The tensor that a weight is, or is a part of: ``QUERY_KEY_VALUE``, ``GATE_UP``."""
+    dims = {name: length for name, length in weight.dims.items() if name not in COUNTS}
+    together = model.model_type in QUERY_KEY_VALUE
     if together and weight.name.startswith(("query ", "key and value ")) and "norm" not in weight.name:
         heads = model.num_attention_heads + 2 * model.num_key_value_heads
         dims = {name: n for name, n in dims.items() if name == "hidden"} | {"qkv": heads * model.head_dim}
+    if model.model_type in GATE_UP and weight.name in ("gate weight", "up weight"):
+        dims["ffn"] = 2 * dims["ffn"]
     hidden, experts = dims.pop("hidden", None), dims.pop("experts", None)
     others: tuple[Quantity, ...] = (prod(dims.values()),) if dims else ()
     lengths = (experts, hidden) if experts is not None else (hidden,)
     shape = (*(n for n in lengths if n is not None), *others)
+    if weight.name == "relative positions":
+        shape = tuple(dims.values())
     return Tensor(shape, weight.matrix and len(shape) == 2, weight.name in EMBEDDINGS)
 
 
@@ -336,13 +309,36 @@ def resident(optimizer: Optimizer, tensor: Tensor, recipe: Recipe, shards: Quant
     return np.where(tensor.elements < LEAST_PAGED, states, 0.0) if optimizer.paged else states
 
 
-def tensors_of(model: ModelSpec) -> list[Tensor]:
-    """Tensors in the order of the model, one of each kind of block."""
-    weights: list[Weight] = [*embedding_weights(model, model.vocab_size)]
-    for block in model.block_kinds:
-        weights += block_weights(model, block)
-    weights += [w for w in head_weights(model, model.vocab_size, 0) if w.dims.get("copies", 1)]
-    return [tensor_of(weight, model) for weight in weights]
+def end_weights(model: ModelSpec, embeddings: bool = True) -> tuple[list[Weight], list[Weight]]:
+    """Weights before and after the blocks on one GPU; where embeddings are frozen, without them."""
+    before = list(embedding_weights(model, model.vocab_size)) if embeddings else []
+    return before, [w for w in head_weights(model, model.vocab_size, 0) if w.dims.get("copies", 1)]
+
+
+def tensors_of(model: ModelSpec, embeddings: bool = True) -> list[Tensor]:
+    """Trained tensors in the order of the model, one of each kind of block."""
+    before, after = end_weights(model, embeddings)
+    blocks = [weight for block in model.block_kinds for weight in block_weights(model, block)]
+    return [tensor_of(weight, model) for weight in [*before, *blocks, *after]]
+
+
+def copies(optimizer: Optimizer, step: str | None) -> float:
+    """How many copies of all parameters a step makes at once."""
+    return optimizer.foreach_room * (step == FOREACH or not optimizer.foreach)
+
+
+def step_buffers(
+    optimizer: Optimizer, model: ModelSpec, recipe: Recipe, embeddings: bool = True
+) -> list[Buffer]:
+    """What the step allocates for the largest tensor, and what all tensors share, between steps too."""
+    found: list[Buffer] = []
+    if optimizer.room:
+        size = optimizer.room(tensors_of(model, embeddings), recipe)
+        found.append(Buffer(TEMPORARIES, size, "optimizer step"))
+    if optimizer.kept:
+        size = optimizer.kept(tensors_of(model, embeddings), recipe)
+        found += [Buffer(INDICES, size, span) for span in ("passes", "optimizer step")]
+    return found
 
 
 def in_backward(optimizer: str, options: Mapping[str, str]) -> bool:
@@ -355,22 +351,31 @@ def moved(optimizer: Optimizer, recipe: Recipe, step: str | None, states: Quanti
     if step == FOREACH and optimizer.foreach:
         return optimizer.foreach * recipe.moment
     if optimizer.accesses:
-        return optimizer.accesses(recipe)
+        return optimizer.accesses(recipe, states - recipe.master)
     return 2 * (states + optimizer.paged) + recipe.gradient + recipe.weight
 
 
-def step_flops(name: str, model: ModelSpec, blocks: Iterable[Block] | None = None) -> float:
-    """FLOPs of the optimizer step's matrix products, of all trained blocks: a model's own, if not given."""
+def step_flops(
+    name: str, model: ModelSpec, blocks: Iterable[Block] | None = None, embeddings: bool = True
+) -> float:
+    """FLOPs of the optimizer step's matrix products, of the ends, of which embeddings may be frozen, and of
+    all trained blocks: a model's own, if not given."""
     flops = optimizer_named(name).flops
     if flops is None:
         return 0.0
-    total = 0.0
+
+    def total(weights: Iterable[Weight]) -> float:
+        """Of which a tensor is part, or there are two."""
+        of = ((weight, tensor_of(weight, model)) for weight in weights)
+        return sum(
+            float(prod(weight.dims.values()) / tensor.elements * flops(tensor)) for weight, tensor in of
+        )
+
+    found = sum(total(weights) for weights in end_weights(model, embeddings))
     for block, same in groupby(model.blocks if blocks is None else blocks):
-        count = len(list(same)) * (block.trained != "none")
-        for weight in block_weights(model, block):
-            tensor = tensor_of(weight, model)  # of which the weight is a part, or there are two
-            total += count * prod(weight.dims.values()) / tensor.elements * flops(tensor)
-    return total
+        if block.trained != "none":
+            found += len(list(same)) * total(block_weights(model, block))
+    return found
 
 
 def unscaled(recipe: Recipe) -> float:
@@ -394,6 +399,13 @@ def check_states(stack: Stack, training: TrainingSpec, recipe: Recipe) -> None:
         raise InputError(f"optimizer_dtype={moment} is not planned under {stack.name}: use {allowed}")
     if moment and not optimizer_named(name).typed:
         raise InputError(f"optimizer_dtype={moment}: {name} has moments of its own type: leave it out")
+    if optimizer_named(name).whole_weights and min(recipe.weight, recipe.gradient) < 4:
+        raise InputError(
+            f"optimizer={name} takes weights and gradients in fp32, as its matrices are: use precision bf16 "
+            "or fp32, or optimizer pytorch-optimizer-soap"
+        )
+    if optimizer_named(name).flops and training.adapters:
+        raise InputError(f"optimizer={name} is not planned for adapters: use adamw")
     if moment == "fp8" and name not in ("adam", "adamw"):
         raise InputError(f"optimizer_dtype=fp8 is Adam's, not {name}'s: use optimizer adamw")
     if moment == "fp8" and recipe.compute == 4:
@@ -416,6 +428,11 @@ def shardings_of(stack: Stack, name: str, model: ModelSpec, options: Mapping[str
         shardings = {kind: shardings[kind] for kind in shardings if kind in optimizer.stacks[stack.name]}
     if model.experts and optimizer.flops:
         raise InputError(f"optimizer={name} is not planned for a mixture of experts: use adamw")
+    if optimizer.flops and (model.patches or model.state_space or model.delta):
+        raise InputError(
+            f"optimizer={name} is not planned for convolutions, whose tensors have more than two lengths: "
+            "use adamw"
+        )
     step = options.get("optimizer_step")
     if step == FOREACH and not optimizer.foreach:
         raise InputError(f"optimizer={name} has no foreach step: use optimizer_step=fused, or adamw")

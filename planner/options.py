@@ -16,6 +16,26 @@ def option(*flags: str, help: str, **more: Any) -> Any:
 
 
 SP = "--sequence-parallel/--no-sequence-parallel"
+OUTPUT = ("job", "save_job", "as_json", "help", "quiet", "verbose", "trace")
+"""Parameters that say where from and where to, not what."""
+
+
+def _use_job(context: typer.Context, value: str | None) -> str | None:
+    """Makes the options of a job file the command's defaults."""
+    if value:
+        from pathlib import Path
+
+        from planner.errors import InputError
+        from planner.jobs import read_job
+
+        named = [one for one in context.command.params if one.name not in OUTPUT]
+        known = {str(one.name): bool(getattr(one, "multiple", False)) for one in named}
+        try:
+            context.default_map = read_job(Path(value), known)
+        except InputError as error:
+            raise typer.BadParameter(str(error)) from None
+    return value
+
 
 # The job.
 Model = Annotated[
@@ -40,6 +60,32 @@ HostMemory = Annotated[
 HostBandwidth = Annotated[str | None, option("--host-bandwidth", help="Of its memory, a second: 400GB.")]
 Nvme = Annotated[str | None, option("--nvme", help="Of a node, for what is offloaded there, as in 10TB.")]
 NvmeBandwidth = Annotated[str | None, option("--nvme-bandwidth", help="Of a node's NVMe, a second: 20GB.")]
+
+JobFile = Annotated[
+    str | None,
+    typer.Option(
+        "--job", help="Options from a YAML file; those given here win.", is_eager=True, callback=_use_job
+    ),
+]
+SaveJob = Annotated[str | None, option("--save-job", help="Write the options given to this YAML file.")]
+
+# What a whole training takes.
+Price = Annotated[str | None, option("--price", help="Of a GPU-hour, as in 2.5 or 2.5USD.")]
+GpuMtbf = Annotated[
+    str | None, option("--gpu-mtbf", help="Mean time between failures, per GPU, as in 50000h.")
+]
+JobMtbf = Annotated[
+    str | None, option("--job-mtbf", help="The same of the whole job, in place of it, as in 8h.")
+]
+CheckpointBandwidth = Annotated[
+    str | None, option("--checkpoint-bandwidth", help="Of all GPUs writing a checkpoint, a second: 50GB.")
+]
+RestartTime = Annotated[
+    str | None, option("--restart-time", help="From a failure until training goes on, as in 10min.")
+]
+Pue = Annotated[
+    float | None, option("--pue", help="Power of the data centre over that of its machines, as in 1.1.")
+]
 
 # The stack.
 Framework = Annotated[str, option("--framework", help="megatron, torchtitan, fsdp, deepspeed or hf.")]
@@ -85,7 +131,10 @@ PP = Annotated[int, option("--pipeline-parallel", "-pp", help="Pipeline stages."
 CP = Annotated[int, option("--context-parallel", "-cp", help="GPUs that share a sequence.")]
 CPComm = Annotated[
     str | None,
-    option("--context-comm", help="How they exchange keys and values: ring, all-gather or ulysses."),
+    option("--context-comm", help="How they exchange keys, values: ring, all-gather, ulysses, ulysses+ring."),
+]
+Ulysses = Annotated[
+    int, option("--ulysses-degree", help="Of ulysses+ring: neighbours that hand out heads to each other.")
 ]
 EP = Annotated[int, option("--expert-parallel", "-ep", help="GPUs that share a mixture's experts.")]
 ETP = Annotated[
@@ -123,8 +172,12 @@ OnlyPP = Annotated[str | None, option("--pipeline-parallel", "-pp", help="Only t
 OnlyDP = Annotated[str | None, option("--data-parallel", "-dp", help="Only these degrees.")]
 OnlyCP = Annotated[str | None, option("--context-parallel", "-cp", help="Only these degrees.")]
 OnlyCPComm = Annotated[
-    str | None, option("--context-comm", help="Only these: ring, all-gather, ulysses; its default's alone.")
+    str | None,
+    option(
+        "--context-comm", help="Only these: ring, all-gather, ulysses, ulysses+ring; its default's alone."
+    ),
 ]
+OnlyUlysses = Annotated[str | None, option("--ulysses-degree", help="Of ulysses+ring only these degrees.")]
 OnlyEP = Annotated[str | None, option("--expert-parallel", "-ep", help="Only these degrees.")]
 OnlyETP = Annotated[str | None, option("--expert-tensor-parallel", "-etp", help="Only these degrees.")]
 OnlyMicro = Annotated[str | None, option("--micro-batch-size", "-mb", help="Only these sizes.")]
@@ -163,6 +216,12 @@ Moment = Annotated[
     str | None, option("--moment", help="As estimate lists them, or host, nvme; the peak by default.")
 ]
 
+Term = Annotated[
+    str | None, option("--term", help="Take apart the terms with this in their name: formula and source.")
+]
+
+PlanFile = Annotated[str | None, typer.Argument(help="What planner search or estimate --json wrote.")]
+
 # The catalog.
 What = Annotated[str, typer.Argument(help="models or gpus")]
 Entry = Annotated[str | None, typer.Argument(help="One entry, with its sources.")]
@@ -170,6 +229,7 @@ Entry = Annotated[str | None, typer.Argument(help="One entry, with its sources."
 Options = dict[str, tuple[Any, ...]]
 """Options of a command by name, each with its default; one without must be given."""
 JOB: Options = {
+    "job": (JobFile, None),
     "model": (Model,),
     "gpus": (Gpus,),
 }
@@ -204,12 +264,22 @@ TRAINING: Options = {
     "freeze": (Freeze, None),
 }
 """How it is trained, and what of the GPUs it may use."""
+COST: Options = {
+    "price": (Price, None),
+    "gpu_mtbf": (GpuMtbf, None),
+    "job_mtbf": (JobMtbf, None),
+    "checkpoint_bandwidth": (CheckpointBandwidth, None),
+    "restart_time": (RestartTime, None),
+    "pue": (Pue, None),
+}
+"""What a whole training takes, of the cluster."""
 LAYOUT: Options = {
     "tensor_parallel": (TP, 1),
     "pipeline_parallel": (PP, 1),
     "data_parallel": (DP, None),
     "context_parallel": (CP, 1),
     "context_comm": (CPComm, None),
+    "ulysses_degree": (Ulysses, 1),
     "expert_parallel": (EP, 1),
     "expert_tensor_parallel": (ETP, 1),
     "micro_batch_size": (Micro, 1),
@@ -231,6 +301,7 @@ CHOICES: Options = {
     "data_parallel": (OnlyDP, None),
     "context_parallel": (OnlyCP, None),
     "context_comm": (OnlyCPComm, None),
+    "ulysses_degree": (OnlyUlysses, None),
     "expert_parallel": (OnlyEP, None),
     "expert_tensor_parallel": (OnlyETP, None),
     "micro_batch_size": (OnlyMicro, None),
@@ -247,12 +318,16 @@ CHOICES: Options = {
 
 
 def takes(*groups: Options) -> Callable[[Callable[[dict[str, Any]], None]], Callable[..., None]]:
-    """Gives a command the options of some groups: it is called with their values by name."""
+    """Gives a command the options of some groups: it is called with their values by name.
+
+    Under ``asked`` are those that were given, in a job file or on the command line, and under ``command``
+    the command that gives them.
+    """
 
     def decorate(command: Callable[[dict[str, Any]], None]) -> Callable[..., None]:
         @wraps(command)
-        def run(**given: Any) -> None:
-            command(given)
+        def run(context: typer.Context, **given: Any) -> None:
+            command(given | _asked(context))
 
         options = {name: option for group in groups for name, option in group.items()}
         parameters = [
@@ -261,8 +336,31 @@ def takes(*groups: Options) -> Callable[[Callable[[dict[str, Any]], None]], Call
             )
             for name, (kind, *default) in options.items()
         ]
-        run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {name: kind for name, (kind, *_) in options.items()}
+        own = Parameter("context", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+        run.__signature__ = Signature([own, *parameters])  # type: ignore[attr-defined]
+        run.__annotations__ = {"context": typer.Context} | {
+            name: kind for name, (kind, *_) in options.items()
+        }
         return run
 
     return decorate
+
+
+def _asked(context: typer.Context) -> dict[str, Any]:
+    """What was given, and the command that gives it."""
+    flags: dict[str, tuple[str, str]] = {}
+    asked: dict[str, Any] = {}
+    for one in context.command.params:
+        name, source = str(one.name), context.get_parameter_source(str(one.name))
+        if name in OUTPUT or source is None or source.name == "DEFAULT":
+            continue
+        asked[name] = context.params[name]
+        long = [flag for flag in one.opts if flag.startswith("--")]
+        flags[name] = (*long, "")[0], next(iter(one.secondary_opts), "")
+    return {"asked": asked, "command": lambda: _command_line(str(context.info_name), asked, flags)}
+
+
+def _command_line(command: str, asked: dict[str, Any], flags: dict[str, tuple[str, str]]) -> str:
+    from planner.jobs import command_line
+
+    return command_line(command, asked, flags)

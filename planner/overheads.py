@@ -41,12 +41,13 @@ def device_bytes(job: Job, layout: Layout, tensors: Quantity, bound: str = "valu
 
 
 def groups(layout: Layout) -> Quantity:
-    """Kinds of groups that a GPU communicates in: tensor, pipeline, data (two of it if hybrid), context.
+    """Kinds of groups that a GPU communicates in: tensor, pipeline, data and context (two if hybrid).
 
     Experts have groups of their own, one for the tokens and one for the gradients.
     """
     hybrid = (layout.data_shards > 1) * (layout.data_shards < layout.data_parallel)
-    degrees = [layout.data_ranks, layout.tensor_parallel, layout.pipeline_parallel, layout.context_parallel]
+    degrees = [layout.data_ranks, layout.tensor_parallel, layout.pipeline_parallel]
+    degrees += [layout.head_ranks, layout.attention_cut]
     degrees += [layout.expert_parallel, layout.expert_parallel, layout.expert_tensor_parallel]
     return sum((degree > 1) * 1 for degree in degrees) + hybrid * (layout.sharding == "fsdp")
 

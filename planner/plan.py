@@ -5,7 +5,7 @@ Sizes in bytes, times in seconds. Fields may be added; none of these goes away w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +25,7 @@ from planner.schedule import PassSeconds, step_seconds
 from planner.specs import TrainingSpec
 from planner.stages import Prices, price
 from planner.utilization import utilization
+from strategies.base import POLICIES
 from strategies.context_parallel import COMMS
 from strategies.layout import RANK_ORDERS, Layout
 from strategies.offload import PLACES, Way, places_of
@@ -100,6 +101,7 @@ class LayoutPlan(BaseModel):
     rank_order: str = RANK_ORDERS[0]
     context_parallel: int = 1
     context_comm: str = COMMS[0]
+    ulysses_degree: int = 1
     expert_parallel: int = 1
     expert_tensor_parallel: int = 1
     offload: str = ""
@@ -107,6 +109,51 @@ class LayoutPlan(BaseModel):
     def to_layout(self) -> Layout:
         """The layout that the strategies are made from."""
         return Layout(**self.model_dump())
+
+
+class Span(BaseModel):
+    """A figure, and between what it lies: as the step time does, four times in five."""
+
+    model_config = MODEL
+
+    value: float
+    least: float
+    most: float
+
+    def times(self, factor: float) -> Span:
+        """The figure and its range, multiplied."""
+        return Span(value=self.value * factor, least=self.least * factor, most=self.most * factor)
+
+
+class CostPlan(BaseModel):
+    """What a whole training takes (planner/cost.py); None is not counted, as something was not given.
+
+    Seconds of work are ``compute_s``, with checkpoints and failures ``wall_s``: their ratio is ``goodput``.
+    GPU-hours, energy and money are of the latter. ``interval_s`` of work lie between checkpoints at best, in
+    whole steps ``interval_steps``.
+    """
+
+    model_config = MODEL
+
+    tokens: float | None
+    steps: int | None
+    checkpoint_bytes: int
+    checkpoint_s: float | None = None
+    mtbf_s: float | None = None
+    restart_s: float | None = None
+    young_interval_s: float | None = None
+    interval_s: float | None = None
+    interval_steps: int | None = None
+    goodput: float | None = None
+    compute_s: Span | None = None
+    wall_s: Span | None = None
+    gpu_hours: Span | None = None
+    power_w: float
+    pue: float | None = None
+    energy_kwh: Span | None = None
+    price: float | None = None
+    currency: str = ""
+    money: Span | None = None
 
 
 class Plan(BaseModel):
@@ -144,6 +191,7 @@ class Plan(BaseModel):
     warnings: tuple[str, ...]
     assumptions: tuple[str, ...]
     proof: dict[str, Any]
+    cost: CostPlan | None = None  # where tokens, or what failures depend on, are given
 
     @property
     def headroom_bytes(self) -> int:
@@ -159,6 +207,19 @@ class Plan(BaseModel):
     def fullest(self) -> int:
         """Index of the stage with the highest peak."""
         return max(range(len(self.stages)), key=lambda j: self.stages[j].peak_bytes)
+
+
+def proof_words(proof: Mapping[str, Any]) -> tuple[str, str]:
+    """What a search did, and how certain its answer is; the second empty where nothing was searched."""
+    if "enumerated" not in proof:
+        return "One given layout: nothing was searched.", ""
+    certain = "proved optimal" if proof["status"] == "optimal" else f"feasible, gap {proof['gap']:.2%}"
+    counts = (
+        f"{proof['enumerated']:,} layouts: {proof['does_not_fit']:,} do not fit, "
+        f"{proof['pruned_by_bound']:,} pruned by bound, {proof['solved']:,} solved; "
+        f"{proof['refused']:,} combinations refused before."
+    )
+    return counts, f"Best by {proof['objective']}, {certain}"
 
 
 def plan_stage(prices: Prices, solution: Solution, index: int) -> StagePlan:
@@ -274,6 +335,7 @@ def _of_layout(job: Job, layout: Layout) -> list[str]:
             "sequence parallelism with tensor parallelism, for its memory (--no-sequence-parallel: without)"
         )
     if layout.context_parallel > 1 and (flag := job.stack.context_comms.get(layout.context_comm)):
+        flag = flag.format(heads=layout.head_ranks, ring=layout.attention_cut)
         notes.append(f"context parallelism by {layout.context_comm} is {job.stack.name}'s {flag}")
     if flag := job.stack.rank_orders.get(layout.rank_order):
         notes.append(f"rank order {layout.rank_order} is {job.stack.name}'s {flag}")
@@ -321,21 +383,6 @@ def pass_seconds(prices: Prices, rows: Sequence[Sequence[int]]) -> list[list[Pas
     return stages
 
 
-def with_memory(plan: Plan, job: Job) -> Plan:
-    """The same plan where a GPU has as much memory as this job's, else the same: no other byte changes."""
-    capacity = job.cluster.capacity_bytes
-    stages = [stage.model_copy(update={"capacity_bytes": capacity}) for stage in plan.stages]
-    verdict = verdict_of(stages)
-    update = {
-        "stages": tuple(stages),
-        "capacity_bytes": capacity,
-        "verdict": verdict,
-        "fits": verdict == "fits",
-        "warnings": tuple(warnings_for(job, plan.layout.to_layout(), verdict)),
-    }
-    return plan.model_copy(update=update)
-
-
 def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
     """A plan from a solved candidate: stages, time on the schedule graph, proof."""
     candidate = solution.candidate
@@ -354,6 +401,13 @@ def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
     tokens_per_s = job.tokens_per_step / step
     peak = max(stage.peak_bytes for stage in stages)
     verdict = verdict_of(stages)
+    least, most = (step * step_time(name).value for name in ("least", "most"))
+    cost, notes = None, tuple[str, ...]()
+    if job.training.tokens or job.cluster.costed:
+        from planner import cost as costs
+
+        cost = costs.cost_plan(job, layout, Span(value=step, least=least, most=most))
+        notes = tuple(costs.notes_on(job, cost))
     return Plan(
         model=job.model.name,
         num_parameters=job.model.num_parameters,
@@ -369,8 +423,8 @@ def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
         most_bytes=max(stage.most_bytes for stage in stages),
         capacity_bytes=job.cluster.capacity_bytes,
         step_time_s=step,
-        step_time_least_s=step * step_time("least").value,
-        step_time_most_s=step * step_time("most").value,
+        step_time_least_s=least,
+        step_time_most_s=most,
         critical_path_s=step_seconds(layout, pass_seconds(prices, solution.rows))
         + candidate.step_seconds
         + max(candidate.update_seconds(j, own) for j, own in enumerate(solution.rows)),
@@ -384,6 +438,33 @@ def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
             *job.assumptions,
             *_of_layout(job, layout),
             *(_of_host(job, layout, stages) if prices.offloads else ()),
+            *notes,
         ),
         proof=proof,
+        cost=cost,
     )
+
+
+def priced_again(job: Job, plan: Plan) -> tuple[Prices, tuple[tuple[int, ...], ...]]:
+    """The prices that a plan was made from, and its rows on each stage by kind of row and policy.
+
+    The rows are those of the program, with the layers that short chunks lack.
+    """
+    ways = {name: Way.of(name) for stage in plan.stages for name in stage.rows}
+    moved = sorted(
+        ways,
+        key=lambda name: (
+            "optimizer" in ways[name].offload,
+            POLICIES.index(ways[name].recompute),
+            ways[name].offload,
+        ),
+    )
+    offloads = any(way.offload for way in ways.values())
+    prices = price(job, plan.layout.to_layout(), moved if offloads else None)
+    kinds = len(next(iter(plan.stages[0].rows.values())))
+    none = (0,) * kinds
+    rows = tuple(
+        tuple(stage.rows.get(name, none)[k] for k in range(kinds) for name in prices.policies)
+        for stage in plan.stages
+    )
+    return prices, rows

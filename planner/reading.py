@@ -29,6 +29,7 @@ LAYOUT_OPTIONS = (
     "rank_order",
     "context_parallel",
     "context_comm",
+    "ulysses_degree",
     "expert_parallel",
     "expert_tensor_parallel",
 )
@@ -220,6 +221,11 @@ def with_batch(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, u
     return TrainingSpec.model_construct(training.model_fields_set, **values)
 
 
+def batch_unit(data: int, micro: int, pipeline: int, schedule: str) -> int:
+    """Sequences that a step of a layout has a multiple of."""
+    return data * micro * {"interleaved": pipeline, "dualpipe": 2}.get(schedule, 1)
+
+
 def read_layout(
     model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, given: dict[str, Any]
 ) -> tuple[TrainingSpec, Layout]:
@@ -239,8 +245,7 @@ def read_layout(
     schedule = word(given["schedule"] or "") or ("interleaved" if chunks > 1 else "1f1b")
     if schedule in FOLDED and chunks == 1:  # they have two chunks or none
         chunks = 2
-    unit = data * micro * {"interleaved": pipeline, "dualpipe": 2}.get(schedule, 1)
-    training = with_batch(model, cluster, training, unit)
+    training = with_batch(model, cluster, training, batch_unit(data, micro, pipeline, schedule))
     job = resolve(model, cluster, training)
     layout = Layout(
         data_parallel=data,
@@ -258,6 +263,7 @@ def read_layout(
         rank_order=given["rank_order"].strip().lower(),
         context_parallel=context,
         context_comm=(given["context_comm"] or job.stack.context_comm).strip().lower(),
+        ulysses_degree=given["ulysses_degree"],
         expert_parallel=given["expert_parallel"],
         expert_tensor_parallel=given["expert_tensor_parallel"],
         offload=",".join(i for i in read_offload(given["offload"]).split(",") if i != "activations"),

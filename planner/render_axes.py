@@ -18,13 +18,14 @@ def axis_columns(plans: Sequence[Plan]) -> tuple[list[str], list[list[str]]]:
     """
     names = [name for name, axis in AXES.items() if any(getattr(plan.layout, axis) > 1 for plan in plans)]
     comms = {plan.layout.context_comm for plan in plans if plan.layout.context_parallel > 1}
+    named = len(comms) > 1 or "ulysses+ring" in comms
     offloads = any(offload_of(plan) != "-" for plan in plans)
     orders = any(plan.layout.rank_order != RANK_ORDERS[0] for plan in plans)
     rows = []
     for plan in plans:
         cells = [f"{getattr(plan.layout, AXES[name])}" for name in names]
-        if len(comms) > 1 and plan.layout.context_parallel > 1:
-            cells[0] += f" {plan.layout.context_comm}"
+        if named and plan.layout.context_parallel > 1:
+            cells[0] += f" {plan.layout.to_layout().context_label}"
         cells += [offload_of(plan)] * offloads
         rows.append(cells + [plan.layout.rank_order] * orders)
     return names + ["offload"] * offloads + ["order"] * orders, rows

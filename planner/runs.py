@@ -59,7 +59,8 @@ class RunLayout(BaseModel):
     sequence_parallel: bool = False
     schedule: Text = "1f1b"
     context_parallel: Degree = 1
-    context_comm: Literal["ring", "all-gather", "ulysses"] | None = None  # the framework's default
+    context_comm: Literal["ring", "all-gather", "ulysses", "ulysses+ring"] | None = None  # the default way
+    ulysses_degree: Degree = 1
     expert_parallel: Degree = 1
     expert_tensor_parallel: Degree = 1
     layers_per_stage: Annotated[tuple[Degree, ...], Field(max_length=10_000)] | None = None

@@ -104,6 +104,11 @@ class ClusterSpec(BaseModel):
     ``nodes_per_leaf`` nodes share leaf switches, whose way up has 1/``oversubscription`` of the bandwidth
     down to the nodes. None: one non-blocking switch joins all nodes. ``host_memory_bytes`` and
     ``nvme_bytes`` are a node's, with their bytes per second; they count where something is offloaded.
+
+    What a whole training takes (docs/cost.md): ``price`` of a GPU-hour in a ``currency``; the mean time
+    between failures of a GPU with its part of everything else, ``gpu_mtbf_s``, or of the job, ``job_mtbf_s``;
+    ``checkpoint_bytes_per_s`` with which the GPUs together write a checkpoint; ``restart_s`` from a failure
+    until training goes on; ``pue``, the data centre's power over its machines'. None: not counted.
     """
 
     model_config = FROZEN
@@ -119,6 +124,13 @@ class ClusterSpec(BaseModel):
     host_bytes_per_s: float | None = Field(None, gt=0, le=1e15)
     nvme_bytes: int | None = Field(None, gt=0, le=10**17)
     nvme_bytes_per_s: float | None = Field(None, gt=0, le=1e15)
+    price: float | None = Field(None, gt=0, le=1e9)
+    currency: str = Field("", max_length=8)
+    gpu_mtbf_s: float | None = Field(None, gt=0, le=1e12)
+    job_mtbf_s: float | None = Field(None, gt=0, le=1e12)
+    checkpoint_bytes_per_s: float | None = Field(None, gt=0, le=1e18)
+    restart_s: float | None = Field(None, ge=0, le=1e9)
+    pue: float | None = Field(None, ge=1, le=10)
     assumptions: tuple[str, ...] = ()
 
     @model_validator(mode="after")
@@ -136,6 +148,25 @@ class ClusterSpec(BaseModel):
                 f"NVLink domains of {self.domain}: use {near}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _running(self) -> ClusterSpec:
+        if self.gpu_mtbf_s and self.job_mtbf_s:
+            raise ValueError("gpu_mtbf_s and job_mtbf_s: give the one or the other")
+        if not self.currency.isprintable():
+            raise ValueError(f"currency={self.currency!r}: use characters that can be printed, as in USD")
+        return self
+
+    @property
+    def costed(self) -> bool:
+        """Is anything given of what a whole training takes?"""
+        given = (self.price, self.gpu_mtbf_s, self.job_mtbf_s, self.checkpoint_bytes_per_s, self.restart_s)
+        return any(one is not None for one in (*given, self.pue))
+
+    @property
+    def mtbf_s(self) -> float | None:
+        """Mean seconds between failures of a job on all GPUs: any failure of a GPU is one of the job."""
+        return self.job_mtbf_s or (self.gpu_mtbf_s / self.num_gpus if self.gpu_mtbf_s else None)
 
     @property
     def domain(self) -> int:

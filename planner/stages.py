@@ -33,7 +33,7 @@ from planner.offload import (
     traffic,
     wire_of,
 )
-from planner.optimizers import FOREACH, TEMPORARIES, moved, step_flops, tensors_of, unscaled
+from planner.optimizers import copies, moved, step_buffers, step_flops, unscaled
 from planner.order import order_of
 from planner.overheads import tensor_capacity
 from planner.places import with_places
@@ -315,7 +315,7 @@ class Prices:
         # half-precision gradients in one piece, DeepSpeed's stage 0 of a list of copies. Then torch's foreach
         # optimizers make one update of every parameter at a time, fused ones none.
         recipe = self.job.recipe
-        foreach = self.optimizer.foreach_room * (self.job.training.options.get("optimizer_step") == FOREACH)
+        foreach = copies(self.optimizer, self.job.training.options.get("optimizer_step"))
         beside = (recipe.gradient if self.resident.engine else 4) * self.flat_copies
         unit = 4 * self.copied + max(beside, recipe.moment * foreach) + unscaled(recipe)
         if not unit:
@@ -362,8 +362,9 @@ class Prices:
             exposed = exposed + np.maximum(0.0, seconds * depth + around - share * behind_of[behind])
         around = self._around(self.embedding.update_bytes, self.head.update_bytes)
         total = exposed + (block.update_bytes * depth + around) / self.bandwidth
-        flops = step_flops(self.job.training.optimizer, self.job.model, self.job.blocks)
-        total = total + flops / self.compute.half_products
+        job, embeddings = self.job, not self.job.training.frozen.embeddings
+        flops = step_flops(job.training.optimizer, job.model, job.blocks, embeddings)
+        total = total + flops / self.compute.products_of(self.optimizer.product_bytes or job.recipe.weight)
         if self.pipeline.copies > 1:  # the two stages that hold a layer add up its gradients
             around = self._around(*(end.states[Role.GRADIENT] for end in (self.embedding, self.head)))
             total = total + self._messages.send_seconds(block.states[Role.GRADIENT] * depth + around)
@@ -411,9 +412,8 @@ class Prices:
             sides = 2 * self.layout.chunks - first
             size = sides * self.layout.grad_accum * self.send_bytes * self.pipelined
             found.append(Buffer("what the pipeline receives, all micro-batches", size))
-        if self.optimizer.room:
-            size = self.optimizer.room(tensors_of(self.job.model), self.job.recipe)
-            found.append(Buffer(TEMPORARIES, size, "optimizer step"))
+        embeddings = not self.job.training.frozen.embeddings
+        found += step_buffers(self.optimizer, self.job.model, self.job.recipe, embeddings)
         return found
 
     def state_bytes(self, price: LayerPrice, pipeline: PipelineParallel, gradients: Quantity) -> Quantity:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from planner.defaults import Job
 from planner.layouts import Choices
-from planner.plan import MODEL, Plan
+from planner.plan import MODEL, Plan, verdict_of, warnings_for
 from planner.specs import ClusterSpec, ModelSpec, TrainingSpec
 
 Verdict = Literal["fits", "at risk", "does not fit", "refused", "no answer"]
@@ -105,6 +105,21 @@ class Row(BaseModel):
 
 def _sizes(choices: Choices) -> str:
     return ",".join(map(str, choices.micro_batch_size or ()))
+
+
+def with_memory(plan: Plan, job: Job) -> Plan:
+    """The same plan where a GPU has as much memory as this job's, else the same: no other byte changes."""
+    capacity = job.cluster.capacity_bytes
+    stages = [stage.model_copy(update={"capacity_bytes": capacity}) for stage in plan.stages]
+    verdict = verdict_of(stages)
+    update = {
+        "stages": tuple(stages),
+        "capacity_bytes": capacity,
+        "verdict": verdict,
+        "fits": verdict == "fits",
+        "warnings": tuple(warnings_for(job, plan.layout.to_layout(), verdict)),
+    }
+    return plan.model_copy(update=update)
 
 
 def row_of(choices: Choices, plan: Plan, job: Job, reason: str = "") -> Row:

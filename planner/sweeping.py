@@ -21,17 +21,17 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from planner import __version__
-from planner.advice import nearest_plan
-from planner.api import check_choices, check_proved, proof_of, settled, shortfall
+from planner.advice import nearest_plan, shortfall
+from planner.api import check_choices, check_proved, proof_of, settled
 from planner.best_first import Ground, find
 from planner.defaults import Job, resolve
 from planner.errors import InputError, SolverError
 from planner.journal import Journal
 from planner.layouts import Choices
 from planner.pareto import Limits, front
-from planner.plan import Plan, make_plan, with_memory
+from planner.plan import Plan, make_plan
 from planner.specs import ClusterSpec, ModelSpec, TrainingSpec
-from planner.sweep_row import Row, row_of
+from planner.sweep_row import Row, row_of, with_memory
 
 MOST_POINTS = 100_000
 """Points of one sweep at most: days of work on one core."""
@@ -377,7 +377,7 @@ def _row(point: Point, task: _Task, shared: _Shared) -> Row:
         if not found.answers:
             check_proved(job, point.choices, found)
             nearest = shared.nearest = with_memory(shared.nearest or nearest_plan(job, point.choices), job)
-            return row_of(point.choices, nearest, job, shortfall(job, found, nearest))
+            return row_of(point.choices, nearest, job, shortfall(job, found.enumerated, nearest))
     except InputError as error:
         return Row.of_point(job.model, job.cluster, job.training, point.choices, "refused", str(error))
     except SolverError as error:

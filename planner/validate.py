@@ -172,6 +172,7 @@ def _layout(run: Run, most: int | None) -> Layout:
         schedule=given.schedule,
         context_parallel=given.context_parallel,
         context_comm=given.context_comm or STACKS[run.framework].context_comm,
+        ulysses_degree=given.ulysses_degree,
         expert_parallel=given.expert_parallel,
         expert_tensor_parallel=given.expert_tensor_parallel,
     )

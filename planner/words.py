@@ -31,6 +31,8 @@ def model_words(model: ModelSpec) -> Iterator[str]:
         "grouped": model.num_key_value_heads < model.num_attention_heads,
         "half_loss": model.kind != "decoder",
         "sinks": model.attention_sinks,
+        "attention_gate": model.attention_gate,
+        "spread_keys": bool(model.delta and model.delta.num_value_heads > model.delta.num_key_heads),
         "capped_scores": model.attention_softcap is not None,
         "capped_logits": model.logits_softcap is not None,
         "norms_over_heads": model.qk_norm and model.qk_norm_weights == "per_head",
@@ -44,12 +46,13 @@ def part_lengths(model: ModelSpec, batch: Quantity) -> dict[str, Quantity]:
     """Lengths of parts that only some models have, by the names of planner/weights.py.
 
     ``width`` is the residual stream of a token that was sent to an expert, ``chosen`` how many experts a
-    token is sent to. A product of one sequence takes views where that of several copies: of one key and value
-    head for all queries (``copied_heads``), of values that lie beside keys (``copied_v``).
+    token is sent to, ``joined`` what a module for a further token takes. A product of one sequence takes
+    views where that of several copies: of one key and value head for all queries (``copied_heads``), of
+    values that lie beside keys (``copied_v``).
     """
     alone = (batch == 1) * 1
     heads = model.num_attention_heads
-    found: dict[str, Quantity] = {"copied_heads": heads}
+    found: dict[str, Quantity] = {"copied_heads": heads, "joined": 2 * model.hidden_size}
     if model.num_key_value_heads == 1:
         found["copied_heads"] = heads - (heads - 1) * alone
     if experts := model.experts:

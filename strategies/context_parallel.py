@@ -19,8 +19,13 @@ CUT = (
     Role.TRAFFIC,
 )
 """Roles whose terms are of a part of the sequence: all but model states."""
-COMMS = ("ring", "all-gather", "ulysses")
+COMMS = ("ring", "all-gather", "ulysses", "ulysses+ring")
 """How attention gets at the keys and values of the other parts."""
+
+
+def head_ranks(comm: str, context: Quantity, ulysses: Quantity) -> Quantity:
+    """GPUs of the ``context`` of a sequence that hand out heads to each other: 1, all, or ``ulysses``."""
+    return {"ulysses": context, "ulysses+ring": ulysses}.get(comm, 1)
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,10 @@ class ContextParallel(AbstractStrategy):
     - ``ulysses``: all-to-alls give every GPU the whole sequence of 1/c of the heads: of queries, keys, values
       and the output, and backward of their gradients, exposed. Jacobs et al. 2023, arXiv:2309.14509, section
       3: 4 N h / P elements of every GPU, where keys are as wide as queries.
+    - ``ulysses+ring``: u neighbours (``ulysses_degree``) hand out heads to each other; each then has u/c of
+      the sequence for 1/u of the heads, and keys and values, still KV/c, go round c/u GPUs. Fang and Zhao
+      2024, arXiv:2405.07719; Transformer Engine's ``AttnFuncWithCPAndKVP2P`` with a group for each level. A
+      ring is this with u = 1, Ulysses with u = c.
 
     ``rotated_bytes``: PyTorch's own (torch.distributed.tensor.experimental) sends the gradients of keys and
     values round even where these are gathered, in fp32: 4 bytes an element. 0 stands for their message's way
@@ -53,16 +62,22 @@ class ContextParallel(AbstractStrategy):
     tensor: Quantity = 1  # by which heads are cut already
     sequence_parallel: bool = False  # as is the sequence
     rotated_bytes: float = 0.0
+    ulysses_degree: Quantity = 1  # of ulysses+ring
+
+    @property
+    def head_ranks(self) -> Quantity:
+        """GPUs that hand out heads to each other, u."""
+        return head_ranks(self.comm, self.degree, self.ulysses_degree)
 
     def share(self, term: Term) -> Quantity:
         return 1 / self.degree if term.role in CUT and "seq" in term.dims else 1
 
     def collectives(self, layer: Layer, size: Size) -> Iterable[Collective]:
         c = self.degree
-        for term in sent(layer, "heads", "kv_heads") if self.comm == "ulysses" else ():
+        for term in sent(layer, "heads", "kv_heads") if "ulysses" in self.comm else ():
             each = size(term) / term.dims["pair"] / c
             for way, of in (("forward", term), ("backward", None)):
-                yield Collective("all_to_all", self.axis, each, term.dims["pair"], way=way, of=of)
+                yield Collective("all_to_all", self._level("heads"), each, term.dims["pair"], way=way, of=of)
         for term in sent(layer, "kv_heads") if self.comm != "ulysses" else ():
             whole, gradients = size(term), self._gradients(term, size)
             if self.comm == "all-gather":
@@ -78,31 +93,40 @@ class ContextParallel(AbstractStrategy):
             yield self._round(back)
 
     def _round(self, part: Quantity, way: str = "backward", of: Term | None = None) -> Collective:
-        return Collective("send", self.axis, part, self.degree - 1, behind="attention", way=way, of=of)
+        sends = self.degree // self.head_ranks - 1
+        return Collective("send", self._level("ring"), part, sends, behind="attention", way=way, of=of)
+
+    def _level(self, name: str) -> str:
+        return f"{self.axis}_{name}" if self.comm == "ulysses+ring" else self.axis
 
     def _gradients(self, term: Term, size: Size) -> Quantity:
         return size(term) / term.unit * (self.rotated_bytes or term.unit)
 
     def workspace(self, layers: Sequence[Layer], size: Size) -> Iterable[Buffer]:
-        c, several = self.degree, self.degree > 1  # a group of one sends nothing
+        c, u = self.degree, self.head_ranks  # a group of one sends nothing
         found = [(size(t), self._gradients(t, size)) for layer in layers for t in sent(layer, "kv_heads")]
         wide = [size(t) / t.dims["pair"] for layer in layers for t in sent(layer, "heads", "kv_heads")]
         if not found:
             return
         whole, gradients = (reduce(larger, sizes) for sizes in zip(*found, strict=True))
-        if self.comm == "ulysses":
+        if "ulysses" in self.comm:
             arriving = reduce(larger, wide) / c
-            yield Buffer("heads of the whole sequence, arriving", arriving * several, "block")
-        elif self.comm == "all-gather":
-            yield Buffer("keys and values, gathered", whole * several, "block")
+            yield Buffer("heads of other parts, arriving", arriving * (u > 1), "block")
+        if self.comm == "all-gather":
+            yield Buffer("keys and values, gathered", whole * (c > 1), "block")
             part = 2 / c if self.rotated_bytes else 1
-            yield Buffer("gradients of keys and values", gradients * part * several, "block")
-        else:
+            yield Buffer("gradients of keys and values", gradients * part * (c > 1), "block")
+        if "ring" in self.comm:  # there until the gradients have arrived where their tokens are
             both = 2 * (whole + gradients) / c
-            yield Buffer("keys and values going round, two buffers", both * several, "block")
+            yield Buffer("keys and values going round, two buffers", both * (c // u > 1), "block")
 
     def objections(self, layers: Sequence[Layer]) -> Iterable[str]:
-        c, t = self.degree, self.tensor
+        c, t, u = self.degree, self.tensor, self.head_ranks
+        if self.comm == "ulysses+ring" and (c % u or u in (1, c)):
+            fits = ", ".join(str(n) for n in range(2, c // 2 + 1) if c % n == 0)
+            fix = f"ulysses_degree {fits}, or " * bool(fits)
+            fix += f"context_comm {'ring' if u == 1 else 'ulysses' if u == c else 'ring or ulysses'}"
+            yield f"ulysses_degree={u} does not make two levels of context_parallel={c}: use {fix}"
         for term in [term for layer in layers for term in sent(layer, "kv_heads")][:1]:
             # A first and a last chunk for every GPU, each of which sequence parallelism cuts.
             chunks = (1 if self.comm == "ulysses" else 2) * c
@@ -117,14 +141,15 @@ class ContextParallel(AbstractStrategy):
                     f"tensor_parallel={t} x context_parallel={c} does not divide seq_length={length}, which "
                     f"sequence_parallel cuts: use a multiple of {t * c}, or leave sequence_parallel off"
                 )
-        if self.comm != "ulysses":
+        if "ulysses" not in self.comm:
             return
+        cut = "context_parallel" if self.comm == "ulysses" else "ulysses_degree"
         heads = [(n, t.dims[n]) for layer in layers for n in ("heads", "kv_heads") for t in sent(layer, n)]
         for name, length in dict.fromkeys(heads):
-            if length % (c * t):
-                by = f"tensor_parallel={t} x context_parallel={c}" if t > 1 else f"context_parallel={c}"
+            if length % (u * t):
+                by = f"tensor_parallel={t} x {cut}={u}" if t > 1 else f"{cut}={u}"
                 yield (
-                    f"{by} does not divide {name}={length}, which ulysses hands out: use a context_parallel "
+                    f"{by} does not divide {name}={length}, which ulysses hands out: use a {cut} "
                     f"that does, or context_comm ring"
                 )
 

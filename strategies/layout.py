@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from strategies.base import AbstractStrategy, Collective, Layer, Quantity, Role, size_seen_by
-from strategies.context_parallel import COMMS, ContextParallel
+from strategies.context_parallel import COMMS, ContextParallel, head_ranks
 from strategies.ddp import DataParallel
 from strategies.expert_parallel import ExpertParallel
 from strategies.fsdp import FullyShardedDataParallel
@@ -63,7 +63,8 @@ class Layout:
     ``data_shards`` is the group that FSDP shards over: 0, the default, stands for all of
     ``data_parallel``, fewer make it hybrid (HSDP). What shares out model states does so over the
     ``context_parallel`` GPUs of each of these replicas as well;
-    ``context_comm`` is how keys and values are exchanged where there are several; ``expert_parallel`` and
+    ``context_comm`` is how keys and values are exchanged where there are several, ``ulysses_degree`` under
+    ``ulysses+ring`` the neighbours that hand out heads to each other; ``expert_parallel`` and
     ``expert_tensor_parallel`` are carved out of the tensor, context and data degrees;
     ``chunks`` is Megatron's virtual pipeline size; ``grad_accum`` the micro-batches per step;
     ``rank_order`` lists the axes from that of neighbouring ranks outwards. ``offload`` is what of the whole
@@ -84,6 +85,7 @@ class Layout:
     rank_order: Any = RANK_ORDERS[0]
     context_parallel: Quantity = 1
     context_comm: str = COMMS[0]
+    ulysses_degree: Quantity = 1
     expert_parallel: Quantity = 1
     expert_tensor_parallel: Quantity = 1
     offload: str = ""
@@ -109,14 +111,19 @@ class Layout:
         return self.data_shards * self.context_parallel * self.tensor_parallel // carved
 
     @property
+    def head_ranks(self) -> Quantity:
+        """GPUs of a sequence that hand out heads to each other."""
+        return head_ranks(self.context_comm, self.context_parallel, self.ulysses_degree)
+
+    @property
     def hands_out_heads(self) -> Quantity:
-        """Does context parallelism give attention the whole sequence of some heads? 0 or 1."""
-        return (self.context_parallel > 1) * int(self.context_comm == "ulysses")
+        """Does context parallelism give attention a longer part of the sequence, of some heads? 0 or 1."""
+        return (self.head_ranks > 1) * 1
 
     @property
     def attention_cut(self) -> Quantity:
-        """In how many parts attention's kernels have the sequence."""
-        return 1 if self.context_comm == "ulysses" else self.context_parallel
+        """In how many parts attention's kernels have the sequence: the GPUs that keys and values go round."""
+        return self.context_parallel // self.head_ranks
 
     @property
     def global_batch_size(self) -> Quantity:
@@ -155,7 +162,7 @@ class Layout:
         """The layout in one line, as in ``TP8 PP2 DP4 zero1 mb1``."""
         parts = [f"TP{self.tensor_parallel}", f"PP{self.pipeline_parallel}", f"DP{self.data_parallel}"]
         if self.context_parallel > 1:
-            comm = f" {self.context_comm}" * (self.context_comm != COMMS[0])
+            comm = f" {self.context_label}" * (self.context_comm != COMMS[0])
             parts.append(f"CP{self.context_parallel}{comm}")
         if self.expert_parallel > 1:
             parts.append(f"EP{self.expert_parallel}")
@@ -167,6 +174,12 @@ class Layout:
         order = [self.rank_order] if self.rank_order != RANK_ORDERS[0] else []
         moved = [f"offload {self.offload}"] if self.offload else []
         return " ".join([*parts, f"mb{self.micro_batch_size}", *order, *moved])
+
+    @property
+    def context_label(self) -> str:
+        """``ring``, ``all-gather``, ``ulysses``, or with the degrees of its two levels ``ulysses8+ring2``."""
+        two = self.context_comm == "ulysses+ring"
+        return f"ulysses{self.head_ranks}+ring{self.attention_cut}" if two else self.context_comm
 
     @property
     def sharding_label(self) -> str:
@@ -224,6 +237,7 @@ def sequence_and_experts(layout: Layout, wire: Wire) -> Iterator[AbstractStrateg
             layout.tensor_parallel,
             layout.sequence_parallel,
             wire.rotated_bytes,
+            layout.ulysses_degree,
         )
     if not (_is_one(layout.expert_parallel) and _is_one(layout.expert_tensor_parallel)):
         yield ExpertParallel(layout.expert_parallel, layout.expert_tensor_parallel)

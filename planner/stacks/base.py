@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from strategies.base import POLICIES, Role
@@ -22,8 +22,10 @@ from strategies.offload import NO_STAGING, Staging
 from strategies.pipeline_parallel import SPLIT
 
 COMPUTE, GRADIENT, FP32, BYTE, INT64 = "compute", "gradient", "fp32", "byte", "int64"
+CAST, CAST_WEIGHT = "cast", "cast weight"
 """Element types of a row; ``compute`` is the precision that the matrix products run in, ``gradient``
-that in which autograd makes the gradients of the weights."""
+that in which autograd makes the gradients of the weights, ``cast`` that of operands that are quantized for
+products of 8 or 4 bits, with their scales."""
 
 WIDTHS = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0}
 """Bytes of an element."""
@@ -60,7 +62,7 @@ class Row:
         return present <= features and features.isdisjoint(absent)
 
 
-@lru_cache
+@cache
 def _words(when: str) -> tuple[frozenset[str], frozenset[str]]:
     """The words that must be present, and those that must be absent."""
     absent = {word for word in when.split() if word[0] == "!"}
@@ -78,6 +80,13 @@ class Recipe:
     compute: float = 2.0  # bytes of an element in the matrix products and on the wire
     unit: str = "bf16"  # which of the GPU's peaks the blocks' matrix products run at
     rest: str = ""  # which the head and attention do, if another
+    cast: float = 0.0  # bytes of an element that is quantized for the blocks' products, with its scales
+    cast_weight: float = 0.0  # the same of a weight's, whose scales may be shared by more
+
+    @property
+    def quantized(self) -> bool:
+        """Do the blocks' products take operands of 8 or 4 bits?"""
+        return self.unit in ("fp8", "fp4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +160,19 @@ class Offloading:
 
 
 @dataclass(frozen=True, slots=True)
+class Saving:
+    """What a framework's checkpoint has: trained weights and optimizer states once, but for what this says.
+
+    ``without_weights`` are the shardings that save master copies, where there are any, in place of the
+    weights; ``in_fp32`` those that save a master copy and moments in fp32 even if the optimizer has none.
+    """
+
+    source: str
+    without_weights: tuple[str, ...] = ()
+    in_fp32: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Stack:
     """Everything the planner knows of one training framework."""
 
@@ -186,7 +208,8 @@ class Stack:
     reduces_as_weights: bool = False  # FSDP's gradients, where the weights are in half precision
     tensor_parallel: bool = True
     context_comms: Mapping[str, str] = field(default_factory=dict)
-    """Ways of context parallelism that it runs, and how each is asked for; the default first."""
+    """Ways of context parallelism that it runs, the default first, and how each is asked for: with
+    ``{heads}`` and ``{ring}`` for the degrees of two levels."""
     context_attention: tuple[str, ...] = ()  # the attention that these run; any, if empty
     rotated_bytes: float = 0.0  # of the gradients that PyTorch's own context parallelism sends round
     expert_parallel: bool = False
@@ -219,6 +242,7 @@ class Stack:
     attention_kernels: tuple[str, ...] = ("flash", "cudnn")  # fused ones, the preferred first
     hidden_transfers: str = ""  # the flags behind the overlap that is assumed
     offloading: Mapping[str, Offloading] = field(default_factory=dict)  # per sharding
+    saving: Saving = field(kw_only=True)
     context: Overhead = CONTEXT
     communicator: Overhead = COMMUNICATOR
     allocator: Overhead = ALLOCATOR

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from planner.stacks.base import ALLOCATOR, FP32, Offloading, Overhead, Recipe, Row, Stack
+from planner.stacks.base import ALLOCATOR, FP32, Offloading, Overhead, Recipe, Row, Saving, Stack
 from planner.stacks.hf import HF
 from planner.stacks.megatron import MEGATRON
 from strategies.offload import Staging
@@ -140,6 +140,11 @@ DEEPSPEED = Stack(
         "stage3_prefetch_bucket_size": 5e7,
         "sub_group_size": 1e9,
     },
+    # Of parameters that ZeRO-3 has cut the model's state is empty.
+    saving=Saving(
+        "DeepSpeed 0.19, runtime/engine.py, _save_checkpoint and _save_zero_checkpoint",
+        without_weights=("zero3",),
+    ),
     eager_alibi=True,
     traced=HF.traced,
     family_launches=HF.family_launches,

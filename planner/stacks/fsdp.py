@@ -7,7 +7,7 @@ norm and head are the root's; with ``root=split``, as accelerate wraps them, uni
 
 from __future__ import annotations
 
-from planner.stacks.base import Offloading, Recipe, Stack
+from planner.stacks.base import Offloading, Recipe, Saving, Stack
 from planner.stacks.hf import HF
 from strategies.offload import Staging
 
@@ -41,6 +41,7 @@ FSDP = Stack(
     context_comms={"all-gather": "cp_comm_strategy=allgather", "ring": "cp_comm_strategy=alltoall"},
     context_attention=("sdpa",),
     rotated_bytes=4.0,
+    saving=Saving("torch 2.13, distributed/checkpoint/state_dict.py, get_state_dict"),
     gradients_as_weights=True,
     shardings={"fsdp": False},
     sharding_notes={"fsdp": "fully_shard, HSDP with a device mesh of two dimensions"},

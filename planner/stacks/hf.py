@@ -18,6 +18,7 @@ from planner.stacks.base import (
     UNTIL_FULL,
     Recipe,
     Row,
+    Saving,
     Stack,
 )
 from planner.stacks.traffic import given
@@ -377,6 +378,7 @@ HF = Stack(
         # What rounding lost of each weight is kept in bf16: optimi's kahan_sum, in place of a master copy.
         "bf16-kahan": Recipe(2, 2, 2, 2),
     },
+    saving=Saving("transformers 5.23, trainer.py, save_model and _save_optimizer_and_scheduler"),
     autocast=("bf16", "fp16"),
     shardings={"ddp": False},
     sharding_notes={"ddp": "DistributedDataParallel"},

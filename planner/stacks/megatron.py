@@ -24,9 +24,12 @@ from planner.stacks.base import (
     Overhead,
     Recipe,
     Row,
+    Saving,
     Stack,
 )
+from planner.stacks.megatron_delta import DELTA, DELTA_STAGE, GATED_ATTENTION
 from planner.stacks.megatron_hybrid import MAMBA, by_parts, of_stage
+from planner.stacks.megatron_quantized import QUANTIZED
 from strategies.base import Role
 
 H, A, AD, KD, F, SS, V = (
@@ -40,44 +43,6 @@ H, A, AD, KD, F, SS, V = (
 )
 TRANSIENT, BUFFER = Role.TRANSIENT, Role.BUFFER
 
-
-def _fp8_copies(name: str, dims: str, count: float, when: str = "") -> tuple[Row, ...]:
-    """A weight's copies in 8 bits, made in the first micro-batch of a step and kept for good.
-
-    Transformer Engine, module/base.py, ``_fp8_workspaces``: beside the bf16 weight one as it is and,
-    where the products need it, one transposed; scales of 128 x 128 blocks are too few to count.
-    """
-    weight = f"{name} in fp8"
-    return (
-        Row(weight, dims, count, BYTE, when=f"fp8 {when}", role=BUFFER),
-        Row(f"{weight}, transposed", dims, count, BYTE, when=f"fp8_transposed {when}", role=BUFFER),
-        Row(f"{weight}, scales", dims, count * 2 / 32, BYTE, when=f"fp8:mxfp8 {when}", role=BUFFER),
-    )
-
-
-FP8_WEIGHTS = (
-    *_fp8_copies("query weight", "hidden heads head_dim", 1),
-    *_fp8_copies("key and value weights", "hidden kv_heads head_dim", 2),
-    *_fp8_copies("attention output weight", "heads head_dim hidden", 1),
-    *_fp8_copies("gate and up weights", "hidden ffn", 2, "gated"),
-    *_fp8_copies("up weight", "hidden ffn", 1, "!gated"),
-    *_fp8_copies("down weight", "ffn hidden", 1),
-)
-
-# Gradients are cast for both products of the backward.
-FP8_GRADIENTS = tuple(
-    Row(f"{name}{beside}", dims, count, BYTE, when=f"{word} {when}", role=TRANSIENT, steps=step)
-    for name, dims, count, step, when in (
-        ("gradient of the block's output in fp8", H, 1, "down", ""),
-        ("gradients of gate and up in fp8", F, 2, "up", "gated"),
-        ("gradient of up in fp8", F, 1, "up", "!gated"),
-        ("gradient of the attention product's output in fp8", H, 1, "out", ""),
-        ("gradient of the query in fp8", AD, 1, "qkv", ""),
-        ("gradients of key and value in fp8", KD, 2, "qkv", ""),
-    )
-    for word, beside in (("fp8", ""), ("fp8_transposed", ", transposed"))
-)
-
 BLOCK = (
     Row("block input", H, 1, COMPUTE, ALWAYS, steps="norm1"),
     Row("norm statistics", "batch seq residual:1", 2, FP32, UNTIL_FULL, "rmsnorm", steps="norm1 norm2"),
@@ -88,7 +53,7 @@ BLOCK = (
         1,
         COMPUTE,
         UNTIL_FULL,
-        "!norm:recomputed !fp8",
+        "!norm:recomputed !quantized",
         steps="qkv",
         read_by="qkv",
     ),
@@ -114,12 +79,14 @@ BLOCK = (
         1,
         COMPUTE,
         UNTIL_FULL,
-        "!norm:recomputed !fp8",
+        "!norm:recomputed !quantized",
         steps="up",
         read_by="up",
     ),
     Row("activation's input", F, 1, COMPUTE, UNTIL_FULL, "!gated", steps="act"),
-    Row("second product's input", F, 1, COMPUTE, UNTIL_FULL, "!gated !fp8", steps="down", read_by="down"),
+    Row(
+        "second product's input", F, 1, COMPUTE, UNTIL_FULL, "!gated !quantized", steps="down", read_by="down"
+    ),
     Row("gate and up", F, 2, COMPUTE, UNTIL_FULL, "gated", steps="act"),
     Row("activated gate", F, 1, COMPUTE, UNTIL_FULL, "gated swiglu:unfused", steps="act"),
     Row(
@@ -128,23 +95,11 @@ BLOCK = (
         1,
         COMPUTE,
         UNTIL_FULL,
-        "gated !swiglu:recomputed !fp8",
+        "gated !swiglu:recomputed !quantized",
         steps="down",
         read_by="down",
     ),
     Row("dropout mask after MLP", H, 1, BYTE, UNTIL_FULL, "dropout", steps="down"),
-    # In 8 bits a product keeps its input as it multiplies it with the gradients: one byte, of one orientation
-    # (Transformer Engine, module/linear.py and layernorm_linear.py, update_usage). Attention keeps its output
-    # all the same, and the product after it a copy, but for scales of the current tensor, which Megatron-LM
-    # makes it cast again (core/transformer/attention.py, set_save_original_input).
-    Row("attention input in fp8", H, 1, BYTE, UNTIL_FULL, "fp8", steps="qkv"),
-    Row("attention output in fp8", AD, 1, BYTE, UNTIL_FULL, "fp8:delayed", steps="out"),
-    Row("MLP input in fp8", H, 1, BYTE, UNTIL_FULL, "fp8", steps="up"),
-    Row("second product's input in fp8", F, 1, BYTE, UNTIL_FULL, "fp8", steps="down"),
-    Row("scales of the norms' outputs in fp8", H, 2 / 32, BYTE, UNTIL_FULL, "fp8_scales", steps="qkv up"),
-    Row("scales of the second product's input", F, 1 / 32, BYTE, UNTIL_FULL, "fp8_scales", steps="down"),
-    *FP8_WEIGHTS,
-    *FP8_GRADIENTS,
     Row("gradient of the block's output", H, 8, role=TRANSIENT, steps="down act up norm2 out core qkv norm1"),
     Row("gradient of the second product's input", F, 2, role=TRANSIENT, steps="down act"),
     Row("gradients of gate and up", F, 4, when="gated", role=TRANSIENT, steps="act up"),
@@ -238,24 +193,15 @@ STAGE = (
     Row("attention scores, shared", SS, 1, when="mcore eager", role=BUFFER),
 )
 
-# Casts of the products' inputs and of the gradients: read in half precision, written twice in a byte.
-FP8_TRAFFIC = (
-    traffic.row("casts of inputs and gradients to fp8", H, 8, "fp8"),
-    traffic.row("casts of attention's output and the query's gradient to fp8", AD, 4, "fp8"),
-    traffic.row("casts of the gradients of key and value to fp8", KD, 4, "fp8"),
-    traffic.row("casts of the MLP's inner activations to fp8", F, 4, "fp8"),
-    traffic.row("casts of the gate's gradient to fp8", F, 2, "fp8 gated"),
-)
-
 
 def _takes(shardings: Mapping[str, bool], recipe: Recipe) -> Mapping[str, bool]:
-    """8-bit products are planned without Megatron-FSDP; 8-bit moments are the distributed optimizer's.
+    """Quantized products are planned without Megatron-FSDP; 8-bit moments are the distributed optimizer's.
 
     core/optimizer/optimizer_config.py: ``--use-precision-aware-optimizer``.
     """
     if recipe.moment == 1:
         return {name: pipelined for name, pipelined in shardings.items() if name == "zero1"}
-    if recipe.unit == "fp8":
+    if recipe.quantized:
         return {name: pipelined for name, pipelined in shardings.items() if name in ("ddp", "zero1")}
     return shardings
 
@@ -273,30 +219,42 @@ OFFLOADING = {
     ),
 }
 
+
+def _quantized(unit: str, cast: float, cast_weight: float) -> Recipe:
+    """A recipe of bf16 whose blocks' products take operands of that many bytes an element, with scales."""
+    return Recipe(2, 4, 4, 4, unit=unit, rest="bf16", cast=cast, cast_weight=cast_weight)
+
+
 MEGATRON = Stack(
     name="megatron",
     version="Megatron-LM core 0.16, Transformer Engine kernels",
     rows={
         "embedding": EMBEDDING + traffic.EMBEDDING,
         "block": (
-            *parts.usual(by_parts(*BLOCK, *traffic.FUSED, *FP8_TRAFFIC)),
+            *parts.usual(by_parts(*BLOCK, *traffic.FUSED)),
             *parts.MIXTURE,
             *parts.LATENT,
             *MAMBA,
+            *QUANTIZED,
+            *DELTA,
+            *GATED_ATTENTION,
         ),
         "head": HEAD + traffic.HEAD,
-        "stage": (*parts.usual(of_stage(*STAGE)), *parts.STAND_INS),
+        "stage": (*parts.usual(of_stage(*STAGE)), *parts.STAND_INS, *DELTA_STAGE),
     },
     recipes={
         "bf16": Recipe(2, 4, 4, 4),
         "fp16": Recipe(2, 4, 4, 4, unit="fp16"),
         "fp32": Recipe(4, 4, 0, 4, compute=4, unit="fp32"),
         "tf32": Recipe(4, 4, 0, 4, compute=4, unit="tf32"),
-        # --fp8-format hybrid --fp8-recipe ...; weights, gradients and moments stay those of bf16.
-        **dict.fromkeys(
-            ("fp8-delayed", "fp8-tensorwise", "fp8-blockwise", "mxfp8"),
-            Recipe(2, 4, 4, 4, unit="fp8", rest="bf16"),
-        ),
+        # --fp8-format hybrid --fp8-recipe ...; weights, gradients and moments stay those of bf16. Scales are
+        # one of a tensor; fp32 of 1 x 128, of weights too few to count; a byte of 1 x 32; of 1 x 16 elements.
+        "fp8-delayed": _quantized("fp8", 1, 1),
+        "fp8-tensorwise": _quantized("fp8", 1, 1),
+        "fp8-blockwise": _quantized("fp8", 1 + 4 / 128, 1),
+        "mxfp8": _quantized("fp8", 1 + 1 / 32, 1 + 1 / 32),
+        # --fp4-format e2m1 --fp4-recipe nvfp4 (pytorch/tensor/nvfp4_tensor.py, inner_tensor_specs).
+        "nvfp4": _quantized("fp4", 1 / 2 + 1 / 16, 1 / 2 + 1 / 16),
     },
     takes=_takes,
     moment_types=("fp32", "bf16", "fp8"),
@@ -320,18 +278,33 @@ MEGATRON = Stack(
     },
     concerns=parts.CONCERNS,
     # Attention sinks by --softmax-type learnable.
-    parts={"experts": ("fp8",), "latent": ("fp8", "attention:eager"), "attention_sinks": ()},
+    parts={
+        "experts": (),
+        "latent": ("attention:eager",),
+        "attention_sinks": (),
+        "delta": ("quantized", "attention:eager"),  # experimental_attention_variant_module_specs.py
+        "attention_gate": ("quantized",),
+    },
     reruns=parts.RERUNS,
     # transformer_config.py: cp_comm_type; Transformer Engine's attention has them.
     context_comms={
         "ring": "--cp-comm-type p2p",
         "all-gather": "--cp-comm-type all_gather",
         "ulysses": "--cp-comm-type a2a",
+        "ulysses+ring": "--cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes {heads} {ring}",
     },
     context_attention=("flash",),
     expert_parallel=True,
     expert_tensor_parallel=True,
     rerun={"attention core": NONE},
+    # core/optimizer/distrib_optimizer.py, _get_main_param_and_optimizer_states: a "param" besides the model's
+    # and moments of Transformer Engine's get_unscaled_state. Megatron-FSDP's modules have main weights for
+    # parameters (megatron_fsdp.py, _replace_param_with_distributed_if_needed).
+    saving=Saving(
+        "Megatron-LM core 0.16, training/checkpointing.py, generate_state_dict",
+        without_weights=("zero2", "fsdp"),
+        in_fp32=("zero1",),
+    ),
     offloading=OFFLOADING,
     vocabulary_multiple=128,
     gradients_resident=True,

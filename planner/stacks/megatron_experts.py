@@ -81,24 +81,32 @@ ROUTER = (
     Row("indices of routed tokens and their probabilities", T, 2, INT64, UNTIL_FULL, "eager", steps="up"),
     Row("scores of chosen experts", T, 1, FP32, UNTIL_FULL, "eager", steps="up"),
 )
-ACTIVATED = (Row("gated product of experts", Y, 1, COMPUTE, UNTIL_FULL, "gated", steps="down"),)
+ACTIVATED = (Row("gated product of experts", Y, 1, COMPUTE, UNTIL_FULL, "gated !quantized", steps="down"),)
 EXPERTS = (
     *ROUTER,
     Row("probabilities of routed tokens", T, 1, COMPUTE, UNTIL_FULL, steps="act"),
-    Row("routed tokens, by expert", X, 1, COMPUTE, UNTIL_FULL, steps="up"),
+    Row("routed tokens, by expert", X, 1, COMPUTE, UNTIL_FULL, "!quantized", steps="up"),
     Row("gate and up of experts", Y, 2, COMPUTE, UNTIL_FULL, "gated", steps="act"),
     Row("activated gate of experts", Y, 1, COMPUTE, UNTIL_FULL, "gated swiglu:unfused", steps="act"),
     Row("unweighted product of experts", Y, 1, COMPUTE, UNTIL_FULL, "gated swiglu:unfused", steps="act"),
     Row("activation's input of experts", Y, 1, COMPUTE, UNTIL_FULL, "!gated", steps="act"),
-    Row("second product's input of experts", Y, 1, COMPUTE, UNTIL_FULL, "!gated", steps="down"),
+    Row("second product's input of experts", Y, 1, COMPUTE, UNTIL_FULL, "!gated !quantized", steps="down"),
 )
 # Their backward runs after that of the routed experts, which come later in the forward.
 SHARED = (
     Row("gate and up of shared experts", S, 2, COMPUTE, UNTIL_FULL, "gated", steps="norm2"),
     Row("activated gate of shared experts", S, 1, COMPUTE, UNTIL_FULL, "gated swiglu:unfused", steps="norm2"),
-    Row("gated product of shared experts", S, 1, COMPUTE, UNTIL_FULL, "gated", steps="norm2"),
+    Row("gated product of shared experts", S, 1, COMPUTE, UNTIL_FULL, "gated !quantized", steps="norm2"),
     Row("activation's input of shared experts", S, 1, COMPUTE, UNTIL_FULL, "!gated", steps="norm2"),
-    Row("second product's input of shared experts", S, 1, COMPUTE, UNTIL_FULL, "!gated", steps="norm2"),
+    Row(
+        "second product's input of shared experts",
+        S,
+        1,
+        COMPUTE,
+        UNTIL_FULL,
+        "!gated !quantized",
+        steps="norm2",
+    ),
     Row("output of shared experts, ungated", H, 1, COMPUTE, UNTIL_FULL, "shared_gate", steps="norm2"),
 )
 # MoELayer.forward holds what it sends and what arrives to its end, beside the experts' output, sorted back,
@@ -142,9 +150,9 @@ EXPANDED = (
 )
 LATENT = (
     Row("compressed query", QR, 1, COMPUTE, UNTIL_FULL, "latent query_rank", steps="qkv"),
-    Row("compressed query, normed", QR, 1, COMPUTE, UNTIL_FULL, "latent query_rank", steps="qkv"),
+    Row("compressed query, normed", QR, 1, COMPUTE, UNTIL_FULL, "latent query_rank !quantized", steps="qkv"),
     Row("compressed key and value", KR, 1, COMPUTE, UNTIL_FULL, "latent", steps="qkv"),
-    Row("compressed key and value, normed", KR, 1, COMPUTE, UNTIL_FULL, "latent", steps="qkv"),
+    Row("compressed key and value, normed", KR, 1, COMPUTE, UNTIL_FULL, "latent !quantized", steps="qkv"),
     Row("rotary part of the key", PE, 1, COMPUTE, UNTIL_FULL, "latent", steps="qkv"),
     Row("statistics of latent norms", "batch seq residual:1", 2, FP32, UNTIL_FULL, "latent", steps="qkv"),
     *module("mla_up_proj", "core", EXPANDED, "latent"),

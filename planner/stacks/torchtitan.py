@@ -22,6 +22,7 @@ from planner.stacks.base import (
     UNTIL_FULL,
     Recipe,
     Row,
+    Saving,
     Stack,
 )
 from planner.stacks.fsdp import OFFLOADING
@@ -246,6 +247,7 @@ TORCHTITAN = Stack(
             2, 2, 0, 2
         ),  # --training.dtype=bfloat16; gradients are reduced in fp32 all the same
     },
+    saving=Saving("torchtitan 0.3.0, components/checkpointer/dcp.py: model and optimizer"),
     gradients_as_weights=True,
     shardings={"fsdp": True},
     sharding_notes={

@@ -69,13 +69,15 @@ def jobs(draw: st.DrawFn) -> tuple[ModelSpec, ClusterSpec, TrainingSpec, Layout,
     data, micro, accum = pick(1, 2, 8), pick(1, 2), pick(1, 8, 16)
     schedule = "1f1b" if pipeline == 1 else twist("schedule", "1f1b", *SCHEDULES)
     offloads = [item for one in stack.offloading.values() for item in one.whole]
+    context, comm = twist("context_parallel", 1, 2, 4, 8), pick(*(stack.context_comms or COMMS))
     layout = Layout(
         offload=twist("offload", "", "", *offloads),
         data_parallel=data,
         tensor_parallel=tensor,
         pipeline_parallel=pipeline,
-        context_parallel=twist("context_parallel", 1, 2, 4),
-        context_comm=pick(*(stack.context_comms or COMMS)),
+        context_parallel=context,
+        context_comm=comm,
+        ulysses_degree=pick(2, 2, 3, 4) if context > 1 and comm == "ulysses+ring" else 1,
         expert_parallel=twist("expert_parallel", 1, 2, 8) if model.experts or pick(True, False) else 1,
         expert_tensor_parallel=twist("expert_tensor_parallel", 1, 1, 2) if model.experts else 1,
         chunks=2 if schedule in (*FOLDED, "interleaved") else 1,

@@ -231,8 +231,8 @@ def test_context_parallelism_sends_keys_and_narrower_values() -> None:
         ("mixtral-8x7b", {"options": {"mtp": "on"}}, "has no mtp_layers that it is of"),
         (
             "mixtral-8x7b",
-            {"precision": "fp8-tensorwise"},
-            "precision in 8 bits: .* mixtral, whose experts were traced in no such run: use --precision bf16",
+            {"precision": "fp8-delayed", "options": {"moe_act": "recomputed"}},
+            "moe_act=recomputed is not planned with precision=fp8-delayed: use moe_act=kept",
         ),
         (
             "deepseek-v3",

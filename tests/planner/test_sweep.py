@@ -26,7 +26,7 @@ from planner import (
     InputError,
     ModelSpec,
     TrainingSpec,
-    api,
+    advice,
     grid,
     sweep,
 )
@@ -37,10 +37,10 @@ from planner.cli_sweep import gpus_of, sizes_of, whole_of
 from planner.defaults import resolve
 from planner.layouts import enumerate_layouts
 from planner.pareto import GOALS, Limits, best, measured, undominated
-from planner.plan import make_plan, with_memory
+from planner.plan import make_plan
 from planner.stages import price
 from planner.sweep_files import as_csv, write
-from planner.sweep_row import Row
+from planner.sweep_row import Row, with_memory
 from planner.sweeping import MOST_POINTS, Point, Swept
 
 GIB = 2**30
@@ -89,7 +89,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def test_a_point_says_what_the_search_of_it_alone_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "changes_that_fit", lambda *_: [])  # which a sweep does not look for
+    monkeypatch.setattr(advice, "changes_that_fit", lambda *_: ([], []))  # which a sweep does not look for
     clusters = [cluster(gpus, gib) for gpus in ("8x80G", "64x80G") for gib in (45, 60, None)]
     points = grid(LARGE, clusters, TrainingSpec(seq_length=2048))
     found = sweep(points, jobs=1)
@@ -150,7 +150,7 @@ def test_a_plan_with_other_memory_is_the_plan_made_with_it() -> None:
 
 def test_the_nearest_layout_is_the_same_whatever_the_budget() -> None:
     jobs = [resolve(LARGE, cluster("8x80G", gib), TRAINING) for gib in (30, None)]
-    few, all_of_it = (api.nearest_plan(job, Choices()) for job in jobs)
+    few, all_of_it = (advice.nearest_plan(job, Choices()) for job in jobs)
     assert with_memory(few, jobs[1]) == all_of_it
 
 

@@ -35,6 +35,7 @@ def layouts(draw: st.DrawFn, gpus: int) -> Layout:
     tensor = draw(st.sampled_from(divisors))
     pipeline = draw(st.sampled_from([d for d in divisors if gpus // tensor % d == 0]))
     context = draw(st.sampled_from([d for d in divisors if gpus // tensor // pipeline % d == 0]))
+    heads = draw(st.sampled_from([d for d in divisors if context % d == 0]))
     data = gpus // tensor // pipeline // context
     shards = draw(st.sampled_from([d for d in divisors if data % d == 0]))
     order = draw(st.sampled_from(RANK_ORDERS))
@@ -49,6 +50,8 @@ def layouts(draw: st.DrawFn, gpus: int) -> Layout:
         data_shards=shards,
         rank_order=order,
         context_parallel=context,
+        context_comm="ulysses+ring",
+        ulysses_degree=heads,
         expert_parallel=experts,
         expert_tensor_parallel=own,
     )
@@ -91,7 +94,7 @@ def test_every_rank_is_in_one_group_of_every_axis(data: st.DataObject) -> None:
 def test_sends_over_the_graph_get_what_the_levels_say(data: st.DataObject) -> None:
     network = data.draw(networks())
     layout = data.draw(layouts(network.gpus))
-    axis = data.draw(st.sampled_from(["pipeline", "context"]))
+    axis = data.draw(st.sampled_from(["pipeline", "context", "context_ring"]))
     assume(divides(network, axis, layout))
     closed = float(network.send_bandwidth(layout, axis))
     assert send_bandwidth(network, layout, axis) == pytest.approx(closed)
@@ -130,6 +133,11 @@ def test_groups_follow_the_rank_order() -> None:
     assert groups_of("pipeline", inside) == groups_of("data", layout)
     assert groups_of("data", inside) == groups_of("pipeline", layout)
     # FSDP's shards are neighbours among the data-parallel ranks, replicas lie further apart.
+    # Heads are handed out among neighbours, rings join every fourth of them: parallel_state.py, docstring of
+    # create_hierarchical_groups, whose third level is this ring.
+    both = Layout(context_parallel=16, context_comm="ulysses+ring", ulysses_degree=4)
+    assert groups_of("context_heads", both)[:2] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert groups_of("context_ring", both) == [[k, k + 4, k + 8, k + 12] for k in range(4)]
     hybrid = Layout(data_parallel=4, tensor_parallel=2, data_shards=2, sharding="fsdp")
     assert groups_of("data_shard", hybrid)[:2] == [[0, 2], [1, 3]]
     assert groups_of("data_replicate", hybrid)[:2] == [[0, 4], [1, 5]]

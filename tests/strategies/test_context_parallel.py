@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from strategies.base import STATES, AbstractStrategy, Collective, Layer, Role, Term, held, size_seen_by
@@ -22,6 +24,11 @@ WEIGHT = Term("up", Role.PARAMETER, {"hidden": 4096, "ffn": 14336}, 2.0)
 CORE = Term("core", Role.FLOPS, TOKENS | {"seq_k": SEQ, "heads": HEADS, "head_dim": WIDTH}, 7.0, UNTIL_FULL)
 BLOCK = Layer("block", (WEIGHT, CORE, REGIONS, KV, Q), 32)
 KV_BYTES = 2 * SEQ * KV_HEADS * WIDTH * 2
+LEVELS = {"ulysses_degree": 4}  # of ulysses+ring; no other way has two
+
+
+def context(degree: int, comm: str = "ring", **more: Any) -> ContextParallel:
+    return ContextParallel(degree, comm, **(LEVELS if comm == "ulysses+ring" else {}) | more)
 
 
 def sends(strategy: AbstractStrategy, *others: AbstractStrategy) -> list[Collective]:
@@ -90,20 +97,74 @@ def test_grouped_queries_make_ulysses_cheaper_by_what_keys_are_narrower() -> Non
     assert sizes == [SEQ * KV_HEADS * WIDTH * 2 / 8, SEQ * HEADS * WIDTH * 2 / 8]
 
 
+def moved(strategy: ContextParallel) -> list[tuple[object, ...]]:
+    """What is sent, but for what a group of one GPU sends itself, and which level it is sent on."""
+    of_level = {"heads": strategy.head_ranks, "ring": strategy.degree // strategy.head_ranks}
+    return [
+        (one.kind, float(one.size), one.times, one.way, one.behind)
+        for one in sends(strategy)
+        if of_level.get(one.axis.removeprefix("context_"), strategy.degree) > 1
+    ]
+
+
+@pytest.mark.parametrize(("u", "end"), [(1, "ring"), (16, "ulysses")])
+def test_ring_and_ulysses_are_the_ends_of_both_at_once(u: int, end: str) -> None:
+    both, one = ContextParallel(16, "ulysses+ring", ulysses_degree=u), ContextParallel(16, end)
+    assert moved(both) == moved(one)
+    assert len(moved(one)) == {"ring": 2, "ulysses": 4}[end]
+    assert {n: size for n, size in buffers(both).items() if size} == buffers(one)
+    assert [both.share(term) for term in BLOCK.terms] == [one.share(term) for term in BLOCK.terms]
+
+
+def test_of_two_levels_the_inner_one_hands_out_heads_and_rings_join_those_of_equal_heads() -> None:
+    # Fang and Zhao 2024, arXiv:2405.07719; Transformer Engine's AttnFuncWithCPAndKVP2P with two groups.
+    found = sends(ContextParallel(16, "ulysses+ring", ulysses_degree=8))
+    inner = [one for one in found if one.axis == "context_heads"]
+    assert {one.kind for one in inner} == {"all_to_all"}
+    # Queries, keys and values before attention, their output after it: each GPU's own tokens of each.
+    forward = sum(one.size * one.times for one in inner if one.way == "forward")
+    assert forward == 2 * SEQ / 16 * (HEADS + KV_HEADS) * WIDTH * 2
+    outer = [one for one in found if one.axis == "context_ring"]
+    assert [(one.kind, one.way, one.size, one.times, one.behind) for one in outer] == [
+        ("send", "forward", KV_BYTES / 16, 1, "attention"),
+        ("send", "backward", 2 * KV_BYTES / 16, 1, "attention"),
+    ]
+    assert len(found) == len(inner) + len(outer)
+
+
+@pytest.mark.parametrize("u", [2, 4, 8, 16])
+def test_two_levels_send_what_the_papers_table_says(u: int) -> None:
+    # Fang and Zhao 2024, arXiv:2405.07719, table 2: 8 all-to-alls of 8/N O(bs L d) elements, with G query
+    # heads to a key 4/N + 4/(N G); with the ring no more than a ring alone sends.
+    n, groups = 16, HEADS // KV_HEADS
+    found = sends(ContextParallel(n, "ulysses+ring", ulysses_degree=u))
+    inner = [one for one in found if one.axis == "context_heads"]
+    assert sum(one.times for one in inner) == 8
+    elements = sum(one.size * one.times for one in inner) / 2
+    assert elements == pytest.approx((4 / n + 4 / n / groups) * SEQ * HEADS * WIDTH)
+    # Forward a ring passes on all of keys and values but its own part, 2 O(bs L d / G) (n - 1) / n.
+    ring, rings = (
+        sum(one.size * one.times for one in these if one.kind == "send" and one.way == "forward") / 2
+        for these in (sends(ContextParallel(n)), found)
+    )
+    assert ring == pytest.approx(2 * SEQ * KV_HEADS * WIDTH * (n - 1) / n)
+    assert rings == pytest.approx(ring * (n / u - 1) / (n - 1))
+
+
 @pytest.mark.parametrize("comm", COMMS)
 def test_tensor_parallelism_leaves_1_t_of_the_heads_to_send(comm: str) -> None:
-    context = ContextParallel(4, comm)
-    alone, cut = sends(context), sends(context, TensorParallel(8, True), SequenceParallel(8))
+    strategy = context(8, comm)
+    alone, cut = sends(strategy), sends(strategy, TensorParallel(8, True), SequenceParallel(8))
     assert [one.size for one in cut] == pytest.approx([one.size / 8 for one in alone])
 
 
 @pytest.mark.parametrize("comm", COMMS)
 def test_recompute_sends_what_the_forward_sends_once_more(comm: str) -> None:
-    layout = Layout(context_parallel=4, context_comm=comm)
+    layout = Layout(context_parallel=8, context_comm=comm, ulysses_degree=4)
     counts = {}
     for policy in ("none", "selective", "full"):
         found = collectives_of(BLOCK, strategies_of(layout, Wire(), 0, policy))
-        on = [one for one in found if one.axis == "context"]
+        on = [one for one in found if one.axis.startswith("context")]
         counts[policy] = sum(one.size * one.times for one in on if one.way == "backward")
         forward = sum(one.size * one.times for one in on if one.way == "forward")
     assert counts["selective"] == counts["none"]
@@ -129,7 +190,10 @@ def test_workspace_is_two_neighbours_or_the_whole_keys_and_values() -> None:
     # Transformer Engine: two buffers of keys, values and their gradients; gathered whole, both.
     assert list(buffers(ContextParallel(8)).values()) == [2 * 2 * KV_BYTES / 8]
     assert list(buffers(ContextParallel(8, "all-gather")).values()) == [KV_BYTES, KV_BYTES]
-    assert list(buffers(ContextParallel(8, "ulysses")).values()) == [SEQ * HEADS * WIDTH * 2 / 8]
+    arriving = SEQ * HEADS * WIDTH * 2 / 8
+    assert list(buffers(ContextParallel(8, "ulysses")).values()) == [arriving]
+    # Its buffers of the ring are there while the gradients of heads go back to their tokens.
+    assert list(buffers(context(8, "ulysses+ring")).values()) == [arriving, 2 * 2 * KV_BYTES / 8]
     for comm in COMMS:
         assert not any(buffers(ContextParallel(1, comm)).values())
 
@@ -144,6 +208,42 @@ def test_workspace_is_two_neighbours_or_the_whole_keys_and_values() -> None:
             ContextParallel(4, "ulysses", tensor=4),
             SEQ,
             "tensor_parallel=4 x context_parallel=4",
+            "kv_heads=8",
+            "context_comm ring",
+        ),
+        (
+            context(8, "ulysses+ring", ulysses_degree=3),
+            SEQ,
+            "ulysses_degree=3",
+            "two levels of context_parallel=8",
+            "use ulysses_degree 2, 4, or context_comm ring or ulysses",
+        ),
+        (
+            context(2, "ulysses+ring", ulysses_degree=1),
+            SEQ,
+            "ulysses_degree=1",
+            "two levels of context_parallel=2",
+            "use context_comm ring",
+        ),
+        (
+            context(4, "ulysses+ring"),
+            SEQ,
+            "ulysses_degree=4",
+            "two levels of context_parallel=4",
+            "use ulysses_degree 2, or context_comm ulysses",
+        ),
+        (context(12, "ulysses+ring"), SEQ, "context_parallel=12", f"seq_length={SEQ}", "a multiple of 24"),
+        (
+            context(32, "ulysses+ring", ulysses_degree=16),
+            SEQ,
+            "ulysses_degree=16",
+            "kv_heads=8",
+            "use a ulysses_degree that does, or context_comm ring",
+        ),
+        (
+            context(8, "ulysses+ring", tensor=4),
+            SEQ,
+            "tensor_parallel=4 x ulysses_degree=4",
             "kv_heads=8",
             "context_comm ring",
         ),
@@ -169,8 +269,8 @@ def test_an_objection_names_the_value_the_rule_and_the_fix(
 
 @pytest.mark.parametrize("comm", COMMS)
 def test_nothing_is_objected_to_degrees_that_divide(comm: str) -> None:
-    for c in (1, 2, 4, 8):
-        assert not list(ContextParallel(c, comm).objections([BLOCK]))
+    for c in (1, 2, 4, 8) if comm != "ulysses+ring" else (8, 16, 64):
+        assert not list(context(c, comm).objections([BLOCK]))
 
 
 def test_recompute_of_attention_frees_nothing_that_context_parallelism_counts() -> None:

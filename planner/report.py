@@ -1,0 +1,233 @@
+"""A document of plans as something to be read in a meeting: a page, a comment, a table, or data.
+
+The page is one file that asks nothing of a network: style, charts and their library (Apache ECharts,
+Apache-2.0, planner/page/) are in it, and a content security policy with the hashes of its own scripts forbids
+everything else. Text from users is text wherever it comes from.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import html
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from planner.documents import SCHEMA, Document
+from planner.files import plain
+from planner.plan import proof_words
+from planner.review import (
+    Exhibit,
+    Subject,
+    Unit,
+    accuracy,
+    binding_words,
+    exhibits,
+    figures,
+    headline,
+    subject_words,
+)
+from planner.units import about, gib, human_seconds
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+FORMATS = ("html", "md", "csv", "json")
+PAGE = Path(__file__).parent / "page"
+COMMENT_BYTES = 60_000
+"""GitHub takes comments of 65,536 characters."""
+COMMENT_ROWS = 24
+LONGEST = 300
+"""Characters of a user's text in a comment."""
+CLASSES = {"fits": "fits", "at risk": "risk", "does not fit": "no"}
+MARKS = {"fits": "✅", "at risk": "⚠️", "does not fit": "❌"}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An exhibit with its cells as text."""
+
+    exhibit: Exhibit
+    cells: list[list[str]]
+    left_out: int = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.exhibit, name)
+
+
+def cell_text(value: Any, unit: Unit) -> str:
+    """A figure as a table has it."""
+    if value is None:
+        return "-"
+    match unit:
+        case "bytes":
+            return gib(value, 2)
+        case "seconds":
+            return human_seconds(value)
+        case "share":
+            return f"{value:.1%}"
+        case "change":
+            return f"{value:+.1%}"
+        case "number":
+            return f"{value:,}" if isinstance(value, int) else about(value)
+    return str(value)
+
+
+def _shown(exhibit: Exhibit, most: int | None = None) -> Shown:
+    rows = exhibit.rows if most is None else exhibit.rows[:most]
+    cells = [[cell_text(v, unit) for v, unit in zip(row, exhibit.units, strict=True)] for row in rows]
+    return Shown(exhibit, cells, len(exhibit.rows) - len(rows))
+
+
+def _context(document: Document, subject: Subject, most: int | None = None) -> dict[str, Any]:
+    """What every template is filled with."""
+    plan = document.best
+    return {
+        "headline": headline(plan),
+        "verdict": plan.verdict,
+        "verdict_class": CLASSES[plan.verdict],
+        "mark": MARKS[plan.verdict],
+        "error": document.error or binding_words(plan),
+        "figures": figures(document),
+        "warnings": plan.warnings,
+        "exhibits": [_shown(one, most) for one in exhibits(subject)],
+        "assumptions": plan.assumptions,
+        "accuracy": accuracy(plan),
+        "command": document.command,
+        "proof": " ".join(proof_words(document.proof)),
+        "version": document.planner,
+        "schema": SCHEMA,
+    }
+
+
+def _environment(escape: bool) -> Environment:
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(PAGE)
+    return jinja2.Environment(
+        loader=loader, autoescape=escape, undefined=jinja2.StrictUndefined, trim_blocks=not escape
+    )
+
+
+def page(document: Document, title: str = "", note: str = "") -> str:
+    """The review as one HTML file."""
+    from markupsafe import Markup
+
+    subject = Subject.of(document)
+    library, script, css = (
+        (PAGE / name).read_text(encoding="utf-8") for name in ("echarts.min.js", "review.js", "review.css")
+    )
+    context = _context(document, subject)
+    options = {
+        f"{shown.exhibit.name}-{index}": chart.option
+        for shown in context["exhibits"]
+        for index, chart in enumerate(shown.exhibit.charts)
+    }
+    return (
+        _environment(escape=True)
+        .get_template("review.html.j2")
+        .render(
+            **context,
+            title=title or subject_words(document.best),
+            note=note,
+            css=Markup(css),
+            library=Markup(library),
+            script=Markup(script),
+            options=Markup(_inert(options)),
+            script_hashes=Markup(" ".join(_hash(text) for text in (library, script))),
+        )
+    )
+
+
+def _inert(value: Any) -> str:
+    """JSON that ends no script element and starts no comment in one."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def comment(document: Document) -> str:
+    """The review as Markdown for a pull request, within what GitHub takes."""
+    subject = Subject.of(document)
+    environment = _environment(escape=False)
+    environment.filters |= {"md": markdown_text, "fenced": _fenced}
+    template = environment.get_template("review.md.j2")
+    text = ""
+    for most in (COMMENT_ROWS, COMMENT_ROWS // 3, 0):
+        text = re.sub(r"\n{3,}", "\n\n", template.render(**_context(document, subject, most)))
+        if len(text.encode()) <= COMMENT_BYTES:
+            break
+    return text.strip() + "\n"
+
+
+def markdown_text(value: Any) -> str:
+    """Text that stays text in Markdown, on one line."""
+    text = html.escape(plain(str(value), LONGEST), quote=False)
+    return re.sub(r"([\\`*_\[\]|#~@!:])", r"\\\1", text) if re.search(r"[\\`*_\[\]|#~@]", text) else text
+
+
+def _fenced(text: str) -> str:
+    """A block of code that its content cannot leave."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}sh\n{plain(text, 4000)}\n{fence}"
+
+
+def table(document: Document) -> str:
+    """The exhibits as CSV: one table after the other, each behind a line with its name."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    for exhibit in exhibits(Subject.of(document)):
+        writer.writerow(["exhibit", exhibit.name])
+        writer.writerow(exhibit.columns)
+        writer.writerows([[_harmless(value) for value in row] for row in exhibit.rows])
+        writer.writerow([])
+    return file.getvalue()
+
+
+def _harmless(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+
+
+def data(document: Document) -> dict[str, Any]:
+    """The exhibits as JSON: ``planner.report/1``."""
+    own: Iterator[Exhibit] = exhibits(Subject.of(document))
+    return {
+        "schema": "planner.report/1",
+        "headline": headline(document.best),
+        "exhibits": [
+            {
+                "name": one.name,
+                "title": one.title,
+                "note": one.note,
+                "columns": [
+                    {"name": name, "unit": unit} for name, unit in zip(one.columns, one.units, strict=True)
+                ],
+                "rows": [list(row) for row in one.rows],
+            }
+            for one in own
+        ],
+        "document": document.to_json(),
+    }
+
+
+def report(document: Document, form: str, title: str = "", note: str = "") -> str:
+    """A document in one of ``FORMATS``."""
+    match form:
+        case "html":
+            return page(document, title, note)
+        case "md":
+            return comment(document)
+        case "csv":
+            return table(document)
+    return json.dumps(data(document), indent=1) + "\n"

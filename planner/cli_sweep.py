@@ -87,7 +87,7 @@ MOST_VALUES = 10_000
 """Values of one option at most."""
 
 
-@o.takes(AXES, o.TRAINING, o.CHOICES, AXES, ASKED)
+@o.takes({"job": o.JOB["job"]}, AXES, o.TRAINING, o.COST, o.CHOICES, AXES, ASKED)
 def sweep(given: dict[str, Any]) -> None:
     """The best layout of every combination of several values, and those that none is better than.
 
@@ -192,8 +192,10 @@ def check_goal(given: dict[str, Any]) -> None:
         given["goal"] = given["goal"].strip().lower()
         if given["goal"] not in GOALS:
             raise InputError(f"--goal {given['goal'][:40]!r}: use {', '.join(GOALS)}")
-        if given["goal"] == "cheapest":
-            raise InputError("--goal cheapest: nothing says what a GPU-hour costs; use fewest-gpu-hours")
+        if given["goal"] == "cheapest" and not (given["price"] and given["tokens"]):
+            raise InputError(
+                "--goal cheapest: give --price of a GPU-hour and --tokens, as in 2.5USD and 1.4T"
+            )
 
 
 def limits_of(given: dict[str, Any]) -> Limits:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, WrapSer
 
 from planner import __version__
 from planner.errors import InfeasibleError, InputError
-from planner.files import content, plain
+from planner.files import content, named, plain
 from planner.plan import MODEL, Plan
 from planner.specs import ClusterSpec, ModelSpec, TrainingSpec, first_problem
 
@@ -146,22 +146,7 @@ def _document(model: ModelSpec, cluster: ClusterSpec, first: Plan, command: str,
 
 def read_document(path: Path) -> Document:
     """A document that ``--json`` wrote. Raises InputError for what is none, or of another version."""
-    import json
-
-    shown = plain(str(path))
-    data = content(path, MOST_BYTES, "a plan")
-    try:
-        found = json.loads(data, parse_constant=_no_number)
-    except (ValueError, RecursionError):
-        raise InputError(f"{shown}: not JSON: give a file that planner search --json wrote") from None
-    if not isinstance(found, dict) or _depth(found) > DEEPEST:
-        raise InputError(f"{shown}: not a plan: give a file that planner search --json wrote")
-    schema = found.get("schema")
-    if schema != SCHEMA:
-        named = f"schema {plain(str(schema))}" if schema else "a file without a schema"
-        raise InputError(
-            f"{shown}: {named} is not read here: give {SCHEMA}, as planner search --json writes it"
-        )
+    shown, found = read_json(path, SCHEMA, "planner search --json")
     try:
         document = Document.model_validate(found)
     except ValidationError as error:
@@ -171,6 +156,27 @@ def read_document(path: Path) -> Document:
     if not (document.plans or document.nearest):
         raise InputError(f"{shown}: no plan in it")
     return document
+
+
+def read_json(path: Path, schema: str, writer: str) -> tuple[str, dict[str, Any]]:
+    """A file's name as it may be shown, and the JSON object of a schema in it, of bounded size and depth.
+
+    Raises InputError for anything else, naming the command that writes such files.
+    """
+    import json
+
+    shown = named(path)
+    data = content(path, MOST_BYTES, f"what {writer} writes")
+    try:
+        found = json.loads(data, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        raise InputError(f"{shown}: not JSON: give a file that {writer} wrote") from None
+    if not isinstance(found, dict) or _depth(found) > DEEPEST:
+        raise InputError(f"{shown}: not what {writer} writes")
+    if (given := found.get("schema")) != schema:
+        what = f"schema {plain(str(given))}" if given else "a file without a schema"
+        raise InputError(f"{shown}: {what} is not read here: give {schema}, as {writer} writes it")
+    return shown, found
 
 
 def _no_number(text: str) -> float:

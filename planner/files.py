@@ -15,6 +15,12 @@ def plain(text: str, most: int = 60) -> str:
     return shown if len(shown) <= most else shown[: most - 3] + "..."
 
 
+def named(path: Path) -> str:
+    """A path as it may be shown; of a long one its name alone."""
+    whole = str(path)
+    return plain(whole if len(whole) <= 60 else path.name)
+
+
 def sized(path: Path, most: int, what: str) -> int:
     """The size of a regular file that is neither empty nor larger than ``most`` bytes."""
     try:

@@ -76,7 +76,9 @@ def best(rows: Sequence[Row], goal: str) -> Row | None:
     _, measures = GOALS[goal]
     keys = [tuple(measure(row) for measure in measures) for row in rows]
     if any(None in key for key in keys):
-        raise InputError(f"goal {goal}: nothing says what a GPU-hour costs; use fewest-gpu-hours")
+        raise InputError(
+            f"goal {goal}: not all rows have a price; give the cluster one, and the training its tokens"
+        )
     order = sorted(range(len(rows)), key=keys.__getitem__)
     return rows[order[0]] if order else None
 

@@ -14,7 +14,7 @@ from planner.pareto import GOALS, MEASURES, best
 from planner.render import grid
 from planner.sweep_row import Row
 from planner.sweeping import Sweep
-from planner.units import gib, human_seconds
+from planner.units import about, gib, human_seconds
 
 FREE = "Free: what stays of all that the fullest GPU has, whatever the job needs. Budgets are in GiB."
 MOST_ROWS = 40
@@ -76,6 +76,7 @@ def answers(sweep: Sweep, goal: str | None) -> Iterator[Text]:
 def sentence(row: Row) -> str:
     """A row in words."""
     days = f", {row.days:,.1f} days, {row.gpu_hours:,.0f} GPU-hours" if row.days and row.gpu_hours else ""
+    days += f", price {about(row.cost)}" if row.cost else ""
     return (
         f"{row.num_gpus:,} x {row.gpu}, {row.layout}: sequences of {row.seq_length:,}, "
         f"{human_seconds(row.step_time_s or 0)} a step, {row.tokens_per_s:,.0f} tokens/s{days}, "
@@ -113,6 +114,8 @@ def table(sweep: Sweep, rows: list[Row]) -> object:
     if any(row.days for row in rows):
         columns["days"] = lambda row: f"{row.days:,.1f}"
         columns["GPU-hours"] = lambda row: f"{row.gpu_hours:,.0f}"
+    if any(row.cost for row in rows):
+        columns["price"] = lambda row: about(row.cost or 0)
     columns["free GiB"] = lambda row: gib(row.free_bytes or 0)
     if vary("capacity_bytes"):
         columns["budget"] = lambda row: gib(row.capacity_bytes)

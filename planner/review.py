@@ -26,11 +26,13 @@ from planner.replay import Snapshot, StageReplay
 from planner.schedule import shown_microbatches, timeline
 from planner.sensitivity import Case, cases
 from planner.stages import Prices, price
+from planner.sweep_row import Row as Swept
 from planner.trace import NAMES
 from planner.units import DAY, about, gib, human_count, human_seconds
 
 Unit = Literal["text", "number", "bytes", "seconds", "share", "change"]
 MOST_SNAPSHOTS = 160
+MOST_FRONT, MOST_NEAR = 60, 5
 Row = tuple[Any, ...]
 BYTES: tuple[Unit, ...] = tuple("bytes" for _ in COMPONENTS)
 
@@ -66,14 +68,16 @@ class Subject:
         return Subject(document, plan, job, *priced_again(job, plan))
 
 
-def exhibits(subject: Subject) -> Iterator[Exhibit]:
-    """The exhibits of a review, in the order in which they are read."""
+def exhibits(subject: Subject, swept: Sequence[Swept] = ()) -> Iterator[Exhibit]:
+    """The exhibits of a review, in the order in which they are read; a frontier, if something was swept."""
     yield _stages(subject.plan)
     yield _step(subject)
     yield from _schedule(subject)
     yield _communication(subject)
     if len(subject.document.plans) > 1:
         yield _alternatives(subject.document.plans)
+    if swept:
+        yield _frontier(swept)
     if subject.plan.cost:
         yield _cost(subject.plan.cost)
     if subject.document.changes:
@@ -233,6 +237,44 @@ def _level(network: Network, layout: Any, axis: str) -> str:
         names[2] = "network above leaf switches"
     over = [name for name, out in zip(names, crossed, strict=True) if bool(out)]
     return over[-1] if over else "itself"
+
+
+def _frontier(swept: Sequence[Swept]) -> Exhibit:
+    """The rows of a sweep that no other is better than, and those that fit not by least."""
+    fit = [row for row in swept if row.front]
+    near = sorted(
+        (row for row in swept if row.over_bytes and not row.fits), key=lambda row: row.over_bytes or 0
+    )
+    rows = tuple(
+        (
+            f"{row.num_gpus:,} x {row.gpu}",
+            row.seq_length or 0,
+            row.layout or row.reason,
+            row.verdict,
+            row.capacity_bytes,
+            row.free_bytes,
+            row.step_time_s,
+            row.tokens_per_s,
+            row.days,
+            row.cost,
+        )
+        for row in [*fit[:MOST_FRONT], *near[:MOST_NEAR]]
+    )
+    left = max(0, len(fit) - MOST_FRONT)
+    fitting = sum(row.fits for row in swept)
+    note = f"{len(swept):,} points were searched, {fitting:,} fit; {len(fit):,} are not beaten in GPUs, "
+    note += "time per token, memory left free and price at once"
+    note += f", of which {MOST_FRONT} are shown" if left else ""
+    note += ". Then those that fit not by least: the nearest layout of each." if near else "."
+    return Exhibit(
+        "frontier",
+        "Fewer or more GPUs",
+        note,
+        ("on", "sequence", "layout", "verdict", "budget", "free", "step", "tokens a second", "days", "price"),
+        ("text", "number", "text", "text", "bytes", "bytes", "seconds", "number", "number", "number"),
+        rows,
+        (charts.frontier(fit[:MOST_FRONT]),) if fit else (),
+    )
 
 
 def _cost(cost: CostPlan) -> Exhibit:

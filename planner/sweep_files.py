@@ -32,6 +32,19 @@ def document(sweep: Sweep) -> dict[str, Any]:
     }
 
 
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a sweep's JSON. Raises InputError for what is none."""
+    from planner.documents import read_json
+
+    shown, found = read_json(path, SCHEMA, "planner sweep --output sweep.json")
+    listed = found.get("rows")
+    rows = [Row.read(values) for values in listed] if isinstance(listed, list) else []
+    known = [row for row in rows if row is not None]
+    if not rows or len(known) < len(rows):
+        raise InputError(f"{shown}: not the rows of a sweep of this version: sweep again")
+    return known
+
+
 def as_json(sweep: Sweep) -> str:
     """The document as text."""
     return json.dumps(document(sweep), indent=1) + "\n"

@@ -10,6 +10,7 @@ from planner.defaults import Job
 from planner.layouts import Choices
 from planner.plan import MODEL, Plan, verdict_of, warnings_for
 from planner.specs import ClusterSpec, ModelSpec, TrainingSpec
+from planner.units import DAY
 
 Verdict = Literal["fits", "at risk", "does not fit", "refused", "no answer"]
 
@@ -63,7 +64,7 @@ class Row(BaseModel):
     mfu: float | None = None
     days: float | None = None
     gpu_hours: float | None = None
-    cost: float | None = None  # in money: nothing says yet what a GPU-hour costs
+    cost: float | None = None  # in money, where a GPU-hour has a price
     proof: str = ""  # optimal, or feasible where time ran out
 
     @property
@@ -130,7 +131,7 @@ def row_of(choices: Choices, plan: Plan, job: Job, reason: str = "") -> Row:
         for policy, count in stage.recompute.items():
             totals[policy] = totals.get(policy, 0) + count
     found = not reason
-    days = plan.days if found else None
+    cost = plan.cost if found else None
     return Row(
         model=plan.model,
         gpu=plan.gpu,
@@ -154,7 +155,8 @@ def row_of(choices: Choices, plan: Plan, job: Job, reason: str = "") -> Row:
         step_time_s=plan.step_time_s if found else None,
         tokens_per_s=plan.tokens_per_s if found else None,
         mfu=plan.mfu if found else None,
-        days=days,
-        gpu_hours=None if days is None else days * 24 * plan.num_gpus,
+        days=cost.wall_s.value / DAY if cost and cost.wall_s else None,
+        gpu_hours=cost.gpu_hours.value if cost and cost.gpu_hours else None,
+        cost=cost.money.value if cost and cost.money else None,
         proof=str(plan.proof["status"]) if found else "",
     )

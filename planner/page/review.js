@@ -23,6 +23,7 @@
 
   function prepared(option) {
     const own = structuredClone(option);
+    delete own.units;
     own.backgroundColor = "transparent";
     own.aria = { enabled: true, label: { enabled: false }, decal: { show: false } };
     own.textStyle = { fontFamily: "system-ui, 'Segoe UI', Arial, sans-serif" };
@@ -38,7 +39,7 @@
         };
       } else if (series.data.length && series.data[0] && series.data[0].name !== undefined) {
         own.tooltip.formatter = function (one) {
-          return one.name + "\n" + one.value[0] + " s a step\n" + one.value[1] + " GiB free at least";
+          return [one.name, one.value[0] + " " + option.units[0], one.value[1] + " " + option.units[1]].join("\n");
         };
       }
     }

@@ -16,10 +16,23 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from planner import ClusterSpec, Document, Layout, ModelSpec, TrainingSpec, document_of, estimate, search
+from planner import (
+    ClusterSpec,
+    Document,
+    InputError,
+    Layout,
+    ModelSpec,
+    TrainingSpec,
+    document_of,
+    estimate,
+    grid,
+    search,
+    sweep,
+)
 from planner.cli import app
 from planner.report import COMMENT_BYTES, PAGE, cell_text, comment, data, page, table
 from planner.review import Subject, exhibits
+from planner.sweep_files import read_rows, write
 
 HOSTILE = "<script>x</script> | `a` **b** [c](http://d) @e #1 \u202e"
 
@@ -88,6 +101,23 @@ def test_the_headline_page_is_small_and_quick_to_build(headline: Document, tmp_p
         after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 4
     )  # 1.2 where nothing else runs
     assert 1_000_000 < (tmp_path / "review.html").stat().st_size < 2_000_000
+
+
+def test_a_frontier_has_the_front_of_a_sweep_and_what_nearly_fits(headline: Document, tmp_path: Path) -> None:
+    clusters = [ClusterSpec.parse(f"{count}x80G") for count in (8, 16, 32)]
+    found = sweep(grid(ModelSpec.from_catalog("llama-65b"), clusters), jobs=1)
+    path = tmp_path / "sweep.json"
+    write(found, path)
+    rows = read_rows(path)
+    assert rows == list(found.rows)
+    one = next(one for one in data(headline, rows)["exhibits"] if one["name"] == "frontier")
+    assert [row[0].split()[0] for row in one["rows"]] == ["16", "32", "8"]
+    assert [row[3] for row in one["rows"]] == ["fits", "fits", "does not fit"]
+    assert page(headline, swept=rows).count("data-chart") == page(headline).count("data-chart") + 1
+    for wrong in ("{}", '{"schema": "planner.sweep/1", "rows": [{}]}', '{"schema": "planner.sweep/2"}'):
+        path.write_text(wrong)
+        with pytest.raises(InputError, match=r"sweep\.json"):
+            read_rows(path)
 
 
 def test_the_library_is_the_released_one() -> None:

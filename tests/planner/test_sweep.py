@@ -215,7 +215,7 @@ def test_goals_and_limits() -> None:
         "fastest": rows[2],
         "longest-sequence": rows[0],
     }
-    with pytest.raises(InputError, match="nothing says what a GPU-hour costs"):
+    with pytest.raises(InputError, match="not all rows have a price"):
         best(fit, "cheapest")
     assert [row for row in rows if LIMITS.allow(row)] == [rows[2]]
     assert [row for row in rows if Limits(min_free=2.0 * GIB).allow(row)] == [rows[0], rows[2]]
@@ -353,7 +353,7 @@ def test_values_and_ranges() -> None:
         ("-m llama-2-7b -g 8xH100 --memory-budget 40", "is not a size"),
         ("-m llama-2-7b -g 8xH100 --memory-budget 99GiB", "is more than there is"),
         ("-m llama-2-7b -g 8xH100 --goal best", "use fewest-gpus, fewest-gpu-hours"),
-        ("-m llama-2-7b -g 8xH100 --goal cheapest", "use fewest-gpu-hours"),
+        ("-m llama-2-7b -g 8xH100 --goal cheapest", "give --price of a GPU-hour and --tokens"),
         ("-m llama-2-7b -g 8xH100 --max-days 3", "give --tokens"),
         ("-m llama-2-7b -g 8xH100 --max-gpus 0", "use 1 or more"),
         ("-m llama-2-7b -g 8xH100 --min-headroom 5", "is not a fraction"),

@@ -13,12 +13,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from planner.api import compare, estimate, explain, search
+    from planner.api import compare, estimate, explain, search, whynot
     from planner.documents import Document, document_of, read_document
     from planner.errors import InfeasibleError, InputError, PlannerError, SolverError
     from planner.layouts import Choices
     from planner.plan import Plan
     from planner.specs import ClusterSpec, ModelSpec, TrainingSpec
+    from planner.sweeping import Point, Sweep, grid, sweep
     from strategies.layout import Layout
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ _HOME = {
     "estimate": "planner.api",
     "explain": "planner.api",
     "compare": "planner.api",
+    "whynot": "planner.api",
     "Document": "planner.documents",
     "document_of": "planner.documents",
     "read_document": "planner.documents",
@@ -35,6 +37,10 @@ _HOME = {
     "ModelSpec": "planner.specs",
     "TrainingSpec": "planner.specs",
     "Plan": "planner.plan",
+    "sweep": "planner.sweeping",
+    "grid": "planner.sweeping",
+    "Point": "planner.sweeping",
+    "Sweep": "planner.sweeping",
     "Layout": "strategies.layout",
     "PlannerError": "planner.errors",
     "InputError": "planner.errors",
@@ -51,14 +57,19 @@ __all__ = [
     "ModelSpec",
     "Plan",
     "PlannerError",
+    "Point",
     "SolverError",
+    "Sweep",
     "TrainingSpec",
     "compare",
     "document_of",
     "estimate",
     "explain",
+    "grid",
     "read_document",
     "search",
+    "sweep",
+    "whynot",
 ]
 
 

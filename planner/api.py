@@ -4,39 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from planner import frozen
-from planner.advice import changes_that_fit, nearest_plan
 from planner.best_first import Found, find
 from planner.candidate import Candidate
 from planner.defaults import Job, resolve
 from planner.errors import InfeasibleError, InputError, SolverError
 from planner.given import check_layout, check_supported, unsupported
 from planner.layouts import CHOSEN_DEGREES, Choices
-from planner.ledger import Entry, Message, entries, entries_elsewhere, messages, view
 from planner.offload import offloading_of
 from planner.offload_choices import activation_problem, canonical
 from planner.plan import Plan, make_plan
 from planner.program import Solution, settle, solve
-from planner.replay import StageReplay
 from planner.specs import ClusterSpec, ModelSpec, TrainingSpec
 from planner.stages import price
-from planner.units import gib
 from strategies.layout import RANK_ORDERS, Layout
 from strategies.pipeline_parallel import FOLDED, SCHEDULES, PipelineParallel
 
+if TYPE_CHECKING:
+    from planner.advice import Advice
+    from planner.asked import Asked
+    from planner.explaining import Explanation
+
 OBJECTIVES = ("time", "headroom")
-
-
-class Explanation(NamedTuple):
-    """A plan, one of its stages and moments, every byte held there and every message sent."""
-
-    plan: Plan
-    stage: int
-    moment: str
-    entries: list[Entry]
-    messages: list[Message]
 
 
 def proof_of(found: Found, objective: str) -> dict[str, Any]:
@@ -77,16 +68,23 @@ def search(
     changes that would fit) if no layout fits.
     """
     job = resolve(model, cluster, training)
-    _check_choices(job, choices, objective, top, time_limit)
+    check_choices(job, choices, objective, top, time_limit)
     found = find(job, choices, objective, top, time_limit, progress)
     proof = proof_of(found, objective)
     if not found.answers:
-        _nothing_found(job, choices, found, progress)
-    settled = [settle(one) if objective == "time" else one for one in found.answers]
-    return [make_plan(job, solution, proof) for solution in settled]
+        from planner.asked import Asked
+
+        _nothing_found(job, Asked(model, cluster, training, choices=choices), found, progress)
+    return [make_plan(job, solution, proof) for solution in settled(found, objective)]
 
 
-def _check_choices(job: Job, choices: Choices, objective: str, top: int, time_limit: float) -> None:
+def settled(found: Found, objective: str) -> list[Solution]:
+    """The answers of a search as they are shown."""
+    return [settle(one) if objective == "time" else one for one in found.answers]
+
+
+def check_choices(job: Job, choices: Choices, objective: str, top: int, time_limit: float) -> None:
+    """Raises InputError for what a search of this job cannot be asked."""
     if objective not in OBJECTIVES:
         raise InputError(f"objective={objective!r}: use {' or '.join(OBJECTIVES)}")
     if not 0 < time_limit <= 1e6:
@@ -152,7 +150,18 @@ def _check_chunks(choices: Choices) -> None:
         raise InputError(f"{asked}: interleaved takes 2 or more, {' and '.join(FOLDED)} take 2, the others 1")
 
 
-def _nothing_found(job: Job, choices: Choices, found: Found, progress: Callable[[int, int], Any]) -> None:
+def _nothing_found(job: Job, inputs: Asked, found: Found, progress: Callable[[int, int], Any]) -> None:
+    from planner.advice import Binding, changes_that_fit, nearest_plan, shortfall
+
+    check_proved(job, inputs.choices, found)
+    nearest = nearest_plan(job, inputs.choices)
+    message = shortfall(job, found.enumerated, nearest)
+    changes, tried = changes_that_fit(inputs, progress)
+    raise InfeasibleError(message, nearest, changes, tried, Binding.of(nearest))
+
+
+def check_proved(job: Job, choices: Choices, found: Found) -> None:
+    """Raises InputError where there was no layout to look at, SolverError where there was no time to."""
     if not found.space.size:
         reasons = sorted(found.space.refused, key=lambda reason: " runs " in reason)
         chosen = {name: value for name, value in vars(choices).items() if value and isinstance(value, tuple)}
@@ -163,29 +172,6 @@ def _nothing_found(job: Job, choices: Choices, found: Found, progress: Callable[
         raise InputError(f"{what}: {'; '.join(reasons) or 'their degrees do not multiply to the GPUs'}")
     if not found.optimal:
         raise SolverError("nothing was found within the time limit: give it more with --time-limit")
-    nearest = nearest_plan(job, choices)
-    stage = nearest.stages[nearest.fullest]
-    component = max(stage.components, key=lambda name: stage.components[name])
-    layout = nearest.layout.to_layout().describe()
-    fits = "fits for sure on" if nearest.verdict == "at risk" else "fits on"
-    takes = f"takes {gib(stage.peak_bytes)} GiB ({gib(stage.least_bytes)} to {gib(stage.most_bytes)})"
-    short = [
-        f"its {place} is short of {gib(own.most_bytes - own.capacity_bytes, 2)} GiB a GPU, where it has "
-        f"{gib(own.capacity_bytes)}: give more with --{'host-memory' if place == 'host' else 'nvme'}"
-        for stage in nearest.stages
-        for place, own in stage.elsewhere.items()
-        if own.most_bytes > own.capacity_bytes
-    ]
-    usual, most = stage.peak_bytes - stage.capacity_bytes, stage.most_bytes - stage.capacity_bytes
-    over = f"{gib(usual, 2)} GiB" if usual > 0 else f"up to {gib(most, 2)} GiB"
-    largest = f"{component.replace('_', ' ')}, {gib(stage.components[component], 2)} GiB"
-    over = f", {over} over; its largest part is {largest}" if most > 0 else ""
-    message = (
-        f"{job.model.name} {fits} none of {found.enumerated:,} layouts of {job.cluster.num_gpus} x "
-        f"{job.cluster.gpu.name}. Nearest is {layout}: at {stage.moment} stage {nearest.fullest} {takes} "
-        f"of {gib(stage.capacity_bytes)}{over}{'; '.join(['', *short[:1]])}"
-    )
-    raise InfeasibleError(message, nearest, changes_that_fit(job, choices, progress))
 
 
 def job_for(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, layout: Layout) -> Job:
@@ -341,6 +327,42 @@ def estimate(
     return given_plan(job, solve_layout(job, layout, recompute, layers), asked=layers is not None)
 
 
+def estimate_of(asked: Asked) -> Plan:
+    """:func:`estimate` of what was asked for."""
+    assert asked.layout is not None
+    return estimate(
+        asked.model,
+        asked.cluster,
+        asked.training,
+        asked.layout,
+        recompute=asked.recompute,
+        layers=asked.layers,
+    )
+
+
+def whynot(
+    model: ModelSpec,
+    cluster: ClusterSpec,
+    training: TrainingSpec = TrainingSpec(),
+    layout: Layout = Layout(),
+    *,
+    recompute: str = "none",
+    layers: Sequence[int] | None = None,
+    progress: Callable[[int, int], Any] = lambda tried, fit: None,
+) -> Advice | None:
+    """Why a given layout does not fit and what would, each change re-solved; None if it fits.
+
+    Takes what :func:`estimate` takes. ``progress`` is told how many changes were tried and how many fit.
+    Raises InputError as :func:`estimate` does.
+    """
+    from planner.advice import advise
+    from planner.asked import Asked
+
+    asked = Asked(model, cluster, training, layout, recompute, tuple(layers) if layers else None)
+    plan = estimate_of(asked)
+    return None if plan.fits else advise(asked, plan, estimate_of, progress)
+
+
 def given_plan(job: Job, solution: Solution, asked: bool = False) -> Plan:
     """The plan of a layout that was given. It names an uneven split of layers that nobody ``asked`` for."""
     plan = make_plan(job, solution, {"status": "given", "objective": "time"})
@@ -375,26 +397,19 @@ def explain(
 
     Raises InputError for a stage or moment that the plan does not have.
     """
-    job = job_for(model, cluster, training, layout)
-    solution = solve_layout(job, layout, recompute, layers)
-    plan = given_plan(job, solution, asked=layers is not None)
-    index = plan.fullest if stage is None else stage
-    if not 0 <= index < len(plan.stages):
-        raise InputError(f"stage={stage}: the plan has stages 0 to {len(plan.stages) - 1}")
-    when = moment or plan.stages[index].moment
-    candidate = solution.candidate
-    prices = price(job, candidate.layout, candidate.policies)
-    timeline = StageReplay(prices, index, solution.rows).run()
-    peaks = timeline.peaks()
-    if when in plan.stages[index].elsewhere:
-        there = list(entries_elsewhere(prices, view(prices, solution.rows, index), when))
-        return Explanation(plan, index, when, there, [])
-    if when not in peaks:
-        raise InputError(f"moment={when!r}: stage {index} has {', '.join(peaks)}")
-    stage_view = view(prices, solution.rows, index)
-    pools = timeline.pools if when == plan.stages[index].moment else 0.0
-    held = list(entries(prices, stage_view, peaks[when][0], pools))
-    return Explanation(plan, index, when, held, list(messages(prices, stage_view)))
+    from planner.explaining import explained
+
+    plan = estimate(model, cluster, training, layout, recompute=recompute, layers=layers)
+    return explained(job_for(model, cluster, training, layout), plan, stage, moment)
+
+
+def explain_plan(
+    model: ModelSpec, cluster: ClusterSpec, plan: Plan, *, stage: int | None = None, moment: str | None = None
+) -> Explanation:
+    """The same of any plan, a search's too, of the model and cluster that it was made for."""
+    from planner.explaining import explained
+
+    return explained(job_for(model, cluster, plan.training, plan.layout.to_layout()), plan, stage, moment)
 
 
 def compare(

@@ -7,6 +7,7 @@ answer. What is never solved is therefore never better: that is the proof.
 
 from __future__ import annotations
 
+import copy
 import heapq
 import time
 from collections.abc import Callable, Sequence
@@ -15,12 +16,20 @@ from typing import Any
 
 import numpy as np
 
-from planner.bounds import quick_bound, sharp_bound, slowest_at_least, tight_bound
+from planner.bounds import (
+    Array,
+    moment_names,
+    quick_bound,
+    sharp_bound,
+    slowest_at_least,
+    tight_bound,
+)
 from planner.candidate import Candidate
 from planner.defaults import Job
 from planner.errors import SolverError
 from planner.layouts import Choices, Space, enumerate_layouts
 from planner.offload_choices import menus, offloads
+from planner.overheads import tensor_capacity
 from planner.program import RELATIVE_GAP, Solution, solve
 from planner.stages import Prices, price
 from strategies.layout import RANK_ORDERS, Layout
@@ -50,10 +59,55 @@ class Found:
 
 
 @dataclass
-class _Frontier:
-    """Layouts in order of what they may cost at best; bounds are tightened as they come up."""
+class Ground:
+    """What searches of one job share that differ in memory only: layouts, prices and candidates.
 
+    Bytes and seconds do not depend on how much memory there is. ``known`` are tight bounds of every family
+    that were found under ``capacity`` bytes or more: with less memory nothing is quicker, so that they hold.
+    """
+
+    space: Space
     prices: list[Prices]
+    names: list[list[str]] = field(default_factory=list)
+    known: list[Array] = field(default_factory=list)
+    capacity: float = float("inf")
+    candidates: dict[tuple[int, int], Candidate] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.names = [moment_names(own) for own in self.prices]
+
+    @staticmethod
+    def of(job: Job, choices: Choices, objective: str) -> Ground:
+        """The layouts of a job, priced."""
+        space = layouts_for(job, choices, objective)
+        return Ground(space, priced(job, choices, space))
+
+    def under(self, job: Job) -> None:
+        """From here on there is as much memory as this job has, which is else the same. Best: ever less."""
+        if (capacity := job.cluster.capacity_bytes * job.stretch) > self.capacity or not self.known:
+            self.known = [np.full(len(own.layout.data_parallel), -np.inf) for own in self.prices]
+        self.capacity = capacity
+        for index, own in enumerate(self.prices):
+            self.prices[index] = changed = copy.copy(own)
+            changed.job, changed.capacity = job, tensor_capacity(job, own.layout)
+
+    def candidate(self, family: int, index: int) -> Candidate:
+        """One layout, for the program."""
+        if (family, index) not in self.candidates:
+            self.candidates[family, index] = self.prices[family].take(index).spread()
+        found = self.candidates[family, index]
+        capacity = float(np.broadcast_to(self.prices[family].capacity, self.known[family].shape)[index])
+        return found if capacity == found.capacity else replace(found, capacity=capacity)
+
+
+@dataclass
+class _Frontier:
+    """Layouts in order of what they may cost at best; bounds are tightened as they come up.
+
+    They come in the order of their tight bounds, then of families and layouts: whatever is refined when.
+    """
+
+    ground: Ground
     objective: str
     order: list[tuple[float, int, int]] = field(default_factory=list)
     refined: list[tuple[float, int, int]] = field(default_factory=list)
@@ -62,10 +116,11 @@ class _Frontier:
     sharpened: set[tuple[int, int]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        for family, prices in enumerate(self.prices):
+        for family, (prices, known) in enumerate(zip(self.ground.prices, self.ground.known, strict=True)):
             bound, possible = quick_bound(prices)
             if self.objective == "headroom":
                 bound = np.full_like(bound, -np.inf)
+            bound, possible = np.maximum(bound, known), np.logical_and(possible, known < np.inf)
             self.unfitting += int(np.count_nonzero(possible == 0))
             self.order += [(float(bound[i]), family, int(i)) for i in np.nonzero(possible)[0]]
         self.order.sort(reverse=True)
@@ -76,7 +131,10 @@ class _Frontier:
         self.batch = min(2 * self.batch, 32 * BATCH)
         for family in {f for _, f, _ in batch}:
             chosen = np.array(sorted(i for _, f, i in batch if f == family))
-            bounds = tight_bound(self.prices[family].take((chosen, None)), self.objective)
+            prices, names = self.ground.prices[family].take((chosen, None)), self.ground.names[family]
+            bounds = tight_bound(prices, self.objective, names)
+            lasting = bounds if self.objective == "time" else np.where(bounds < np.inf, -np.inf, np.inf)
+            self.ground.known[family][chosen] = lasting
             for index, bound in zip(chosen, bounds, strict=True):
                 if np.isfinite(bound):
                     heapq.heappush(self.refined, (float(bound), family, int(index)))
@@ -85,14 +143,14 @@ class _Frontier:
 
     def next_bound(self) -> float:
         """The least cost that a layout still to come may have; infinite at the end."""
-        while self.order and (not self.refined or self.order[-1][0] < self.refined[0][0]):
+        while self.order and (not self.refined or self.order[-1][0] <= self.refined[0][0]):
             self.refine()
         return self.refined[0][0] if self.refined else float("inf")
 
     def pop(self) -> Candidate | None:
         """The layout whose bound is least; None if its sharp bound sends it back or rules it out."""
         bound, family, index = heapq.heappop(self.refined)
-        candidate = self.prices[family].take(index).spread()
+        candidate = self.ground.candidate(family, index)
         if self.objective == "headroom" or (family, index) in self.sharpened:
             return candidate
         self.sharpened.add((family, index))
@@ -137,19 +195,21 @@ def find(
     top: int = 5,
     time_limit: float = 60.0,
     progress: Callable[[int, int], Any] = lambda done, left: None,
+    ground: Ground | None = None,
 ) -> Found:
     """The ``top`` best layouts that fit, with proof.
 
     ``objective`` is ``time`` (seconds of a step) or ``headroom`` (bytes free on the fullest GPU).
     After ``time_limit`` seconds the search stops with what it has: ``optimal`` is then False and
     ``gap`` says by which fraction something better may exist. ``progress`` is told how many
-    layouts were solved and how many are left.
+    layouts were solved and how many are left. ``ground`` is that of the same search with other memory:
+    the answers are those without it, sooner.
     """
     start = time.perf_counter()
-    space = layouts_for(job, choices, objective)
-    prices = priced(job, choices, space)
-    frontier = _Frontier(prices, objective)
-    found = Found(space, sum(len(own.layout.data_parallel) for own in prices))
+    ground = ground or Ground.of(job, choices, objective)
+    ground.under(job)
+    frontier = _Frontier(ground, objective)
+    found = Found(ground.space, sum(len(own.layout.data_parallel) for own in ground.prices))
     worst = unproved = float("inf")
     while _beats(bound := frontier.next_bound(), worst):
         left = time_limit - (time.perf_counter() - start)

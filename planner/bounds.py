@@ -14,7 +14,7 @@ Three bounds, each valid for every split of the layers and every mix of recomput
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import combinations, product
@@ -144,7 +144,17 @@ def _weightings(prices: Prices) -> list[list[Any]]:
     return found
 
 
-def _moments(prices: Prices, weights: list[Any]) -> tuple[list[_Moment], Array, Array]:
+def moment_names(prices: Prices) -> list[str]:
+    """The moments that a family's bounds look at."""
+    names = ["backward", "loss"]
+    if np.min(prices.resident.backward) < 1:
+        names.append("gradients complete")
+    if any(np.any(sizes["optimizer step"] > 0) for sizes in prices.buffer_bytes.values()):
+        names.append("optimizer step")
+    return names
+
+
+def _moments(prices: Prices, weights: list[Any], names: Sequence[str]) -> tuple[list[_Moment], Array, Array]:
     """The moments of all stages, their fixed seconds, and which stages exist."""
     p = prices.layout.pipeline_parallel
     stages = np.arange(int(np.max(p)))[None, :]
@@ -158,24 +168,26 @@ def _moments(prices: Prices, weights: list[Any]) -> tuple[list[_Moment], Array, 
         outer = np.where(last, of[True, True], of[True, False])
         return np.asarray(np.where(first, outer, inner), float)
 
-    names = ["backward", "loss"]
-    if np.min(prices.resident.backward) < 1:
-        names.append("gradients complete")
-    if any(np.any(sizes["optimizer step"] > 0) for sizes in prices.buffer_bytes.values()):
-        names.append("optimizer step")
     each = [weight for weight in weights for _ in prices.policies]
     moments = [_moment(name, at, spread, seconds, each) for name in names]
     return moments, spread({end: prices.fixed_seconds(*end) for end in ends}), stages < p
 
 
-def tight_bound(prices: Prices, objective: str = "time") -> Array:
+def _over_stages(values: Array) -> Array:
+    """Sums over a layout's stages one by one, so that stages it has not (zeros behind) change no digit."""
+    return np.asarray(np.cumsum(values, axis=1)[:, -1], float)
+
+
+def tight_bound(prices: Prices, objective: str = "time", names: Sequence[str] | None = None) -> Array:
     """Cost of each layout, at least; infinite where no split can fit.
 
     ``prices`` holds arrays of shape (layouts, 1). The cost is seconds of a step, or minus the
-    headroom in bytes.
+    headroom in bytes. A layout's bound is the same whichever layouts are bounded with it, if ``names``
+    are the moments of their whole family; and none for less memory is lower.
     """
     weightings = _weightings(prices)
-    weighed = [_moments(prices, weights) for weights in weightings]
+    names = names or moment_names(prices)
+    weighed = [_moments(prices, weights, names) for weights in weightings]
     _, fixed_seconds, exists = weighed[0]
     capacity = np.asarray(prices.capacity)
     count = exists.shape[0]
@@ -204,11 +216,13 @@ def tight_bound(prices: Prices, objective: str = "time") -> Array:
             rows = np.minimum(rows, np.where(memory < 0, -np.inf, most))
         rows = np.where(exists, rows, 0.0)
         enough = np.all((rows >= least) | (exists == 0), axis=1)
-        return enough & (rows.sum(axis=1) >= wanted)
+        held = rows.sum(axis=1) if alike else _over_stages(rows)  # whole numbers add up alike in any order
+        return enough & (held >= wanted)
 
     # A time in which one stage alone could run every row, under the slowest policy.
     slow = np.maximum.reduce(prices.row_seconds)
-    ample = np.ravel(np.max(fixed_seconds, axis=1, keepdims=True) + slow * prices.rows)
+    longest = np.max(np.where(exists, fixed_seconds, 0.0), axis=1, keepdims=True)
+    ample = np.ravel(longest + slow * prices.rows)
     none = np.zeros(count)
     possible = holds(ample, none)
     if objective == "headroom":
@@ -225,7 +239,8 @@ def tight_bound(prices: Prices, objective: str = "time") -> Array:
         low, high = np.where(works, low, middle), np.where(works, middle, high)
     rows = prices.row_seconds[:: len(prices.policies)]
     work = sum(n * row for n, row in zip(prices.counts, rows, strict=True))
-    total = work + np.where(exists, fixed_seconds, 0.0).sum(axis=1, keepdims=True)
+    total = work + _over_stages(np.where(exists, fixed_seconds, 0.0))[:, None]
+    total = np.maximum(total, low[:, None])  # stages together take no less than the slowest
     pipeline = prices.pipeline
     cost = pipeline.fill * total + pipeline.repeat * low[:, None] + prices.step_seconds + least_update(prices)
     quick, _ = quick_bound(prices)
@@ -299,7 +314,8 @@ def sharp_bound(candidate: Candidate, least: float) -> float:
     """Seconds of a step of one layout, at least: nothing recomputed but on the slowest stage."""
     if least == float("inf"):  # which a single micro-batch does not wait for, but cannot do without
         return least
-    seconds = candidate.fill * _work(candidate) + candidate.repeat * least + candidate.step_seconds
+    work = max(_work(candidate), least)  # stages together take no less than the slowest
+    seconds = candidate.fill * work + candidate.repeat * least + candidate.step_seconds
     return seconds + _average_update(candidate)
 
 

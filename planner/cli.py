@@ -17,6 +17,8 @@ from typer.core import TyperGroup
 from planner import options as o
 
 if TYPE_CHECKING:
+    from planner.advice import Advice
+    from planner.explaining import Explanation
     from planner.plan import Plan
     from planner.specs import ClusterSpec, ModelSpec
 
@@ -93,9 +95,10 @@ def without_reader() -> None:
 
 def report_infeasible(error: Any) -> NoReturn:
     """The nearest layout and the changes that would fit; exit status 1."""
-    from planner.render import console_for, show_infeasible
+    from planner.render import console_for
+    from planner.render_advice import show_infeasible
 
-    show_infeasible(console_for(), str(error), error.nearest, error.changes)
+    show_infeasible(console_for(), str(error), error.nearest, error.changes, error.tried)
     raise typer.Exit(1)
 
 
@@ -127,8 +130,10 @@ def print_json(value: Any) -> None:
 
 
 @contextmanager
-def progress(quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """How far a search is, on standard error, once it has taken a second; nothing when piped."""
+def progress(
+    quiet: bool, words: str = "searching: {:,} solved, {:,} layouts left"
+) -> Iterator[Callable[[int, int], None]]:
+    """How far something is, on standard error, once it has taken a second; nothing when piped."""
     import time
 
     start, shown = time.monotonic(), False
@@ -137,7 +142,7 @@ def progress(quiet: bool) -> Iterator[Callable[[int, int], None]]:
         nonlocal shown
         if not quiet and sys.stderr.isatty() and time.monotonic() - start > 1:
             shown = True
-            sys.stderr.write(f"\r\x1b[Ksearching: {done} solved, {left:,} layouts left")
+            sys.stderr.write("\r\x1b[K" + words.format(done, left))
             sys.stderr.flush()
 
     try:
@@ -244,6 +249,28 @@ def one_layout(given: dict[str, Any]) -> tuple[Any, ...]:
     return spec, cluster, *reading.read_layout(spec, cluster, training, given)
 
 
+def way_of(given: dict[str, Any]) -> dict[str, Any]:
+    """How a given layout's layers are run and split."""
+    from planner import reading
+
+    layers = reading.numbers("--layers-per-stage", given["layers_per_stage"])
+    return {"recompute": reading.read_way(given["recompute"], given["offload"]), "layers": layers}
+
+
+def advice_on(job: tuple[Any, ...] | None, given: dict[str, Any], plan: Plan) -> Advice | None:
+    """What binds where a plan does not fit, and what would fit in place of a given layout."""
+    if plan.fits:
+        return None
+    if job is None:
+        from planner.advice import Advice, Binding
+
+        return Advice(Binding.of(plan), [], [])
+    from planner import api
+
+    with progress(given["as_json"], "looking for changes: {} tried, {} fit") as report:
+        return api.whynot(*job, **way_of(given), progress=report)
+
+
 @app.command(
     epilog="Example: planner estimate --model llama-65b --gpus 64x80G -tp 8 -pp 2 --global-batch-size 512"
 )
@@ -258,22 +285,24 @@ def estimate(given: dict[str, Any]) -> None:
     """One given layout, per stage, per component and per moment. Exit status 1 if it does not fit."""
     with reported(given["as_json"]):
         job = one_layout(given)
-        from planner import api, reading
+        from planner import api
 
-        layers = reading.numbers("--layers-per-stage", given["layers_per_stage"])
-        plan = api.estimate(
-            *job, recompute=reading.read_way(given["recompute"], given["offload"]), layers=layers
-        )
+        plan = api.estimate(*job, **way_of(given))
         if given["trace"]:
             write_trace(job[0], job[1], plan, given["trace"])
         if given["as_json"]:
             from planner.documents import document_of
 
-            print_json(document_of(job[0], job[1], [plan], given["command"]()).to_json())
+            advice = advice_on(job, given, plan)
+            print_json(document_of(job[0], job[1], [plan], given["command"](), advice).to_json())
         else:
             from planner.render import console_for, show_plan
 
             show_plan(console_for(), plan, given["verbose"])
+            if advice := advice_on(job, given, plan):
+                from planner.render_advice import show_advice
+
+                show_advice(console_for(), advice)
         if not plan.fits:
             raise typer.Exit(1)
 
@@ -282,40 +311,70 @@ def estimate(given: dict[str, Any]) -> None:
     epilog="Example: planner explain --model llama-65b --gpus 64x80G -tp 8 -pp 2 --stage 0 --moment backward"
 )
 @o.takes(
-    o.JOB,
+    {"plan": (o.PlanFile, None)},
+    o.JOB | {"model": (o.Model, None), "gpus": (o.Gpus, None)},
     o.LAYOUT,
     o.TRAINING,
     {
         "stage": (o.Stage, None),
         "moment": (o.Moment, None),
+        "term": (o.Term, None),
         "as_json": (o.Json, False),
         "verbose": (o.Verbose, False),
     },
 )
 def explain(given: dict[str, Any]) -> None:
-    """Where every byte of a stage comes from, term by term and share by share, and what it sends."""
+    """Where every byte of a stage comes from, and what it sends; of a layout, or of a PLAN that was kept."""
     with reported(given["as_json"]):
-        job = one_layout(given)
-        from planner import api, reading
-
-        layers = reading.numbers("--layers-per-stage", given["layers_per_stage"])
-        when = given["moment"].lower() if given["moment"] else None
-        way = reading.read_way(given["recompute"], given["offload"])
-        found = api.explain(*job, recompute=way, layers=layers, stage=given["stage"], moment=when)
+        found = explanation(given)
+        advice = None
+        if given["term"] is None and not found.plan.fits:
+            advice = advice_on(None if given["plan"] else one_layout(given), given, found.plan)
         if given["as_json"]:
-            from dataclasses import asdict
+            from planner.explaining import explanation_of
 
-            document: dict[str, Any] = {
-                "schema": "planner.explain/1",
-                "stage": found.stage,
-                "moment": found.moment,
-            }
-            document |= {"entries": [asdict(entry) for entry in found.entries]}
-            document |= {"messages": [asdict(message) for message in found.messages]}
-            return print_json(document | {"plan": found.plan.model_dump(mode="json")})
-        from planner.render import console_for, show_entries
+            shown = found if given["term"] is None else found.only(given["term"])
+            print_json(explanation_of(shown) | (advice.document() if advice else {}))
+        else:
+            from planner.render import console_for
+            from planner.render_explain import show_explanation
 
-        show_entries(console_for(), *found, unfold=given["verbose"])
+            show_explanation(console_for(), found, given["verbose"], given["term"])
+            if advice:
+                from planner.render_advice import show_advice
+
+                show_advice(console_for(), advice)
+        if not found.plan.fits:
+            raise typer.Exit(1)
+
+
+OF_EXPLAIN = ("plan", "stage", "moment", "term")
+
+
+def explanation(given: dict[str, Any]) -> Explanation:
+    """A kept plan's bytes, or those of a layout that the options describe."""
+    from planner import api
+    from planner.errors import InputError
+
+    stage, when = given["stage"], given["moment"].lower() if given["moment"] else None
+    if given["plan"]:
+        from pathlib import Path
+
+        from planner.documents import read_document
+
+        if others := [name for name in given["asked"] if name not in OF_EXPLAIN]:
+            named = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+            raise InputError(f"{named} beside a plan, which has its own: leave one of them out")
+        document = read_document(Path(given["plan"]))
+        job = document.model, document.cluster.spec, document.best
+        found = api.explain_plan(*job, stage=stage, moment=when)
+    elif given["model"] is None or given["gpus"] is None:
+        raise InputError("explain takes --model and --gpus, or a plan that search or estimate --json wrote")
+    else:
+        found = api.explain(*one_layout(given), **way_of(given), stage=stage, moment=when)
+    if given["term"] is not None:
+        found.only(given["term"])  # is there such a term?
+    return found
 
 
 @app.command(epilog="Example: planner compare --model llama-2-7b --gpus 8x80G")
@@ -369,9 +428,11 @@ def _register() -> None:
         cli_plans,
         cli_report,
         cli_serve,
+        cli_sweep,
         cli_validate,
     )
 
+    app.command(epilog=cli_sweep.EXAMPLE)(cli_sweep.sweep)
     app.command(epilog=cli_report.EXAMPLE)(cli_report.report)
     app.command(epilog=cli_serve.EXAMPLE)(cli_serve.serve)
     app.command(epilog=cli_plans.DIFF)(cli_plans.diff)

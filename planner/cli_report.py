@@ -14,12 +14,18 @@ Output = Annotated[
     str, option("--output", "-o", help="review.html, or .md, .csv, .json; - for standard output.")
 ]
 Format = Annotated[str | None, option("--format", help="html, md, csv or json, if the name does not say.")]
+Swept = Annotated[str | None, option("--sweep", help="A sweep.json of planner sweep: its frontier.")]
 Title = Annotated[str, option("--title", help="In place of the answer in words.")]
 Note = Annotated[str, option("--note", help="What reviewers should know.")]
 
 
 def report(
-    plan: File, output: Output = "review.html", format: Format = None, title: Title = "", note: Note = ""
+    plan: File,
+    output: Output = "review.html",
+    format: Format = None,
+    sweep: Swept = None,
+    title: Title = "",
+    note: Note = "",
 ) -> None:
     """The capacity review of a plan: one page, a pull request's comment, a table or data."""
     from planner.cli import reported
@@ -36,7 +42,13 @@ def report(
         form = (format or Path(output).suffix.removeprefix(".") or "html").lower()
         if form not in reports.FORMATS:
             raise InputError(f"--format {plain(form)}: use {', '.join(reports.FORMATS)}")
-        text = reports.report(read_document(Path(plan)), form, title, note)
+        document = read_document(Path(plan))
+        swept = []
+        if sweep:
+            from planner.sweep_files import read_rows
+
+            swept = read_rows(Path(sweep))
+        text = reports.report(document, form, title, note, swept)
         if output == "-":
             sys.stdout.write(text)
         else:

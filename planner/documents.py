@@ -9,22 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, WrapSerializer
 
 from planner import __version__
 from planner.errors import InfeasibleError, InputError
-from planner.files import content, plain
+from planner.files import content, named, plain
 from planner.plan import MODEL, Plan
 from planner.specs import ClusterSpec, ModelSpec, TrainingSpec, first_problem
+
+if TYPE_CHECKING:
+    from planner.advice import Advice
 
 SCHEMA: Literal["planner.plans/1"] = "planner.plans/1"
 MOST_BYTES = 50_000_000
 DEEPEST = 20
 """Levels of lists and objects that a document may have; its own are 8."""
 
-OF_FAILURE = {"error", "nearest", "changes"}
+OF_FAILURE = {"error", "nearest"}
+OF_ADVICE = {"binding", "changes", "tried"}
 
 
 def _without_count(given: Any) -> Any:
@@ -68,7 +72,9 @@ class ClusterDocument(BaseModel):
 class Document(BaseModel):
     """Plans for one job, best first; none, with an ``error`` and the ``nearest``, where nothing fits.
 
-    ``command`` gives it again; empty where it was made in Python.
+    ``binding`` is what does not fit of a given layout or of the nearest, ``changes`` are what would,
+    ``tried`` what would not either (docs/whynot.md). ``command`` gives it again; empty where it was made in
+    Python.
     """
 
     model_config = MODEL
@@ -84,7 +90,9 @@ class Document(BaseModel):
     proof: dict[str, Any]
     error: str = ""
     nearest: Plan | None = None
+    binding: dict[str, Any] | None = None
     changes: tuple[dict[str, Any], ...] = ()
+    tried: tuple[dict[str, Any], ...] = ()
 
     @property
     def best(self) -> Plan:
@@ -95,26 +103,31 @@ class Document(BaseModel):
 
     def to_json(self) -> dict[str, Any]:
         """The document as JSON values; what is about failure only where there is one."""
-        left_out = set() if self.error else OF_FAILURE
+        left_out = (set() if self.error else OF_FAILURE) | (set() if self.binding else OF_ADVICE)
         return self.model_dump(mode="json", by_alias=True, exclude=left_out)
 
 
-def document_of(model: ModelSpec, cluster: ClusterSpec, plans: Sequence[Plan], command: str = "") -> Document:
-    """The document of a command that answers with plans."""
-    return _document(model, cluster, plans[0], command, plans=tuple(plans))
+def document_of(
+    model: ModelSpec,
+    cluster: ClusterSpec,
+    plans: Sequence[Plan],
+    command: str = "",
+    advice: Advice | None = None,
+) -> Document:
+    """The document of a command that answers with plans; ``advice`` on one that does not fit."""
+    more = advice.document() if advice else {}
+    return _document(model, cluster, plans[0], command, plans=tuple(plans), **more)
 
 
 def document_of_failure(
     model: ModelSpec, cluster: ClusterSpec, error: InfeasibleError, command: str = ""
 ) -> Document:
     """The document of a search that found nothing: the nearest plan, and changes that would fit."""
-    from dataclasses import asdict
+    from planner.advice import Advice
 
-    changes = tuple(asdict(change) for change in error.changes)
+    more = Advice(error.binding, error.changes, error.tried).document()
     nearest = error.nearest
-    return _document(
-        model, cluster, nearest, command, plans=(), error=str(error), nearest=nearest, changes=changes
-    )
+    return _document(model, cluster, nearest, command, plans=(), error=str(error), nearest=nearest, **more)
 
 
 def _document(model: ModelSpec, cluster: ClusterSpec, first: Plan, command: str, **more: Any) -> Document:
@@ -133,22 +146,7 @@ def _document(model: ModelSpec, cluster: ClusterSpec, first: Plan, command: str,
 
 def read_document(path: Path) -> Document:
     """A document that ``--json`` wrote. Raises InputError for what is none, or of another version."""
-    import json
-
-    shown = plain(str(path))
-    data = content(path, MOST_BYTES, "a plan")
-    try:
-        found = json.loads(data, parse_constant=_no_number)
-    except (ValueError, RecursionError):
-        raise InputError(f"{shown}: not JSON: give a file that planner search --json wrote") from None
-    if not isinstance(found, dict) or _depth(found) > DEEPEST:
-        raise InputError(f"{shown}: not a plan: give a file that planner search --json wrote")
-    schema = found.get("schema")
-    if schema != SCHEMA:
-        named = f"schema {plain(str(schema))}" if schema else "a file without a schema"
-        raise InputError(
-            f"{shown}: {named} is not read here: give {SCHEMA}, as planner search --json writes it"
-        )
+    shown, found = read_json(path, SCHEMA, "planner search --json")
     try:
         document = Document.model_validate(found)
     except ValidationError as error:
@@ -158,6 +156,27 @@ def read_document(path: Path) -> Document:
     if not (document.plans or document.nearest):
         raise InputError(f"{shown}: no plan in it")
     return document
+
+
+def read_json(path: Path, schema: str, writer: str) -> tuple[str, dict[str, Any]]:
+    """A file's name as it may be shown, and the JSON object of a schema in it, of bounded size and depth.
+
+    Raises InputError for anything else, naming the command that writes such files.
+    """
+    import json
+
+    shown = named(path)
+    data = content(path, MOST_BYTES, f"what {writer} writes")
+    try:
+        found = json.loads(data, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        raise InputError(f"{shown}: not JSON: give a file that {writer} wrote") from None
+    if not isinstance(found, dict) or _depth(found) > DEEPEST:
+        raise InputError(f"{shown}: not what {writer} writes")
+    if (given := found.get("schema")) != schema:
+        what = f"schema {plain(str(given))}" if given else "a file without a schema"
+        raise InputError(f"{shown}: {what} is not read here: give {schema}, as {writer} writes it")
+    return shown, found
 
 
 def _no_number(text: str) -> float:
@@ -182,6 +201,6 @@ def json_schema() -> dict[str, Any]:
     model["properties"] |= {"num_parameters": {"title": "Num Parameters", "type": "integer"}}
     model["required"].append("num_parameters")
     schema["properties"]["model"] = model
-    schema["required"] = [name for name in schema["required"] if name not in OF_FAILURE]
+    schema["required"] = [name for name in schema["required"] if name not in OF_FAILURE | OF_ADVICE]
     dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
     return {**dialect, **schema, "title": SCHEMA}

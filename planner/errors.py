@@ -23,12 +23,22 @@ class InputError(PlannerError):
 
 
 class InfeasibleError(PlannerError):
-    """Nothing fits. ``nearest`` is the plan that comes nearest, ``changes`` what would fit."""
+    """Nothing fits. ``nearest`` is the plan that comes nearest, ``binding`` what it lacks, ``changes`` what
+    would fit, ``tried`` what would not either."""
 
-    def __init__(self, message: str, nearest: Any = None, changes: Iterable[Any] = ()) -> None:
+    def __init__(
+        self,
+        message: str,
+        nearest: Any = None,
+        changes: Iterable[Any] = (),
+        tried: Iterable[Any] = (),
+        binding: Any = None,
+    ) -> None:
         super().__init__(message)
         self.nearest = nearest
         self.changes = list(changes)
+        self.tried = list(tried)
+        self.binding = binding
 
 
 class SolverError(PlannerError):

@@ -15,6 +15,12 @@ def plain(text: str, most: int = 60) -> str:
     return shown if len(shown) <= most else shown[: most - 3] + "..."
 
 
+def named(path: Path) -> str:
+    """A path as it may be shown; of a long one its name alone."""
+    whole = str(path)
+    return plain(whole if len(whole) <= 60 else path.name)
+
+
 def sized(path: Path, most: int, what: str) -> int:
     """The size of a regular file that is neither empty nor larger than ``most`` bytes."""
     try:
@@ -51,7 +57,7 @@ def content(path: Path, most: int, what: str) -> bytes:
 
 
 def write_whole(
-    path: Path, text: str, shown: str, example: str, check: Callable[[], None] = lambda: None
+    path: Path, text: str | bytes, shown: str, example: str, check: Callable[[], None] = lambda: None
 ) -> None:
     """Writes a file whole or not at all: to a new one beside it, which takes its name after ``check``.
 
@@ -61,18 +67,19 @@ def write_whole(
     temporary = path.parent / f".{path.name[:100]}.{os.getpid()}.tmp"
     made = False
     try:
+        data = text.encode() if isinstance(text, str) else text
         if path.is_dir():
             raise InputError(f"{shown} is a folder: name a file in it, as in {path / example}")
         if not path.parent.is_dir():
             raise InputError(f"{shown} cannot be written: the folder {path.parent} does not exist")
         if path.parts[:2] in (("/", "dev"), ("/", "proc")) or (path.exists() and not path.is_file()):
-            with path.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with path.open("wb") as file:
+                file.write(data)
             return
         number = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         made = True
-        with os.fdopen(number, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(number, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         check()

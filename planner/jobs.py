@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.errors import InputError, nearest_names
-from planner.files import content, plain, write_whole
+from planner.files import content, named, plain, write_whole
 
 MOST_BYTES = 65_536
 SCHEMA = "planner.job/1"
@@ -23,7 +23,7 @@ def read_job(path: Path, known: Mapping[str, bool]) -> dict[str, Any]:
     a mapping for NAME=VALUE. Raises InputError for what is not such a file: it is data, of bounded size,
     without tags, anchors or keys given twice.
     """
-    shown = plain(str(path))
+    shown = named(path)
     found = _mapping(content(path, MOST_BYTES, "a job file"), shown)
     schema = found.pop("schema", SCHEMA)
     if schema != SCHEMA:

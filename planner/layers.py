@@ -173,6 +173,7 @@ class Builder:
             "heads": model.num_attention_heads,
             "kv_heads": self.key_heads(tensor_parallel),
             "gathered_heads": model.num_attention_heads + 2 * model.num_key_value_heads,
+            "key_head_alone": there(tensor_parallel >= model.num_key_value_heads),
             "repeats": int(stack.repeats_heads) and there(tensor_parallel > model.num_key_value_heads),
             "head_dim": model.head_dim,
             "ffn": model.intermediate_size,

@@ -216,6 +216,12 @@ Moment = Annotated[
     str | None, option("--moment", help="As estimate lists them, or host, nvme; the peak by default.")
 ]
 
+Term = Annotated[
+    str | None, option("--term", help="Take apart the terms with this in their name: formula and source.")
+]
+
+PlanFile = Annotated[str | None, typer.Argument(help="What planner search or estimate --json wrote.")]
+
 # The catalog.
 What = Annotated[str, typer.Argument(help="models or gpus")]
 Entry = Annotated[str | None, typer.Argument(help="One entry, with its sources.")]

@@ -25,6 +25,7 @@ from planner.schedule import PassSeconds, step_seconds
 from planner.specs import TrainingSpec
 from planner.stages import Prices, price
 from planner.utilization import utilization
+from strategies.base import POLICIES
 from strategies.context_parallel import COMMS
 from strategies.layout import RANK_ORDERS, Layout
 from strategies.offload import PLACES, Way, places_of
@@ -442,3 +443,28 @@ def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
         proof=proof,
         cost=cost,
     )
+
+
+def priced_again(job: Job, plan: Plan) -> tuple[Prices, tuple[tuple[int, ...], ...]]:
+    """The prices that a plan was made from, and its rows on each stage by kind of row and policy.
+
+    The rows are those of the program, with the layers that short chunks lack.
+    """
+    ways = {name: Way.of(name) for stage in plan.stages for name in stage.rows}
+    moved = sorted(
+        ways,
+        key=lambda name: (
+            "optimizer" in ways[name].offload,
+            POLICIES.index(ways[name].recompute),
+            ways[name].offload,
+        ),
+    )
+    offloads = any(way.offload for way in ways.values())
+    prices = price(job, plan.layout.to_layout(), moved if offloads else None)
+    kinds = len(next(iter(plan.stages[0].rows.values())))
+    none = (0,) * kinds
+    rows = tuple(
+        tuple(stage.rows.get(name, none)[k] for k in range(kinds) for name in prices.policies)
+        for stage in plan.stages
+    )
+    return prices, rows

@@ -221,6 +221,11 @@ def with_batch(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, u
     return TrainingSpec.model_construct(training.model_fields_set, **values)
 
 
+def batch_unit(data: int, micro: int, pipeline: int, schedule: str) -> int:
+    """Sequences that a step of a layout has a multiple of."""
+    return data * micro * {"interleaved": pipeline, "dualpipe": 2}.get(schedule, 1)
+
+
 def read_layout(
     model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, given: dict[str, Any]
 ) -> tuple[TrainingSpec, Layout]:
@@ -240,8 +245,7 @@ def read_layout(
     schedule = word(given["schedule"] or "") or ("interleaved" if chunks > 1 else "1f1b")
     if schedule in FOLDED and chunks == 1:  # they have two chunks or none
         chunks = 2
-    unit = data * micro * {"interleaved": pipeline, "dualpipe": 2}.get(schedule, 1)
-    training = with_batch(model, cluster, training, unit)
+    training = with_batch(model, cluster, training, batch_unit(data, micro, pipeline, schedule))
     job = resolve(model, cluster, training)
     layout = Layout(
         data_parallel=data,

@@ -19,12 +19,11 @@ from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
-from planner.advice import Change
-from planner.ledger import COMPONENTS, Entry, Message
+from planner.ledger import COMPONENTS
 from planner.plan import Plan, StagePlan, proof_words, verdict_of
 from planner.render_axes import axis_columns
 from planner.render_offload import show_elsewhere
-from planner.units import gib, human_bytes, human_seconds
+from planner.units import gib, human_seconds
 
 SHORT = {
     "parameters": "params",
@@ -334,106 +333,6 @@ def show_plan(console: Console, plan: Plan, verbose: bool = False) -> None:
     console.print(table)
     console.print()
     console.print(assumption_list(plan, verbose))
-
-
-def formula(entry: Entry) -> str:
-    """A term with its numbers: ``2 x batch 1 x seq 2048 x residual 8192``."""
-    if not entry.dims:
-        return entry.source
-    return " x ".join([f"{entry.unit:g}", *(f"{name} {size:,}" for name, size in entry.dims.items())])
-
-
-def message_table(messages: Sequence[Message]) -> Table:
-    """What a GPU sends, per micro-batch and per step."""
-    left = ("message", "of", "per", "behind")
-    names = ("message", "of", "GPUs", "per", "count", "size", "time", "behind")
-    table = grid(*names, left=left, spare=("GPUs", "size", "count"))
-    for one in messages:
-        cells = [one.kind.replace("_", "-"), one.layer, str(one.gpus), one.per, f"{one.count:g}"]
-        behind = {"": "exposed", "layer": "its layer"}.get(one.behind, one.behind)
-        table.add_row(*cells, human_bytes(one.size), human_seconds(one.seconds), behind)
-    return table
-
-
-def show_entries(
-    console: Console,
-    plan: Plan,
-    stage: int,
-    moment: str,
-    items: Sequence[Entry],
-    messages: Sequence[Message],
-    unfold: bool,
-) -> None:
-    """Where every byte of one stage comes from: terms in rows, strategies in columns."""
-    console.print(opening(plan))
-    console.print()
-    console.print(Text(f"Stage {stage} of {plan.layout.to_layout().describe()}, at {moment}", style="bold"))
-    labels = list(dict.fromkeys(label for entry in items for label in entry.shares))
-    labels = [label for label in labels if any(entry.shares.get(label, 1) != 1 for entry in items)]
-    names = ("term", "in", "whole", *labels, "held")
-    table = grid(*names, left=("term", "in"), wrap=("term",), spare=("in", "whole", *labels))
-
-    def line(name: str, held: float, *cells: str, style: str = "") -> None:
-        empty = [""] * (len(labels) + 2 - len(cells))
-        table.add_row(Text(name, style=style), *cells, *empty, Text(human_bytes(held), style=style))
-
-    for component in COMPONENTS:
-        own = [entry for entry in items if entry.component == component]
-        line(component.replace("_", " "), sum(entry.held for entry in own), style="bold")
-        for entry in sorted(own, key=lambda e: -e.held):
-            shares = [share_text(entry.shares.get(label)) for label in labels]
-            name = f"  {entry.name}" + (f" ({entry.tag})" if entry.tag != "exact" else "")
-            place = entry.layer + (f" x{entry.count:g}" if entry.count != 1 else "")
-            line(name, entry.held, place, human_bytes(entry.whole), *shares)
-    line("total", sum(entry.held for entry in items), style="bold")
-    console.print(table)
-    if messages:
-        console.print()
-        console.print(Text("Messages of this stage", style="bold"))
-        console.print(message_table(messages))
-    if unfold:
-        console.print()
-        console.print(Text("Whole, before any share: bytes per element x lengths", style="bold"))
-        for component in COMPONENTS:
-            own = [entry for entry in items if entry.component == component]
-            formulas = {(e.layer, e.name): formula(e) for e in own if formula(e)}
-            if formulas:
-                console.print(Text(component.replace("_", " ")))
-            for (layer, name), text in formulas.items():
-                console.print(Text(f"  {layer + ': ' if layer else ''}{name} = {text}"))
-
-
-def share_text(share: float | None) -> str:
-    """A share as a fraction people recognise: ``1/8``, ``0``, ``x 2``."""
-    if share is None or share == 1:
-        return ""
-    if 0 < share < 1 and abs(1 / share - round(1 / share)) < 1e-9:
-        return f"1/{round(1 / share)}"
-    return f"x {share:g}" if share > 1 else f"{share:g}"
-
-
-def show_infeasible(console: Console, message: str, nearest: Plan | None, changes: Sequence[Change]) -> None:
-    """Why nothing fits: the nearest layout, and what would."""
-    console.print(Text(message, style="bold red"))
-    if nearest:
-        console.print()
-        show_stages(console, nearest, title="The nearest layout, GiB per GPU")
-        console.print()
-        show_changes(console, changes)
-
-
-def show_changes(console: Console, changes: Sequence[Change]) -> None:
-    """Changes that would fit, each checked by a search."""
-    if not changes:
-        console.print("No single change that was tried makes it fit.")
-        return
-    left, spare = ("change", "option", "best layout then"), ("change", "best layout then")
-    table = grid(*left, "peak GiB", "step", left=left, wrap=spare, spare=spare)
-    for change in changes:
-        words = (change.what, change.option, change.layout.describe())
-        table.add_row(*words, gib(change.peak_bytes), human_seconds(change.step_time_s))
-    console.print(Text("What would fit, each checked by a search; cheapest in GPU time first:", style="bold"))
-    console.print(table)
 
 
 class Trimmed:

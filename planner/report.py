@@ -14,7 +14,7 @@ import html
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,8 +23,19 @@ from typing import TYPE_CHECKING, Any
 from planner.documents import SCHEMA, Document
 from planner.files import plain
 from planner.plan import proof_words
-from planner.review import Exhibit, Subject, Unit, accuracy, exhibits, figures, headline, subject_words
-from planner.units import gib, human_seconds
+from planner.review import (
+    Exhibit,
+    Subject,
+    Unit,
+    accuracy,
+    binding_words,
+    exhibits,
+    figures,
+    headline,
+    subject_words,
+)
+from planner.sweep_row import Row as Swept
+from planner.units import about, gib, human_seconds
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -67,7 +78,7 @@ def cell_text(value: Any, unit: Unit) -> str:
         case "change":
             return f"{value:+.1%}"
         case "number":
-            return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+            return f"{value:,}" if isinstance(value, int) else about(value)
     return str(value)
 
 
@@ -78,9 +89,11 @@ def shown(exhibit: Exhibit, most: int | None = None) -> Shown:
     return Shown(exhibit, cells, len(exhibit.rows) - len(rows))
 
 
-def _context(document: Document, subject: Subject, most: int | None = None) -> dict[str, Any]:
+def _context(
+    document: Document, subject: Subject, swept: Sequence[Swept], most: int | None = None
+) -> dict[str, Any]:
     """What every template of a review is filled with."""
-    return summary(document) | {"exhibits": [shown(one, most) for one in exhibits(subject)]}
+    return summary(document) | {"exhibits": [shown(one, most) for one in exhibits(subject, swept)]}
 
 
 def summary(document: Document) -> dict[str, Any]:
@@ -91,7 +104,7 @@ def summary(document: Document) -> dict[str, Any]:
         "verdict": plan.verdict,
         "verdict_class": CLASSES[plan.verdict],
         "mark": MARKS[plan.verdict],
-        "error": document.error,
+        "error": document.error or binding_words(plan),
         "figures": figures(document),
         "warnings": plan.warnings,
         "assumptions": plan.assumptions,
@@ -113,13 +126,13 @@ def environment(escape: bool) -> Environment:
     )
 
 
-def page(document: Document, title: str = "", note: str = "") -> str:
+def page(document: Document, title: str = "", note: str = "", swept: Sequence[Swept] = ()) -> str:
     """The review as one HTML file."""
     from markupsafe import Markup
 
     subject = Subject.of(document)
     library, script, css = (_text(name) for name in (*SCRIPTS, "review.css"))
-    context = _context(document, subject)
+    context = _context(document, subject, swept)
     options = {
         f"{one.exhibit.name}-{index}": chart.option
         for one in context["exhibits"]
@@ -165,7 +178,7 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def comment(document: Document) -> str:
+def comment(document: Document, swept: Sequence[Swept] = ()) -> str:
     """The review as Markdown for a pull request, within what GitHub takes."""
     subject = Subject.of(document)
     markdown = environment(escape=False)
@@ -173,7 +186,7 @@ def comment(document: Document) -> str:
     template = markdown.get_template("review.md.j2")
     text = ""
     for most in (COMMENT_ROWS, COMMENT_ROWS // 3, 0):
-        text = re.sub(r"\n{3,}", "\n\n", template.render(**_context(document, subject, most)))
+        text = re.sub(r"\n{3,}", "\n\n", template.render(**_context(document, subject, swept, most)))
         if len(text.encode()) <= COMMENT_BYTES:
             break
     return text.strip() + "\n"
@@ -192,11 +205,11 @@ def _fenced(text: str) -> str:
     return f"{fence}sh\n{plain(text, 4000)}\n{fence}"
 
 
-def table(document: Document) -> str:
+def table(document: Document, swept: Sequence[Swept] = ()) -> str:
     """The exhibits as CSV: one table after the other, each behind a line with its name."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    for exhibit in exhibits(Subject.of(document)):
+    for exhibit in exhibits(Subject.of(document), swept):
         writer.writerow(["exhibit", exhibit.name])
         writer.writerow(exhibit.columns)
         writer.writerows([[_harmless(value) for value in row] for row in exhibit.rows])
@@ -209,9 +222,9 @@ def _harmless(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
 
 
-def data(document: Document) -> dict[str, Any]:
+def data(document: Document, swept: Sequence[Swept] = ()) -> dict[str, Any]:
     """The exhibits as JSON: ``planner.report/1``."""
-    own: Iterator[Exhibit] = exhibits(Subject.of(document))
+    own: Iterator[Exhibit] = exhibits(Subject.of(document), swept)
     return {
         "schema": "planner.report/1",
         "headline": headline(document.best),
@@ -231,13 +244,15 @@ def data(document: Document) -> dict[str, Any]:
     }
 
 
-def report(document: Document, form: str, title: str = "", note: str = "") -> str:
-    """A document in one of ``FORMATS``."""
+def report(
+    document: Document, form: str, title: str = "", note: str = "", swept: Sequence[Swept] = ()
+) -> str:
+    """A document in one of ``FORMATS``, with the frontier of a sweep if there is one."""
     match form:
         case "html":
-            return page(document, title, note)
+            return page(document, title, note, swept)
         case "md":
-            return comment(document)
+            return comment(document, swept)
         case "csv":
-            return table(document)
-    return json.dumps(data(document), indent=1) + "\n"
+            return table(document, swept)
+    return json.dumps(data(document, swept), indent=1) + "\n"

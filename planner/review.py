@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from planner import review_charts as charts
+from planner.advice import Binding
 from planner.api import job_for
 from planner.catalog import step_time
 from planner.cost_words import checkpoints
@@ -19,17 +20,19 @@ from planner.documents import Document
 from planner.errors import PlannerError
 from planner.ledger import COMPONENTS, components, entries, messages, view
 from planner.network import AXES, Network, group
-from planner.plan import CostPlan, Plan, make_plan, pass_seconds
+from planner.plan import CostPlan, Plan, make_plan, pass_seconds, priced_again
 from planner.program import Solution
 from planner.replay import Snapshot, StageReplay
 from planner.schedule import shown_microbatches, timeline
 from planner.sensitivity import Case, cases
 from planner.stages import Prices, price
-from planner.trace import NAMES, rows_of
-from planner.units import DAY, gib, human_seconds
+from planner.sweep_row import Row as Swept
+from planner.trace import NAMES
+from planner.units import DAY, about, gib, human_count, human_seconds
 
 Unit = Literal["text", "number", "bytes", "seconds", "share", "change"]
 MOST_SNAPSHOTS = 160
+MOST_FRONT, MOST_NEAR = 60, 5
 Row = tuple[Any, ...]
 BYTES: tuple[Unit, ...] = tuple("bytes" for _ in COMPONENTS)
 
@@ -55,32 +58,32 @@ class Subject:
     plan: Plan
     job: Job
     prices: Prices
-    rows: list[tuple[int, ...]]
+    rows: tuple[tuple[int, ...], ...]
 
     @staticmethod
     def of(document: Document) -> Subject:
         """The first plan of a document, or the nearest where nothing fits."""
         plan, cluster = document.best, document.cluster.spec
-        layout = plan.layout.to_layout()
-        job = job_for(document.model, cluster, plan.training, layout)
-        ways = dict.fromkeys(name for stage in plan.stages for name in stage.rows)
-        offloads = any("+" in name for name in ways)
-        prices = price(job, layout, tuple(ways) if offloads else None)
-        return Subject(document, plan, job, prices, rows_of(plan, prices.policies))
+        job = job_for(document.model, cluster, plan.training, plan.layout.to_layout())
+        return Subject(document, plan, job, *priced_again(job, plan))
 
 
-def exhibits(subject: Subject) -> Iterator[Exhibit]:
-    """The exhibits of a review, in the order in which they are read."""
+def exhibits(subject: Subject, swept: Sequence[Swept] = ()) -> Iterator[Exhibit]:
+    """The exhibits of a review, in the order in which they are read; a frontier, if something was swept."""
     yield _stages(subject.plan)
     yield _step(subject)
     yield from _schedule(subject)
     yield _communication(subject)
     if len(subject.document.plans) > 1:
         yield alternatives(subject.document.plans)
+    if swept:
+        yield _frontier(swept)
     if subject.plan.cost:
         yield _cost(subject.plan.cost)
     if subject.document.changes:
         yield changes(subject.document)
+    if subject.document.tried:
+        yield _tried(subject.document)
     yield _sensitivity(subject)
 
 
@@ -236,6 +239,44 @@ def _level(network: Network, layout: Any, axis: str) -> str:
     return over[-1] if over else "itself"
 
 
+def _frontier(swept: Sequence[Swept]) -> Exhibit:
+    """The rows of a sweep that no other is better than, and those that fit not by least."""
+    fit = [row for row in swept if row.front]
+    near = sorted(
+        (row for row in swept if row.over_bytes and not row.fits), key=lambda row: row.over_bytes or 0
+    )
+    rows = tuple(
+        (
+            f"{row.num_gpus:,} x {row.gpu}",
+            row.seq_length or 0,
+            row.layout or row.reason,
+            row.verdict,
+            row.capacity_bytes,
+            row.free_bytes,
+            row.step_time_s,
+            row.tokens_per_s,
+            row.days,
+            row.cost,
+        )
+        for row in [*fit[:MOST_FRONT], *near[:MOST_NEAR]]
+    )
+    left = max(0, len(fit) - MOST_FRONT)
+    fitting = sum(row.fits for row in swept)
+    note = f"{len(swept):,} points were searched, {fitting:,} fit; {len(fit):,} are not beaten in GPUs, "
+    note += "time per token, memory left free and price at once"
+    note += f", of which {MOST_FRONT} are shown" if left else ""
+    note += ". Then those that fit not by least: the nearest layout of each." if near else "."
+    return Exhibit(
+        "frontier",
+        "Fewer or more GPUs",
+        note,
+        ("on", "sequence", "layout", "verdict", "budget", "free", "step", "tokens a second", "days", "price"),
+        ("text", "number", "text", "text", "bytes", "bytes", "seconds", "number", "number", "number"),
+        rows,
+        (charts.frontier(fit[:MOST_FRONT]),) if fit else (),
+    )
+
+
 def _cost(cost: CostPlan) -> Exhibit:
     """What the whole training takes, with the range that the step time's gives."""
     spans = (
@@ -248,14 +289,15 @@ def _cost(cost: CostPlan) -> Exhibit:
     rows = tuple(
         (name, span.value * unit, span.least * unit, span.most * unit) for name, span, unit in spans if span
     )
-    note = checkpoints(cost) + ". "
+    words = checkpoints(cost)
+    note = f"{words[0].upper()}{words[1:]}. "
     if cost.goodput is None:
         note += "No failures and no checkpoints are counted in the time. "
     return Exhibit(
         "cost",
         "Time, energy and price of the whole training",
         note + "The range is the step time's.",
-        ("", "expected", "least", "most"),
+        ("of the whole training", "expected", "least", "most"),
         ("text", "number", "number", "number"),
         rows,
     )
@@ -291,7 +333,7 @@ def alternatives(plans: Sequence[Plan]) -> Exhibit:
 def _why_lost(best: Plan, plan: Plan) -> str:
     """A plan against the best one in words."""
     slower = plan.step_time_s / best.step_time_s - 1
-    words = f"{slower:+.1%} step time" + (", a tie" if plan.ties_with(best) else "")
+    words = f"{slower:.1%} slower" + (", a tie" if plan.ties_with(best) else "")
     freed = plan.headroom_bytes - best.headroom_bytes
     return words + (f", {gib(abs(freed))} GiB {'more' if freed > 0 else 'less'} free")
 
@@ -313,9 +355,22 @@ def changes(document: Document) -> Exhibit:
     return Exhibit(
         "changes",
         "What would fit",
-        "Each change was planned again, not guessed; the cheapest in GPU time first.",
+        "Each change was planned again, not guessed; least changed first, then the cheapest in GPU time.",
         ("change", "option", "GPUs", "peak", "step", "against the nearest"),
         ("text", "text", "number", "bytes", "seconds", "change"),
+        rows,
+    )
+
+
+def _tried(document: Document) -> Exhibit:
+    """Changes that are not enough."""
+    rows = tuple((one["what"], one["option"], one["surely_over_bytes"]) for one in document.tried)
+    return Exhibit(
+        "tried",
+        "Tried, and not enough by itself",
+        "How much is lacking on the fullest GPU, where one layout was asked about.",
+        ("change", "option", "over"),
+        ("text", "text", "bytes"),
         rows,
     )
 
@@ -371,6 +426,11 @@ def headline(plan: Plan) -> str:
     return f"{plan.model} {plan.verdict.replace('at risk', 'is at risk')} on {where} as {layout}"
 
 
+def binding_words(plan: Plan) -> str:
+    """What of a plan that does not fit for sure binds; empty where it fits."""
+    return "" if plan.fits else f"What binds: {Binding.of(plan).describe()}."
+
+
 def subject_words(plan: Plan) -> str:
     """What was planned."""
     return f"{plan.model} on {plan.num_gpus:,} x {plan.gpu}"
@@ -394,17 +454,14 @@ def figures(document: Document) -> list[tuple[str, str, str]]:
         ),
         ("One step", human_seconds(plan.step_time_s), f"{faster} to {slower}"),
         ("Throughput", f"{plan.tokens_per_s:,.0f} tokens/s", f"MFU {plan.mfu:.0%}"),
-        ("Pipeline idle", f"{plan.bubble_fraction:.1%}", f"{len(plan.stages)} stages"),
+        ("Pipeline idle", f"{plan.bubble_fraction:.1%}", f"of working time, {len(plan.stages)} stages"),
     ]
-    if plan.days is not None and plan.training.tokens:
-        hours = plan.days * 24 * plan.num_gpus
-        found.append(
-            (
-                f"{plan.training.tokens / 1e12:,.3g} T tokens",
-                f"{plan.days:,.1f} days",
-                f"{hours:,.0f} GPU-hours",
-            )
-        )
+    cost = plan.cost
+    if cost and cost.tokens and cost.wall_s and cost.gpu_hours:
+        hours = f"{about(cost.gpu_hours.value)} GPU-hours"
+        price = f", {about(cost.money.value)} {cost.currency}".rstrip() if cost.money else ""
+        days = f"{about(cost.wall_s.value / DAY)} days"
+        found.append((f"{human_count(cost.tokens)} tokens", days, hours + price))
     return found
 
 

@@ -214,6 +214,7 @@ def alternatives(rows: Rows) -> Chart:
     ]
     option = _base(
         legend={"show": False},
+        units=["s a step", "GiB free at least"],
         tooltip={"trigger": "item", "renderMode": "richText", "confine": True},
         xAxis=_axis("seconds a step", type="value", scale=True),
         yAxis={"type": "value", "name": "GiB free at least", "nameTextStyle": {"align": "left"}},
@@ -229,6 +230,39 @@ def alternatives(rows: Rows) -> Chart:
         ],
     )
     return Chart(option, 300)
+
+
+def frontier(rows: Sequence[Any]) -> Chart:
+    """Tokens a second of each GPU over the number of GPUs: a series for each length and kind of GPU."""
+    found: dict[str, list[Option]] = {}
+    for row in rows:
+        name = f"{row.gpu}, sequences of {row.seq_length:,}"
+        free = f"{row.layout}, {_g(row.free_bytes or 0):.1f} GiB free"
+        each = float(f"{(row.tokens_per_s or 0) / row.num_gpus:.4g}")
+        point = {"name": free, "value": [row.num_gpus, each]}
+        found.setdefault(name, []).append(point)
+    option = _base(
+        tooltip={"trigger": "item", "renderMode": "richText", "confine": True},
+        xAxis=_axis("GPUs", type="log", logBase=2),
+        yAxis={
+            "type": "value",
+            "scale": True,
+            "name": "tokens a second per GPU",
+            "nameTextStyle": {"align": "left"},
+        },
+        series=[
+            {
+                "name": name,
+                "type": "scatter",
+                "symbolSize": 12,
+                "color": COLOURS[i % len(COLOURS)],
+                "data": data,
+            }
+            for i, (name, data) in enumerate(found.items())
+        ],
+        units=["GPUs", "tokens a second per GPU"],
+    )
+    return Chart(option, 340)
 
 
 def sensitivity(rows: Rows, capacity: float) -> Chart:

@@ -10,16 +10,15 @@ plan's peak only.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from planner.defaults import Job
 from planner.files import write_whole
-from planner.plan import Plan, pass_seconds
+from planner.plan import Plan, pass_seconds, priced_again
 from planner.replay import StageReplay
 from planner.schedule import Kind, Timed, shown_microbatches, timeline
-from planner.stages import price
 from strategies.base import STATES
 
 Event = dict[str, Any]
@@ -34,22 +33,10 @@ NAMES = {
 }
 
 
-def rows_of(plan: Plan, policies: Sequence[str]) -> list[tuple[int, ...]]:
-    """Rows on each stage by kind of row and policy, with the layers that short chunks lack."""
-    kinds = len(next(iter(plan.stages[0].rows.values())))
-    return [
-        tuple(stage.rows[name][k] if name in stage.rows else 0 for k in range(kinds) for name in policies)
-        for stage in plan.stages
-    ]
-
-
 def trace(job: Job, plan: Plan) -> dict[str, Any]:
     """The trace of a plan's step, as JSON: ``traceEvents``, and what of the step is shown."""
     layout = plan.layout.to_layout()
-    ways = dict.fromkeys(name for stage in plan.stages for name in stage.rows)
-    offloads = any("+" in name for name in ways)
-    prices = price(job, layout, tuple(ways) if offloads else None)
-    rows = rows_of(plan, prices.policies)
+    prices, rows = priced_again(job, plan)
     seconds = pass_seconds(prices, rows)
     m, chunks = layout.grad_accum, layout.chunks
     shown = shown_microbatches(layout.schedule, len(rows), m, chunks)

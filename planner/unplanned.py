@@ -18,7 +18,9 @@ COUNTED = (
     *("gpt_bigcode", "gpt_neo", "starcoder2", "falcon"),
 )
 """Others that have blocks of the same parts: what their modules keep was not traced."""
-PLANNED_MIXERS = {"full", "window", "mamba", "none"}
+PARTS = {"latent": "latent attention's products", "delta": "gated delta nets"}
+"""Parts of a model whose fields have other names."""
+PLANNED_MIXERS = {"full", "window", "mamba", "delta", "none"}
 """Mixers that unlike blocks of one model may have."""
 
 MEGATRON = ("ministral", "phi3", "stablelm", "nemotron", "gemma", "starcoder2")
@@ -65,7 +67,7 @@ def uncounted(model: ModelSpec, stack: Stack, options: Mapping[str, str]) -> str
                 fix = f"leave out {choice.partition('=')[0]}"
                 if word in stack.precision_words:
                     choice, fix = "precision in 8 bits", "use --precision bf16"
-                part = {"latent": "latent attention's products"}.get(part, part.replace("_", " "))
+                part = PARTS.get(part, part.replace("_", " "))
                 return (
                     f"{choice}: framework {stack.name} is planned without it for {model.model_type}, whose "
                     f"{part} were traced in no such run: {fix}"
@@ -118,7 +120,8 @@ def _reasons(model: ModelSpec, stack: Stack) -> Iterator[str]:
     if unplaced or model.position_embedding == "relative" or model.head != "language" or model.head_bias:
         yield f"{model.name}: positions or a head of {model.model_type}'s kind: such a model {needed}"
     sinks = model.attention_sinks and "attention_sinks" not in parts
-    if model.attention_gate or sinks or model.attention_softcap or model.logits_softcap:
+    gates = model.attention_gate and "attention_gate" not in parts
+    if gates or sinks or model.attention_softcap or model.logits_softcap:
         yield f"{model.name}: attention with gates, sinks or capped scores {needed}"
     if model.qk_norm and model.qk_norm_weights != "shared":
         yield f"{model.name}: query and key norms of {model.model_type}'s kind: a block of them {needed}"

@@ -31,6 +31,8 @@ def model_words(model: ModelSpec) -> Iterator[str]:
         "grouped": model.num_key_value_heads < model.num_attention_heads,
         "half_loss": model.kind != "decoder",
         "sinks": model.attention_sinks,
+        "attention_gate": model.attention_gate,
+        "spread_keys": bool(model.delta and model.delta.num_value_heads > model.delta.num_key_heads),
         "capped_scores": model.attention_softcap is not None,
         "capped_logits": model.logits_softcap is not None,
         "norms_over_heads": model.qk_norm and model.qk_norm_weights == "per_head",

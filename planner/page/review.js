@@ -16,13 +16,14 @@
       { x: start[0], y: start[1] - height / 2, width: Math.max(end[0] - start[0], 0.5), height: height },
       { x: area.x, y: area.y, width: area.width, height: area.height }
     );
-    return shape && { type: "rect", shape: shape, style: { fill: api.visual("color"), stroke: printing || !dark.matches ? "#ffffff" : "#14181f", lineWidth: 0.5 } };
+    return shape && { type: "rect", shape: shape, style: { fill: api.visual("color"), stroke: printing || !dark.matches ? "#ffffff" : "#14181f", lineWidth: end[0] - start[0] > 4 ? 0.5 : 0 } };
   }
 
   function seconds(value) { return value >= 1 ? value.toPrecision(4) + " s" : (value * 1000).toPrecision(3) + " ms"; }
 
   function prepared(option) {
     const own = structuredClone(option);
+    delete own.units;
     own.backgroundColor = "transparent";
     own.aria = { enabled: true, label: { enabled: false }, decal: { show: false } };
     own.textStyle = { fontFamily: "system-ui, 'Segoe UI', Arial, sans-serif" };
@@ -38,7 +39,7 @@
         };
       } else if (series.data.length && series.data[0] && series.data[0].name !== undefined) {
         own.tooltip.formatter = function (one) {
-          return one.name + "\n" + one.value[0] + " s a step\n" + one.value[1] + " GiB free at least";
+          return [one.name, one.value[0] + " " + option.units[0], one.value[1] + " " + option.units[1]].join("\n");
         };
       }
     }

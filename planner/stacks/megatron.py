@@ -27,6 +27,7 @@ from planner.stacks.base import (
     Saving,
     Stack,
 )
+from planner.stacks.megatron_delta import DELTA, DELTA_STAGE, GATED_ATTENTION
 from planner.stacks.megatron_hybrid import MAMBA, by_parts, of_stage
 from planner.stacks.megatron_quantized import QUANTIZED
 from strategies.base import Role
@@ -235,9 +236,11 @@ MEGATRON = Stack(
             *parts.LATENT,
             *MAMBA,
             *QUANTIZED,
+            *DELTA,
+            *GATED_ATTENTION,
         ),
         "head": HEAD + traffic.HEAD,
-        "stage": (*parts.usual(of_stage(*STAGE)), *parts.STAND_INS),
+        "stage": (*parts.usual(of_stage(*STAGE)), *parts.STAND_INS, *DELTA_STAGE),
     },
     recipes={
         "bf16": Recipe(2, 4, 4, 4),
@@ -275,7 +278,13 @@ MEGATRON = Stack(
     },
     concerns=parts.CONCERNS,
     # Attention sinks by --softmax-type learnable.
-    parts={"experts": (), "latent": ("attention:eager",), "attention_sinks": ()},
+    parts={
+        "experts": (),
+        "latent": ("attention:eager",),
+        "attention_sinks": (),
+        "delta": ("quantized", "attention:eager"),  # experimental_attention_variant_module_specs.py
+        "attention_gate": ("quantized",),
+    },
     reruns=parts.RERUNS,
     # transformer_config.py: cp_comm_type; Transformer Engine's attention has them.
     context_comms={

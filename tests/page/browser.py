@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.support.ui import WebDriverWait
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 QUIET = (
@@ -65,6 +66,10 @@ class Browser:
     def run(self, script: str, *arguments: Any) -> Any:
         """What a script returns."""
         return self.driver.execute_script(script, *arguments)
+
+    def wait(self, script: str, seconds: float = 20) -> Any:
+        """What a script returns, once that is true."""
+        return WebDriverWait(self.driver, seconds).until(lambda driver: driver.execute_script(script))
 
     def complaints(self) -> list[str]:
         """What the console says since it was asked last."""

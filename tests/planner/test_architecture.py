@@ -51,17 +51,28 @@ def test_heavy_packages_have_a_home_each() -> None:
     assert who_imports("pulp") == {"planner/program.py"}
     renderers = {
         "planner/render.py",
+        "planner/render_advice.py",
         "planner/render_compare.py",
+        "planner/render_explain.py",
         "planner/render_cost.py",
         "planner/render_infer.py",
         "planner/render_measure.py",
         "planner/render_offload.py",
         "planner/render_plans.py",
+        "planner/render_sweep.py",
         "planner/render_validate.py",
     }
     assert who_imports("rich") == renderers
-    commands = {"planner/cli.py", "planner/cli_plans.py", "planner/cli_report.py", "planner/cli_serve.py"}
-    assert who_imports("typer") == {*commands, "planner/options.py"}
+    assert who_imports("typer") == {
+        "planner/cli.py",
+        "planner/cli_plans.py",
+        "planner/cli_report.py",
+        "planner/cli_serve.py",
+        "planner/options.py",
+    }
+    for package in ("joblib", "dask", "distributed", "ray"):
+        assert who_imports(package) == {"planner/sweeping.py"}, package
+    assert who_imports("pyarrow") == {"planner/sweep_files.py"}
     assert who_imports("starlette") == {"planner/web/app.py"}
     assert who_imports("uvicorn") == {"planner/web/server.py"}
     for package in ("torch", "transformers"):

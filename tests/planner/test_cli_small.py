@@ -93,7 +93,7 @@ def test_narrow_tables_leave_out_whole_columns_and_say_which() -> None:
     steps = re.findall(r"^ZeRO-\d.* ([\d.]+ s)$", wide, flags=re.M)
     assert re.findall(r"^ZeRO-\d.* ([\d.]+ s)$", narrow, flags=re.M) == steps
     assert len(steps) == 2
-    assert re.search(r"^term ", run(*COMMANDS["explain"], columns=60).stdout, flags=re.M)
+    assert re.search(r"^component ", run(*COMMANDS["explain"], columns=60).stdout, flags=re.M)
 
 
 def test_columns_go_in_their_order_and_the_first_one_never(monkeypatch: pytest.MonkeyPatch) -> None:

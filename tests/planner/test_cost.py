@@ -316,6 +316,9 @@ def test_nothing_of_it_is_imported_unless_asked_for() -> None:
         "except SystemExit: pass\n"
         "print(sorted(name for name in sys.modules if 'cost' in name and name.startswith('planner')))"
     )
-    for options, found in (([], "[]"), (["--tokens", "1B"], "['planner.cost', 'planner.render_cost']")):
+    for options, found in (
+        ([], "[]"),
+        (["--tokens", "1B"], "['planner.cost', 'planner.cost_words', 'planner.render_cost']"),
+    ):
         run = subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True)
         assert run.stdout.splitlines()[-1] == found, run.stderr

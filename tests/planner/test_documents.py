@@ -100,7 +100,7 @@ def test_plans_of_failures_are_read_back_equal(tmp_path: Path) -> None:
         ({"plans": [{"model": 1}]}, "written by planner"),
         ({"surprise": 1}, "surprise=1: Extra inputs are not permitted; plan it again"),
         ({"model": {"name": "<script>"}}, "model.model_type is missing"),
-        ({"proof": json.loads("[" * 30 + "]" * 30)}, "not a plan"),
+        ({"proof": json.loads("[" * 30 + "]" * 30)}, "not what planner search"),
     ],
 )
 def test_what_is_no_document_is_refused_with_the_reason(

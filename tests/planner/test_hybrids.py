@@ -17,7 +17,7 @@ from planner.defaults import Job, resolve
 from planner.layers import Builder
 from planner.layouts import enumerate_layouts
 from planner.ledger import tensor_entries, view
-from planner.model import Block, StateSpace
+from planner.model import Block, DeltaNet, StateSpace
 from planner.replay import StageReplay
 from planner.stacks import STACKS
 from planner.stages import price
@@ -30,6 +30,8 @@ RUNS = json.loads((Path(__file__).parents[1] / "data/hybrid_runs.json").read_tex
 NEMOTRON = ModelSpec.from_catalog("nemotron-h-8b")
 MAMBA, ATTENTION, MLP = Block("mamba", "none"), Block("full", "none"), Block("none", "dense")
 PARTS = {"M": MAMBA, "*": ATTENTION, "-": MLP}
+# Gated delta nets and the attention between them have an MLP each.
+WHOLE = {"D": Block("delta", "dense"), "G": Block("full", "dense")}
 
 
 def of_parts(model: ModelSpec, pattern: str, **space: int) -> ModelSpec:
@@ -37,8 +39,8 @@ def of_parts(model: ModelSpec, pattern: str, **space: int) -> ModelSpec:
     changes: dict[str, Any] = {
         "model_type": "nemotron_h",
         "num_hidden_layers": len(pattern),
-        "mixers": tuple(PARTS[letter].mixer for letter in pattern),
-        "mlps": tuple(PARTS[letter].mlp for letter in pattern),
+        "mixers": tuple((PARTS | WHOLE)[letter].mixer for letter in pattern),
+        "mlps": tuple((PARTS | WHOLE)[letter].mlp for letter in pattern),
         "state_space": StateSpace(**space) if space else None,
     }
     return ModelSpec(**(model.model_dump() | changes))
@@ -208,7 +210,11 @@ def hybrids(draw: st.DrawFn) -> tuple[Job, Layout]:
     made = made.model_copy(update={"num_key_value_heads": groups, "max_position_embeddings": 512})
     space = {"num_heads": groups * draw(st.sampled_from([1, 3, 8])), "n_groups": groups}
     space |= {name: draw(st.sampled_from([8, 64])) for name in ("head_dim", "state_size")}
-    pattern = draw(st.text("M*-", min_size=1, max_size=12))
+    pattern = draw(st.text("M*-DG", min_size=1, max_size=12))
+    heads = {"num_key_heads": groups, "num_value_heads": groups * draw(st.sampled_from([1, 2]))}
+    widths = {name: draw(st.sampled_from([8, 64])) for name in ("key_head_dim", "value_head_dim")}
+    net = DeltaNet(**heads, **widths) if "D" in pattern else None
+    made = made.model_copy(update={"delta": net, "attention_gate": draw(st.booleans())})
     model = of_parts(made, pattern, **space)
     schedules = ("1f1b", "interleaved") if len(model.block_kinds) == 1 else ("1f1b",)
     tensor = draw(st.sampled_from([t for t in (1, 2, 4) if groups % t == 0]))
@@ -220,7 +226,7 @@ def hybrids(draw: st.DrawFn) -> tuple[Job, Layout]:
         precision=draw(st.sampled_from(["bf16", "fp32"])),
         seq_length=draw(st.sampled_from([64, 512])),
         global_batch_size=layout.global_batch_size,
-        options={"attention": draw(st.sampled_from(["flash", "eager"]))},
+        options={"attention": "flash" if "D" in pattern else draw(st.sampled_from(["flash", "eager"]))},
     )
     return resolve(model, ClusterSpec.parse(f"{layout.world_size}xA100"), training), layout
 
@@ -278,7 +284,6 @@ LAYOUT = Layout(8, sharding="zero1")
         ("nemotron-h-8b", LAYOUT, {"framework": "deepspeed"}, "not under deepspeed"),
         ("nemotron-h-8b", LAYOUT, {"precision": "fp8-delayed"}, "8- or 4-bit products are not planned"),
         ("nemotron-h-8b", LAYOUT, {"options": {"norm": "recomputed"}}, "use norm=kept"),
-        ("qwen3-next-80b-a3b", LAYOUT, {}, "gated delta net"),
         (
             "mamba-codestral-7b",
             Layout(1, tensor_parallel=16, grad_accum=8),

@@ -9,16 +9,30 @@ import json
 import resource
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from planner import ClusterSpec, Document, Layout, ModelSpec, TrainingSpec, document_of, estimate, search
+from planner import (
+    ClusterSpec,
+    Document,
+    InputError,
+    Layout,
+    ModelSpec,
+    TrainingSpec,
+    document_of,
+    estimate,
+    grid,
+    search,
+    sweep,
+)
 from planner.cli import app
 from planner.report import COMMENT_BYTES, PAGE, cell_text, comment, data, page, table
 from planner.review import Subject, exhibits
+from planner.sweep_files import read_rows, write
 
 HOSTILE = "<script>x</script> | `a` **b** [c](http://d) @e #1 \u202e"
 
@@ -89,6 +103,23 @@ def test_the_headline_page_is_small_and_quick_to_build(headline: Document, tmp_p
     assert 1_000_000 < (tmp_path / "review.html").stat().st_size < 2_000_000
 
 
+def test_a_frontier_has_the_front_of_a_sweep_and_what_nearly_fits(headline: Document, tmp_path: Path) -> None:
+    clusters = [ClusterSpec.parse(f"{count}x80G") for count in (8, 16, 32)]
+    found = sweep(grid(ModelSpec.from_catalog("llama-65b"), clusters), jobs=1)
+    path = tmp_path / "sweep.json"
+    write(found, path)
+    rows = read_rows(path)
+    assert rows == list(found.rows)
+    one = next(one for one in data(headline, rows)["exhibits"] if one["name"] == "frontier")
+    assert [row[0].split()[0] for row in one["rows"]] == ["16", "32", "8"]
+    assert [row[3] for row in one["rows"]] == ["fits", "fits", "does not fit"]
+    assert page(headline, swept=rows).count("data-chart") == page(headline).count("data-chart") + 1
+    for wrong in ("{}", '{"schema": "planner.sweep/1", "rows": [{}]}', '{"schema": "planner.sweep/2"}'):
+        path.write_text(wrong)
+        with pytest.raises(InputError, match=r"sweep\.json"):
+            read_rows(path)
+
+
 def test_the_library_is_the_released_one() -> None:
     # npm's echarts 6.1.0, dist/echarts.min.js.
     digest = hashlib.sha256((PAGE / "echarts.min.js").read_bytes()).hexdigest()
@@ -102,6 +133,8 @@ def test_a_comment_is_within_what_github_takes_and_text_stays_text(headline: Doc
     deep = Layout(16, 1, 126, 1, 1, 32, sharding="zero1")
     large = document_of(model, cluster, [estimate(model, cluster, training, deep)])
     assert len(comment(large).encode()) <= COMMENT_BYTES
+    for line, after in pairwise(comment(large).splitlines()):  # a table ends with its rows
+        assert not (line.startswith("| ") and after and after[0] not in "|<"), after
     named = headline.best.model_copy(update={"model": HOSTILE, "warnings": (HOSTILE,)})
     text = comment(headline.model_copy(update={"plans": (named,), "command": "x ``` y", "error": HOSTILE}))
     assert "<script" not in text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -104,9 +103,7 @@ def result_page(document: Document, asked: Asked) -> str:
     ranked = shown(alternatives(document.plans)) if document.plans else None
     if ranked is None and document.changes:
         ranked = shown(changes(document))
-    links = (
-        () if document.plans else [_changed(asked, str(one.get("option", ""))) for one in document.changes]
-    )
+    links = () if document.plans else [_changed(asked, one.get("options", {})) for one in document.changes]
     query = urlencode(asked.address())
     return _template().render(
         **_base(asked.by_name)
@@ -124,16 +121,16 @@ def result_page(document: Document, asked: Asked) -> str:
     )
 
 
-def _changed(asked: Asked, options: str) -> str:
-    """The address of what was asked with some of the command's options instead, where it has one."""
-    words = shlex.split(options)
-    names = {field.flags[0]: name for name, field in fields().items()}
-    if len(words) % 2 or not all(flag in names for flag in words[::2]):
-        return ""
+def _changed(asked: Asked, options: Mapping[str, Any]) -> str:
+    """The address of what was asked with some options changed, left out where None; empty if it has none."""
     texts = asked.by_name
-    for flag, text in zip(words[::2], words[1::2], strict=True):
-        name = names[flag]
-        more = fields()[name].kind == "list" and texts.get(name)
-        texts[name] = f"{more}\n{text}" if more else text
-    address = "/search?" + urlencode(texts)
-    return address if words and len(address) <= LONGEST_ADDRESS else ""
+    for name, value in options.items():
+        if name not in fields():
+            return ""
+        if isinstance(value, bool):
+            value = "yes" if value else "no"
+        ones = [str(one) for one in value] if isinstance(value, (list, tuple)) else [str(value)]
+        kept = texts.get(name, "").split("\n") if fields()[name].kind == "list" else []
+        texts[name] = "" if value is None else "\n".join(filter(None, dict.fromkeys([*kept, *ones])))
+    address = "/search?" + urlencode({name: text for name, text in texts.items() if text})
+    return address if options and len(address) <= LONGEST_ADDRESS else ""

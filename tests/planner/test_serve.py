@@ -49,6 +49,7 @@ from planner.web.fields import (  # noqa: E402
     from_query,
     read,
 )
+from planner.web.pages import _changed  # noqa: E402
 from planner.web.workers import BUSY, DIED, SLOW, Workers  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -249,6 +250,14 @@ def test_where_nothing_fits_it_says_what_would(page: TestClient) -> None:
             gpus = change["option"].split()[1]
             assert f"/search?model=llama-2-7b&amp;gpus={gpus}&amp;tensor_parallel=1" in text
     assert page.get("/review", params=job).status_code == 200
+
+
+def test_a_change_of_options_is_an_address() -> None:
+    own = asked(headroom="5%", option="loss=fused")
+    given: dict[str, Any] = {"headroom": None, "option": ["norm=kept"], "sequence_parallel": False}
+    start = "/search?model=gpt2-small&gpus=2xA100&global_batch_size=8"
+    assert _changed(own, given) == f"{start}&option=loss%3Dfused%0Anorm%3Dkept&sequence_parallel=no"
+    assert _changed(own, {"profile": "x"}) == _changed(own, {}) == ""
 
 
 def test_a_pasted_config_is_read_as_data(page: TestClient) -> None:

@@ -25,8 +25,43 @@ if TYPE_CHECKING:
 UsageError: Any = typer.BadParameter.__base__
 
 
+COMMANDS = {
+    "search": ("cli", "SEARCH"),
+    "estimate": ("cli", "ESTIMATE"),
+    "explain": ("cli", "EXPLAIN"),
+    "compare": ("cli", "COMPARE"),
+    "sweep": ("cli_sweep", "EXAMPLE"),
+    "report": ("cli_report", "EXAMPLE"),
+    "serve": ("cli_serve", "EXAMPLE"),
+    "diff": ("cli_plans", "DIFF"),
+    "check": ("cli_plans", "CHECK"),
+    "infer": ("cli_infer", "EXAMPLE"),
+    "catalog": ("cli_catalog", "EXAMPLE"),
+    "measure": ("cli_measure", "EXAMPLE"),
+    "validate": ("cli_validate", "EXAMPLE"),
+    "calibrate": ("cli_calibrate", "EPILOG"),
+}
+"""By name: the module that a command is a function of, and what is said below its help."""
+SEARCH = "Example: planner search --model llama-2-70b --gpus 8x8xH100 --seq-length 4096 --headroom 10%"
+ESTIMATE = "Example: planner estimate --model llama-65b --gpus 64x80G -tp 8 -pp 2 --global-batch-size 512"
+EXPLAIN = "Example: planner explain --model llama-65b --gpus 64x80G -tp 8 -pp 2 --stage 0 --moment backward"
+COMPARE = "Example: planner compare --model llama-2-7b --gpus 8x80G"
+
+
 class Commands(TyperGroup):
-    """The commands. What is wrong with their options is said as JSON too, if JSON is asked for."""
+    """The commands, each made when it is asked for: making one takes as long as importing its module.
+
+    What is wrong with their options is said as JSON too, if JSON is asked for.
+    """
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        for name in [cmd_name] if cmd_name in COMMANDS else COMMANDS:  # to say which is near
+            if name not in self.commands:
+                self.commands[name] = made(name)
+        return super().get_command(ctx, cmd_name)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **more: Any) -> Any:
         gc.set_threshold(100_000)  # a process of seconds leaves little garbage: looking for it takes a tenth
@@ -50,6 +85,22 @@ app = typer.Typer(
     help="Will this model fit on these GPUs, on which layout, and how fast?\n\n"
     "Example: planner search --model llama-65b --gpus 64x80G",
 )
+
+
+@app.callback()
+def main() -> None:
+    """Nothing of its own: the commands are in ``COMMANDS``."""
+
+
+def made(name: str) -> Any:
+    """A command, from the function of its name."""
+    from importlib import import_module
+
+    module, example = COMMANDS[name]
+    home = sys.modules[__name__] if module == "cli" else import_module(f"planner.{module}")
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    alone.command(name, epilog=getattr(home, example))(getattr(home, name))
+    return typer.main.get_command(alone)
 
 
 def fail(message: str, status: int, as_json: bool = False, **more: Any) -> NoReturn:
@@ -152,9 +203,6 @@ def progress(
             sys.stderr.write("\r\x1b[K")
 
 
-@app.command(
-    epilog="Example: planner search --model llama-2-70b --gpus 8x8xH100 --seq-length 4096 --headroom 10%"
-)
 @o.takes(
     o.JOB,
     o.TRAINING,
@@ -271,9 +319,6 @@ def advice_on(job: tuple[Any, ...] | None, given: dict[str, Any], plan: Plan) ->
         return api.whynot(*job, **way_of(given), progress=report)
 
 
-@app.command(
-    epilog="Example: planner estimate --model llama-65b --gpus 64x80G -tp 8 -pp 2 --global-batch-size 512"
-)
 @o.takes(
     o.JOB,
     o.LAYOUT,
@@ -307,9 +352,6 @@ def estimate(given: dict[str, Any]) -> None:
             raise typer.Exit(1)
 
 
-@app.command(
-    epilog="Example: planner explain --model llama-65b --gpus 64x80G -tp 8 -pp 2 --stage 0 --moment backward"
-)
 @o.takes(
     {"plan": (o.PlanFile, None)},
     o.JOB | {"model": (o.Model, None), "gpus": (o.Gpus, None)},
@@ -377,7 +419,6 @@ def explanation(given: dict[str, Any]) -> Explanation:
     return found
 
 
-@app.command(epilog="Example: planner compare --model llama-2-7b --gpus 8x80G")
 @o.takes(
     o.JOB,
     {"micro_batch_size": (o.Micro, 1), "recompute": (o.Recompute, "auto")},
@@ -416,32 +457,3 @@ def compare(given: dict[str, Any]) -> None:
             show_compare(console_for(), rows)
         if not any(plan.fits for plan in found):
             raise typer.Exit(1)
-
-
-def _register() -> None:
-    """The commands that have files of their own."""
-    from planner import (
-        cli_calibrate,
-        cli_catalog,
-        cli_infer,
-        cli_measure,
-        cli_plans,
-        cli_report,
-        cli_serve,
-        cli_sweep,
-        cli_validate,
-    )
-
-    app.command(epilog=cli_sweep.EXAMPLE)(cli_sweep.sweep)
-    app.command(epilog=cli_report.EXAMPLE)(cli_report.report)
-    app.command(epilog=cli_serve.EXAMPLE)(cli_serve.serve)
-    app.command(epilog=cli_plans.DIFF)(cli_plans.diff)
-    app.command(epilog=cli_plans.CHECK)(cli_plans.check)
-    app.command(epilog=cli_infer.EXAMPLE)(cli_infer.infer)
-    app.command(epilog=cli_catalog.EXAMPLE)(cli_catalog.catalog)
-    app.command(epilog=cli_measure.EXAMPLE)(cli_measure.measure)
-    app.command(epilog=cli_validate.EXAMPLE)(cli_validate.validate)
-    app.command(epilog=cli_calibrate.EPILOG)(cli_calibrate.calibrate)
-
-
-_register()

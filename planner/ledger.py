@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from planner.collectives import Messages
@@ -19,8 +20,8 @@ from planner.overheads import groups, library_bytes
 from planner.replay import Snapshot, chunk_blocks
 from planner.spans import SPANS_OF
 from planner.stages import Prices
-from strategies.base import Layer, Role, Term, held, size_seen_by
-from strategies.layout import collectives_of, strategies_of
+from strategies.base import AbstractStrategy, Layer, Role, Term, held, size_seen_by
+from strategies.layout import Layout, Wire, collectives_of, strategies_of
 from strategies.offload import Way
 from strategies.recompute import Recompute
 
@@ -211,7 +212,7 @@ def entries_elsewhere(prices: Prices, stage: StageView, place: str) -> Iterator[
             layers.append((prices.block_layer(index), prices.policy_of(index), count))
     ends = [(prices.layers[0], "none", 1)] * stage.first + [(prices.layers[-1], "none", 1)] * stage.last
     for layer, way, count in (*ends, *layers):
-        *strategies, _ = strategies_of(layout, prices.wire, 0, way)
+        strategies = _strategies(layout, prices.wire, way)
         shares_of = [one for one in strategies if one.axis not in ("offload", "recompute")]
         for move in moves(job, layout, way):
             if move.place != place:
@@ -226,7 +227,7 @@ def entries_elsewhere(prices: Prices, stage: StageView, place: str) -> Iterator[
                         move.component, term.name, layer.kind, dims, unit, count, whole, shares, total
                     )
     if place == "host":
-        *strategies, _ = strategies_of(layout, prices.wire)
+        strategies = _strategies(layout, prices.wire)
         sizes = host_buffers(job, layout, prices.stage_layers(stage.first, stage.last), strategies)
         for name, size in sizes:
             if float(size):
@@ -287,7 +288,7 @@ def _working(
     prices: Prices, layer: Layer, policy: str, own: LayerPrice, step: int | None, now: Snapshot
 ) -> Iterator[Entry]:
     """What the layer at work holds besides what it saved."""
-    *strategies, _ = strategies_of(prices.layout, prices.wire, 0, "none")
+    strategies = _strategies(prices.layout, prices.wire)
     data, size = strategies[0], size_seen_by(strategies[0], strategies)
     split = prices.pipeline.split
     if split and now.place != "logits":  # which end the forward
@@ -354,6 +355,12 @@ def _terms(
         yield from _one(prices, layer, term, policy, left, name, flight=flight)
 
 
+@lru_cache(maxsize=64)
+def _strategies(layout: Layout, wire: Wire, policy: str = "none") -> tuple[AbstractStrategy, ...]:
+    """The strategies of a single layout but the pipeline's, made once for all of a stage's terms."""
+    return strategies_of(layout, wire, 0, policy)[:-1]
+
+
 def _one(
     prices: Prices,
     layer: Layer,
@@ -366,7 +373,7 @@ def _one(
 ) -> Iterator[Entry]:
     if not count:
         return
-    *strategies, _ = strategies_of(prices.layout, prices.wire, 0, policy)
+    strategies = _strategies(prices.layout, prices.wire, policy)
     shares = {s.label: float(s.share(term)) for s in strategies if not isinstance(s, Recompute)}
     recompute = next(s for s in strategies if isinstance(s, Recompute))
     if term.role is Role.ACTIVATION:
@@ -417,7 +424,7 @@ def messages(prices: Prices, stage: StageView) -> Iterator[Message]:
     layers += [(prices.layers[-1], "none", 1)] * stage.last
     sent = Messages.of(prices.job.cluster, prices.layout)
     for layer, policy, copies in layers:
-        *strategies, _ = strategies_of(prices.layout, prices.wire, 0, policy)
+        strategies = _strategies(prices.layout, prices.wire, policy)
         alike: dict[tuple[Any, ...], Message] = {}
         for one in collectives_of(layer, strategies):
             gpus = int(size_of(one.axis, prices.layout))

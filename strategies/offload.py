@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, reduce
 from typing import ClassVar
 
 from strategies.base import AbstractStrategy, Buffer, Layer, Quantity, Role, Size, Term, larger
@@ -22,6 +22,7 @@ class Way:
     offload: tuple[str, ...] = ()
 
     @staticmethod
+    @lru_cache
     def of(text: str) -> Way:
         """A way as it is written.
 

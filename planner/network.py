@@ -125,6 +125,8 @@ class Network:
         """Do all groups of two layouts with equal degrees lie alike, so that no time differs?"""
         alike: Any = True
         for axis in AXES:
+            if axis in LEVELS and one.context_comm != "ulysses+ring":
+                continue  # a part of the axis "context" or all of it
             if all(isinstance(n, int) and n == 1 for n in group(axis, one)[::2]):
                 continue
             first, second = (self.place(*group(axis, layout)) for layout in (one, other))
@@ -149,6 +151,10 @@ AXES = (
     "expert_data",
 )
 """The axes that messages are sent along."""
+
+
+LEVELS = ("context_heads", "context_ring")
+"""Of Ulysses within a ring."""
 
 
 def group(axis: str, layout: Layout) -> tuple[Quantity, ...]:

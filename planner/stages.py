@@ -71,7 +71,7 @@ def _pick(value: Any, selector: Any, picked: dict[int, Any]) -> Any:
         return type(value)(_pick(item, selector, picked) for item in value)
     if isinstance(value, LayerPrice | StepPrice | Residence | PipelineParallel):
         if id(value) not in picked:
-            picked[id(value)] = part = copy.copy(value)
+            picked[id(value)] = part = object.__new__(type(value))
             vars(part).update({key: _pick(item, selector, picked) for key, item in vars(value).items()})
         return picked[id(value)]
     if isinstance(value, Layout):

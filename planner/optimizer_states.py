@@ -179,10 +179,14 @@ SHAMPOO_STEPS = 100
 
 
 def preconditioned(tensor: Tensor) -> list[float]:
-    """The lengths that SOAP keeps matrices of, the smallest first: none of vectors."""
+    """The lengths that SOAP keeps matrices of, the smallest first: none of vectors.
+
+    It takes whole tensors, of the same lengths under every layout of a family.
+    """
     if len(tensor.shape) == 1:
         return []
-    return sorted(float(n) for n in tensor.shape if n <= MOST_SOAP)
+    lengths = [float(np.max(n)) for n in tensor.shape]
+    return sorted(n for n in lengths if n <= MOST_SOAP)
 
 
 def soap_state(tensor: Tensor, recipe: Recipe, shards: Quantity) -> Quantity:

@@ -9,13 +9,19 @@ from __future__ import annotations
 from math import isfinite
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from planner import ClusterSpec, ModelSpec, Plan, TrainingSpec, estimate
+from planner.api import check_choices
+from planner.best_first import find
 from planner.catalog import names
+from planner.defaults import resolve
 from planner.errors import InputError
+from planner.layouts import Choices
 from planner.optimizers import OPTIMIZERS
+from planner.plan import make_plan
 from planner.stacks import STACKS
 from strategies.context_parallel import COMMS
 from strategies.layout import SHARDINGS, Layout
@@ -149,3 +155,54 @@ def test_every_combination_is_planned_soundly_or_refused_with_a_reason(
         assert "\n" not in refusal
     else:
         check(model, cluster, plan)
+
+
+@given(jobs())
+@settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
+def test_what_a_search_finds_of_a_combination_is_what_the_layout_alone_takes(
+    job: tuple[ModelSpec, ClusterSpec, TrainingSpec, Layout, str],
+) -> None:
+    model, cluster, training, layout, _ = job
+    several = layout.context_parallel > 1
+    choices = Choices(
+        tensor_parallel=(int(layout.tensor_parallel),),
+        pipeline_parallel=(int(layout.pipeline_parallel),),
+        context_parallel=(int(layout.context_parallel),) if several else None,
+        context_comm=(layout.context_comm,) if several else None,
+        expert_parallel=(int(layout.expert_parallel),),
+        across_nodes=True,
+    )
+    try:
+        resolved = resolve(model, cluster, training)
+        check_choices(resolved, choices, "time", 1, 5.0)
+        answers = find(resolved, choices, top=1, time_limit=5.0).answers
+    except InputError:  # estimates of the same say why
+        return
+    for answer in answers:
+        plan = make_plan(resolved, answer, {"status": "feasible", "gap": 0.0})
+        check(model, cluster, plan)
+        own = plan.layout.to_layout()
+        ways = {policy for stage in plan.stages for policy in stage.rows}
+        if len(ways) == 1 and layout.pipeline_parallel == 1:
+            alone = estimate(model, cluster, training, own, recompute=next(iter(ways)))
+            assert (alone.peak_bytes, alone.step_time_s) == (plan.peak_bytes, plan.step_time_s)
+
+
+@pytest.mark.parametrize("framework", STACKS)
+def test_every_optimizer_and_precision_is_searched_or_refused(framework: str) -> None:
+    model = ModelSpec.from_catalog("llama-3.2-1b")
+    usual = {"framework": framework, "seq_length": 1024, "global_batch_size": 8}
+    asked = [{"optimizer": name} for name in OPTIMIZERS]
+    asked += [{"precision": name} for name in STACKS[framework].recipes]
+    for gpus in ("1xB200", "2xH100"):
+        cluster, found = ClusterSpec.parse(gpus), 0
+        for fields in asked:
+            try:
+                job = resolve(model, cluster, TrainingSpec(**usual, **fields))
+            except InputError:
+                continue
+            answers = find(job, Choices(), top=1, time_limit=10.0).answers
+            for answer in answers:
+                check(model, cluster, make_plan(job, answer, {"status": "feasible", "gap": 0.0}))
+                found += 1
+        assert found > 3

@@ -182,7 +182,9 @@ def _of_layout(before: Asked, after: Asked) -> Iterator[tuple[str, Any]]:
     for name in OF_LAYOUT:
         if getattr(old, name) != getattr(new, name) or (moved and name == "sharding"):
             yield name, getattr(new, name)
-    if new.sharding == "fsdp" and (old.data_shards != new.data_shards):
+    shards = [(one.data_parallel, one.data_shards, one.sharding) for one in (old, new)]
+    hybrid = new.data_shards != new.data_parallel  # left out, it stands for all replicas there are then
+    if new.sharding == "fsdp" and shards[0] != shards[1] and (hybrid or old.data_shards != new.data_shards):
         yield "data_shards", new.data_shards
     elif old.sharding == "fsdp" and new.sharding != "fsdp":
         yield "data_shards", None

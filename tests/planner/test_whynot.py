@@ -30,9 +30,11 @@ ROOT = Path(__file__).parents[2]
 GIB = 2**30
 Given = dict[str, Any]
 EXAMPLES = int(os.environ.get("WHYNOT_EXAMPLES", "5"))
-"""An example tries dozens of changes: a few in every run, and none is made smaller."""
+"""An example tries dozens of changes: a few in every run, the same ones, and none is made smaller. With
+WHYNOT_EXAMPLES as many others are drawn."""
 PROPERTY = settings(
     deadline=None,
+    derandomize="WHYNOT_EXAMPLES" not in os.environ,
     max_examples=EXAMPLES,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
@@ -103,6 +105,23 @@ def same(plan: Plan, change: Change) -> None:
     assert plan.peak_bytes == change.peak_bytes, change
     assert plan.step_time_s == pytest.approx(change.step_time_s, rel=1e-9), change
     assert plan.num_gpus == change.num_gpus
+
+
+def test_fewer_shards_than_replicas_are_said_though_there_were_as_many_before() -> None:
+    asked = defaults(JOB, TRAINING, LAYOUT) | {
+        "model": "llama-3.2-1b",
+        "gpus": "8xA100",
+        "framework": "torchtitan",
+    }
+    given = asked | {"tensor_parallel": 2, "pipeline_parallel": 2}
+    before = asked_of(given)
+    layout = asked_of(asked | {"data_shards": 2}).layout
+    assert before.layout is not None
+    assert layout is not None
+    assert (before.layout.data_shards, layout.data_shards, layout.data_parallel) == (2, 2, 8)
+    options = options_between(before, replace(before, layout=layout))
+    assert options["data_shards"] == 2
+    assert asked_of(applied(given, options)).layout == layout
 
 
 @given(st.data())

@@ -8,19 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from planner import frozen
 from planner.best_first import Found, find
-from planner.candidate import Candidate
 from planner.defaults import Job, resolve
 from planner.errors import InfeasibleError, InputError, SolverError
 from planner.given import check_layout, check_supported, unsupported
 from planner.layouts import CHOSEN_DEGREES, Choices
-from planner.offload import offloading_of
-from planner.offload_choices import activation_problem, canonical
+from planner.offload_choices import canonical
 from planner.plan import Plan, make_plan
-from planner.program import Solution, settle, solve
+from planner.program import Solution, settle
 from planner.specs import ClusterSpec, ModelSpec, TrainingSpec
-from planner.stages import price
+from planner.splits import solve_layout
 from strategies.layout import RANK_ORDERS, Layout
-from strategies.pipeline_parallel import FOLDED, SCHEDULES, PipelineParallel
+from strategies.pipeline_parallel import FOLDED, SCHEDULES
 
 if TYPE_CHECKING:
     from planner.advice import Advice
@@ -196,115 +194,6 @@ def job_for(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec, layo
             return replace(other, assumptions=(*other.assumptions, note))
     check_supported(job, layout)
     return job
-
-
-def solve_layout(
-    job: Job, layout: Layout, recompute: str = "auto", layers: Sequence[int] | None = None
-) -> Solution:
-    """Splits the layers of one layout over its stages, fitting or, if it must be, not.
-
-    As given by ``layers``; else as evenly as they go, as frameworks do, if one policy is asked for;
-    else by the integer program. Raises InputError for what cannot be.
-    """
-    check_layout(job, layout)
-    runs = job.stack.policies_with(layout.schedule)
-    if recompute.endswith("+activations"):
-        return _as_memory_forces(price(job, layout, _ways(job, layout, recompute)).spread(), layers)
-    policies = runs if recompute == "auto" else (recompute,)
-    if recompute != "auto" and recompute in job.stack.policies and recompute not in runs:
-        raise InputError(
-            f"recompute={recompute}: {job.stack.name} would run a block again for each of its products under "
-            f"{layout.schedule}, which is not modelled: use {', '.join(runs)}, or another schedule"
-        )
-    if not set(policies) <= set(job.stack.policies):
-        why = frozen.no_recompute(job.training)
-        raise InputError(f"recompute={recompute!r}: use auto, {', '.join(job.stack.policies)}{why}")
-    return _as_memory_forces(price(job, layout, policies).spread(), layers)
-
-
-def _ways(job: Job, layout: Layout, recompute: str) -> tuple[str, ...]:
-    """The ways of running a layer where activations are offloaded, as many layers' as memory forces."""
-    policy = recompute.partition("+")[0]
-    if problem := activation_problem(job, layout, policy):
-        raise InputError(problem)
-    if offloading_of(job.stack, layout).checkpoints:
-        return ("full+activations",) if policy == "full" else ("none", "full+activations")
-    return ("none", "none+activations")
-
-
-def _as_memory_forces(candidate: Candidate, layers: Sequence[int] | None) -> Solution:
-    """The layers split as given, evenly where there is one way to run them, else by the program."""
-    layout = candidate.layout
-    if layers is None and len(candidate.policies) == 1:
-        layers = [rows * layout.chunks for rows in _even_rows(candidate)]
-        layers = _with_missing(candidate, layers, -1)
-    if layers is not None:
-        return _as_given(candidate, layers)
-    solution = solve([candidate])
-    if solution is None:  # show by how much: the split that needs least, without a limit
-        rest = [0 for _ in candidate.policies[1:]]
-        everything = [n for kind in candidate.order.counts for n in (kind, *rest)]
-        ample = 2 * max(candidate.peak(j, everything)[0] for j in range(len(candidate.stages)))
-        boundless = dict.fromkeys(candidate.rooms, 1e18)
-        solution = solve([replace(candidate, capacity=ample, rooms=boundless)], "headroom")
-    assert solution is not None
-    return settle(solution)
-
-
-def _even_rows(candidate: Candidate) -> list[int]:
-    """Rows on each stage, as even as they go: the same from both ends, if stages are mirrored."""
-    depth = len(candidate.stages)
-    if not candidate.mirrored:
-        return near_even(candidate.rows, depth)
-    half = near_even(candidate.rows // 2, depth // 2)
-    return [*half, *reversed(half)]
-
-
-def near_even(rows: int, stages: int) -> list[int]:
-    """Rows on each stage, one more on inner stages first: embedding and head take room on the others.
-
-    >>> near_even(126, 16)[:3], near_even(32, 6)
-    ([7, 8, 8], [5, 6, 6, 5, 5, 5])
-    """
-    least, more = divmod(rows, stages)
-    longer = [*range(1, stages - 1), 0][:more]
-    return [least + (index in longer) for index in range(stages)]
-
-
-def _with_missing(candidate: Candidate, layers: Sequence[int], sign: int) -> list[int]:
-    """Layers on each stage with (1) or without (-1) those that the chunks at the ends lack."""
-    depth, schedule = len(candidate.stages), candidate.layout.schedule
-    found = list(layers)
-    for stage in range(depth):
-        first, last = PipelineParallel(depth, stage, schedule=schedule).ends
-        found[stage] += sign * ((candidate.short >= 1) * last + (candidate.short == 2) * first)
-    return found
-
-
-def _as_given(candidate: Candidate, layers: Sequence[int]) -> Solution:
-    """The solution that has those layers on its stages, all under the candidate's one policy."""
-    depth, chunks = len(candidate.stages), candidate.layout.chunks
-    total = candidate.rows * chunks - candidate.short
-    if len(layers) != depth or sum(layers) != total or min(layers) < 1:
-        raise InputError(
-            f"layers_per_stage={','.join(map(str, layers))[:60]}: give {depth} numbers, 1 or more, that add "
-            f"up to {total}"
-        )
-    if len(candidate.policies) > 1:
-        raise InputError(
-            "layers_per_stage with recompute=auto: name the one policy that all layers run under"
-        )
-    full = _with_missing(candidate, layers, 1)
-    if candidate.mirrored and full != full[::-1]:
-        even = ",".join(str(rows * chunks) for rows in _even_rows(candidate))
-        raise InputError(
-            f"layers_per_stage={','.join(map(str, layers))[:60]}: dualpipe has the same layers on stages as "
-            f"far from one end as from the other: use {even}"
-        )
-    if any(count % chunks for count in full):
-        raise InputError(f"layers_per_stage={','.join(map(str, layers))[:60]}: not equal in {chunks} chunks")
-    rows = tuple(candidate.under_one([count // chunks for count in full]))
-    return Solution(candidate, rows, candidate.cost(rows), True)
 
 
 def estimate(

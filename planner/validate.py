@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from planner.api import given_plan, solve_layout
+from planner.api import given_plan
 from planner.catalog import load_gpu, load_model
 from planner.comparison import Prediction, Report, Sizes, report_of
 from planner.defaults import Job, resolve
@@ -16,6 +16,7 @@ from planner.errors import InputError, PlannerError
 from planner.plan import StagePlan
 from planner.runs import Run, Runs, load_runs
 from planner.specs import ClusterSpec, ModelSpec, TrainingSpec, first_problem
+from planner.splits import solve_layout
 from planner.stacks import STACKS
 from planner.timing import TimeReport, Timing, rankings
 from planner.units import GIB

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from planner.api import given_plan, solve_layout
+from planner.api import given_plan
 from planner.bounds import quick_bound, tight_bound
 from planner.candidate import Candidate
 from planner.defaults import Job, resolve
@@ -22,6 +22,7 @@ from planner.order import Order
 from planner.program import solve
 from planner.replay import MOMENTS, StageReplay, Timeline
 from planner.specs import ClusterSpec, ModelSpec, TrainingSpec
+from planner.splits import solve_layout
 from planner.stages import Prices, price
 from strategies.base import Role
 from strategies.layout import SHARDINGS, Layout

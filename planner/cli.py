@@ -33,6 +33,7 @@ COMMANDS = {
     "sweep": ("cli_sweep", "EXAMPLE"),
     "report": ("cli_report", "EXAMPLE"),
     "serve": ("cli_serve", "EXAMPLE"),
+    "export": ("cli_launch", "EXPORT"),
     "diff": ("cli_plans", "DIFF"),
     "check": ("cli_plans", "CHECK"),
     "infer": ("cli_infer", "EXAMPLE"),

@@ -65,6 +65,7 @@ def test_heavy_packages_have_a_home_each() -> None:
     assert who_imports("rich") == renderers
     assert who_imports("typer") == {
         "planner/cli.py",
+        "planner/cli_launch.py",
         "planner/cli_plans.py",
         "planner/cli_report.py",
         "planner/cli_serve.py",

@@ -44,11 +44,11 @@ def export(
 
         from planner.documents import read_document
         from planner.export import export as made_of
+        from planner.export.base import settings_of
 
         document = read_document(Path(plan))
-        subject, made = _expressible(
-            document, number, lambda one: made_of(one, to, framework_version, chosen)
-        )
+        given = to, framework_version, settings_of(settings or [])
+        subject, made = _expressible(document, number, lambda one: made_of(one, *given))
         if output:
             from planner.export.writing import write_folder
 

@@ -178,8 +178,8 @@ def setting_of(settings: Mapping[str, str], name: str, default: str = "", most: 
     return value
 
 
-def settings_of(texts: Sequence[str]) -> dict[str, str]:
-    """Settings of ``["partition=h100"]``. Raises InputError.
+def settings_of(texts: Sequence[str], keep_case: bool = False) -> dict[str, str]:
+    """Settings of ``["partition=h100"]``; variables of a shell ``keep_case``. Raises InputError.
 
     >>> settings_of(["image=registry/train:1", "time=2-00:00:00"])
     {'image': 'registry/train:1', 'time': '2-00:00:00'}
@@ -191,5 +191,5 @@ def settings_of(texts: Sequence[str]) -> dict[str, str]:
             raise InputError(f"--set {plain(text)}: write NAME=VALUE, as in partition=h100")
         if name in found:
             raise InputError(f"--set {plain(name)} is given twice: keep one")
-        found[name.strip().lower()] = value
+        found[name.strip() if keep_case else name.strip().lower()] = value
     return found

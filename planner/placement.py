@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from planner import __version__
 from planner.errors import InputError
 from planner.files import plain
+from planner.hostlist import names_of
 from planner.network import Network, group
 from planner.packing import pack
 from strategies.layout import Layout
@@ -130,17 +131,26 @@ class Placement:
             yield node, min(each, left)
             left -= each
 
+    def notes(self) -> Iterator[str]:
+        """What is not as good as it could be with other nodes."""
+        if self.parted:
+            blocks = len(self.nodes) // self.block
+            yield (
+                f"{self.parted} of {blocks} blocks of {self.block} nodes lie under several leaf switches: no "
+                "choice of these nodes parts fewer"
+            )
+
     def hostfile(self) -> str:
         """Nodes and slots in order, as DeepSpeed's launcher and Open MPI's ``--hostfile`` read them."""
-        rows = "".join(f"{node} slots={slots}\n" for node, slots in self.slots())
-        return self.subject.header() + rows
+        return self._head() + "".join(f"{node} slots={slots}\n" for node, slots in self.slots())
 
     def order(self) -> str:
-        """A node a line: Slurm's ``SLURM_HOSTFILE`` for ``--distribution=arbitrary``, one task on each.
+        """A node a line, as srun reads ``SLURM_HOSTFILE`` under ``--distribution=arbitrary``."""
+        return self._head() + "".join(f"{node}\n" for node in self.nodes)
 
-        Without a comment: srun counts the lines (src/common/hostlist code of Slurm reads names only).
-        """
-        return "".join(f"{node}\n" for node in self.nodes)
+    def _head(self) -> str:
+        """Where it comes from; what the plan assumes is in the files that start it."""
+        return "".join(f"{line}\n" for line in self.subject.header().splitlines()[:2])
 
     def document(self) -> dict[str, Any]:
         """As JSON values: every node with its leaf and its ranks."""
@@ -199,9 +209,8 @@ def place(
     units = _units(given, leaves or {}, domains, unit)
     if len(units) * unit < subject.nodes:
         raise InputError(
-            f"tensor parallel groups of {subject.layout.tensor_parallel} GPUs take {unit} nodes of one NVLink "
-            f"domain: {len(units)} such places are free, the plan takes {-(-subject.nodes // unit)}; give "
-            "whole domains, or plan with a smaller --tensor-parallel"
+            f"a tensor parallel group takes {unit} nodes of one NVLink domain, the plan {subject.nodes} such "
+            f"nodes: {len(units) * unit} are free; give whole domains, or plan with a smaller -tp"
         )
     count = -(-subject.nodes // unit)
     taken = units[:count] if leaves is None else _packed(subject, units, leaves, unit)
@@ -209,6 +218,14 @@ def place(
     return Placement(
         subject, tuple(order), tuple((leaves or {}).get(node, "") for node in order), bool(nodes)
     )
+
+
+def place_on(subject: Subject, text: str) -> Placement:
+    """The same on nodes as Slurm lists them, a slash between leaf switches: ``h100-[1-8]/h100-[9-16]``."""
+    groups = [names_of(part) for part in text.split("/")]
+    leaves = {node: f"leaf-{number}" for number, group in enumerate(groups, 1) for node in group}
+    names = [node for group in groups for node in group]
+    return place(subject, names, leaves if len(groups) > 1 else None)
 
 
 def _check_names(nodes: Sequence[str]) -> None:
@@ -235,7 +252,7 @@ def unit_nodes(subject: Subject) -> int:
     span = layout.tensor_parallel * int(layout.stride("tp"))
     if span <= subject.per_node or network.place(*group("tensor", layout)).crossed[1]:
         return 1
-    return span // subject.per_node
+    return int(span // subject.per_node)
 
 
 def _units(

@@ -16,8 +16,7 @@ from typing import NamedTuple
 from planner.errors import InputError
 from planner.export.base import Export, NotExpressible, Shell, Subject, quoted, setting_of
 from planner.files import plain
-from planner.hostlist import names_of
-from planner.placement import Placement, block_nodes, place, unit_nodes
+from planner.placement import Placement, block_nodes, place_on, unit_nodes
 
 SCRIPT = "job.sbatch"
 ORDER = "nodes.order"
@@ -95,13 +94,12 @@ def export(subject: Subject, made: Export, settings: Mapping[str, str]) -> Expor
         )
     if not made.program:
         raise NotExpressible(f"{made.target} names no program that a job could start")
-    placement = _placement(subject, given)
+    placement = place_on(subject, given["nodes"]) if "nodes" in given else None
     options = [*_options(subject, given, placement), *_topology(subject, given, placement)]
     script = _script(subject, made, given, options, placement)
     files = {**made.files, SCRIPT: script}
     if placement:
-        head = "".join(line + "\n" for line in subject.header().splitlines()[:2])
-        files |= {ORDER: head + placement.order(), "placement.json": placement.to_json()}
+        files |= {ORDER: placement.order(), "placement.json": placement.to_json()}
     notes = (*made.notes, *_notes(subject, given, placement))
     return replace(made, target=f"{made.target},slurm", files=files, notes=notes)
 
@@ -114,16 +112,6 @@ def _checked(name: str, settings: Mapping[str, str]) -> str:
     if name == "port" and value and int(value) > 65535:
         raise InputError(f"--set port={value}: use 1 to 65535")
     return value
-
-
-def _placement(subject: Subject, given: Mapping[str, str]) -> Placement | None:
-    """Where ranks run, if nodes are named."""
-    if not (text := given.get("nodes")):
-        return None
-    groups = [names_of(part) for part in text.split("/")]
-    leaves = {node: f"leaf-{number}" for number, group in enumerate(groups, 1) for node in group}
-    names = [node for group in groups for node in group]
-    return place(subject, names, leaves if len(groups) > 1 else None)
 
 
 def _options(subject: Subject, given: Mapping[str, str], placement: Placement | None) -> Iterator[str]:
@@ -232,7 +220,7 @@ def _script(
         env=[f"{name}={quoted([value])}" for name, value in made.env.items()],
         srun=" ".join(_srun(given, placement)),
         task=quoted([f'exec {quoted(task[: -len(made.program)])} "$@"']),
-        launcher=task[0],
+        launcher=quoted(task[:1]),
         program=quoted(made.program),
     )
 
@@ -267,8 +255,7 @@ def _notes(subject: Subject, given: Mapping[str, str], placement: Placement | No
             "other: --set nodes=... for another"
         )
     if placement:
-        if placement.parted:
-            yield f"{placement.parted} blocks of {placement.block} nodes lie under several leaf switches"
+        yield from placement.notes()
     elif not ({"topology", "switches", "segment"} & given.keys() or subject.cluster.nodes_per_leaf):
         yield (
             "nodes may lie anywhere: plan with --nodes-per-leaf for --switches, or give --set "

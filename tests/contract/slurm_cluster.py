@@ -19,6 +19,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -203,10 +204,13 @@ class SlurmCluster:
             env=self.env,
         )
 
-    @property
-    def version(self) -> tuple[int, int]:
-        """Of Slurm, as in (22, 5)."""
-        year, month = self.run("sinfo", "--version").stdout.split()[1].split(".")[:2]
+    @staticmethod
+    def installed() -> tuple[int, int]:
+        """The version of Slurm that there is, as in (22, 5); the test is left out without one."""
+        if not (found := shutil.which("slurmctld", path=PATH)):
+            pytest.skip("no slurmctld here: apt-get install slurm-wlm")
+        said = subprocess.run([found, "-V"], capture_output=True, text=True, check=True).stdout
+        year, month = said.split()[1].split(".")[:2]
         return int(year), int(month)
 
     def _await(self, holds: Callable[[], object], what: str, seconds: float = 20) -> None:
@@ -247,7 +251,9 @@ class SlurmCluster:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         for pool in self.pools:
             for number in range(pool.gpus if self.running else 0):
-                (self.folder / "dev" / f"nvidia{number}").touch()
+                place = self.folder / "dev" / f"nvidia{number}"
+                with suppress(FileExistsError):  # of NVIDIA's major number; nobody opens them
+                    os.mknod(place, stat.S_IFCHR | 0o600, os.makedev(195, number))
         (self.folder / "slurm.conf").write_text("".join(f"{line}\n" for line in self._conf()))
         (self.folder / "cgroup.conf").write_text("")
         (self.folder / "gres.conf").write_text("".join(f"{line}\n" for line in self._gres()))
@@ -255,7 +261,7 @@ class SlurmCluster:
 
     def _conf(self) -> list[str]:
         user, place = getpass.getuser(), self.folder
-        ports = _free_ports(1 + sum(pool.count for pool in self.pools) * self.running)
+        ports = free_ports(1 + sum(pool.count for pool in self.pools) * self.running)
         lines = [
             "ClusterName=loopback",
             "SlurmctldHost=localhost(127.0.0.1)",
@@ -336,7 +342,7 @@ class SlurmCluster:
         return [*switches, f"SwitchName=spine Switches=leaf[1-{len(leaves)}]"]
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on now."""
     held = [socket.socket() for _ in range(count)]
     try:

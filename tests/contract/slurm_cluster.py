@@ -249,13 +249,16 @@ class SlurmCluster:
     def _configure(self) -> None:
         for name in ("state", "spool", "run", "dev"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        for pool in self.pools:
-            for number in range(pool.gpus if self.running else 0):
+        for pool in self.pools if self.running else ():
+            for node in pool.nodes:
+                (self.folder / "spool" / node).mkdir(exist_ok=True)
+            for number in range(pool.gpus):
                 place = self.folder / "dev" / f"nvidia{number}"
                 with suppress(FileExistsError):  # of NVIDIA's major number; nobody opens them
                     os.mknod(place, stat.S_IFCHR | 0o600, os.makedev(195, number))
         (self.folder / "slurm.conf").write_text("".join(f"{line}\n" for line in self._conf()))
-        (self.folder / "cgroup.conf").write_text("")
+        able = self.running and self.installed() >= (23, 11)  # to do without control groups
+        (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n" if able else "")
         (self.folder / "gres.conf").write_text("".join(f"{line}\n" for line in self._gres()))
         (self.folder / "topology.conf").write_text("".join(f"{line}\n" for line in self._topology()))
 

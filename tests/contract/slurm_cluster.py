@@ -119,6 +119,10 @@ class SlurmCluster:
     ) -> None:
         if self.running:
             self.run("scancel", "--user", getpass.getuser(), check=False)
+            with suppress(RuntimeError):  # a job's processes end before the daemon that minds them
+                self._await(
+                    lambda: not self.run("squeue", "-h", check=False).stdout.strip(), "the end of jobs"
+                )
         self._end()
 
     def run(

@@ -141,16 +141,12 @@ class Placement:
             )
 
     def hostfile(self) -> str:
-        """Nodes and slots in order, as DeepSpeed's launcher and Open MPI's ``--hostfile`` read them."""
-        return self._head() + "".join(f"{node} slots={slots}\n" for node, slots in self.slots())
+        """Nodes and slots in order, as DeepSpeed's launcher and Open MPI's ``--hostfile`` read them.
 
-    def order(self) -> str:
-        """A node a line, as srun reads ``SLURM_HOSTFILE`` under ``--distribution=arbitrary``."""
-        return self._head() + "".join(f"{node}\n" for node in self.nodes)
-
-    def _head(self) -> str:
-        """Where it comes from; what the plan assumes is in the files that start it."""
-        return "".join(f"{line}\n" for line in self.subject.header().splitlines()[:2])
+        What the plan assumes is in the files that start it.
+        """
+        head = "".join(f"{line}\n" for line in self.subject.header().splitlines()[:2])
+        return head + "".join(f"{node} slots={slots}\n" for node, slots in self.slots())
 
     def document(self) -> dict[str, Any]:
         """As JSON values: every node with its leaf and its ranks."""

@@ -19,7 +19,6 @@ from planner.files import plain
 from planner.placement import Placement, block_nodes, place_on, unit_nodes
 
 SCRIPT = "job.sbatch"
-ORDER = "nodes.order"
 TIME = r"\d{1,6}(?::\d\d){0,2}|\d{1,4}-\d{1,2}(?::\d\d){0,2}"
 WORD = r"[A-Za-z0-9_.][A-Za-z0-9_.,:@+=/-]*"
 
@@ -99,8 +98,8 @@ def export(subject: Subject, made: Export, settings: Mapping[str, str]) -> Expor
     script = _script(subject, made, given, options, placement)
     files = {**made.files, SCRIPT: script}
     if placement:
-        files |= {ORDER: placement.order(), "placement.json": placement.to_json()}
-    notes = (*made.notes, *_notes(subject, given, placement))
+        files |= {"placement.json": placement.to_json()}
+    notes = (*made.notes, *_notes(subject, made, given, placement))
     return replace(made, target=f"{made.target},slurm", files=files, notes=notes)
 
 
@@ -212,8 +211,8 @@ def _script(
         options=options,
         nodes=subject.nodes,
         each=subject.per_node,
-        files=quoted([*made.files, *([ORDER] if placement else [])]),
-        order=ORDER if placement else "",
+        files=quoted(_needed(made)),
+        order=quoted(placement.nodes) if placement else "",
         first=placement.nodes[0] if placement else "",
         suffix=given.get("host-suffix", ""),
         port=given.get("port", "29500"),
@@ -223,6 +222,14 @@ def _script(
         launcher=quoted(task[:1]),
         program=quoted(made.program),
     )
+
+
+def _needed(made: Export) -> Iterator[str]:
+    """Files that are looked for where the job starts: the program, and those of the export that it names."""
+    words = (*made.launcher_options, *made.program)
+    yield from (name for name in made.files if any(name in word for word in words))
+    if (program := made.program[0]) not in made.files and not program.startswith(("/", "-")):
+        yield program
 
 
 def _srun(given: Mapping[str, str], placement: Placement | None) -> Iterator[str]:
@@ -237,10 +244,13 @@ def _srun(given: Mapping[str, str], placement: Placement | None) -> Iterator[str
         yield quoted([Shell("--container-workdir=$PWD")])
 
 
-def _notes(subject: Subject, given: Mapping[str, str], placement: Placement | None) -> Iterator[str]:
+def _notes(
+    subject: Subject, made: Export, given: Mapping[str, str], placement: Placement | None
+) -> Iterator[str]:
     """What the script leaves to others."""
-    if "chdir" not in given:
-        yield f"submit it from the folder of these files: cd FOLDER && sbatch {SCRIPT}"
+    if (needed := list(_needed(made))) and "chdir" not in given:
+        names = plain(", ".join(needed), 200)
+        yield f"{SCRIPT} runs where it is submitted from, and looks there for {names}: --set chdir=..."
     for name, whose in (("partition", "the site's"), ("time", "the partition's")):
         if name not in given:
             yield f"{name} is {whose} default: --set {name}=..."

@@ -218,6 +218,7 @@ def test_an_allocation_of_another_size_or_folder_ends_at_once(running: SlurmClus
         job = running.wait(int(sent.stdout))
         return job["ExitCode"], (cwd / "out").read_text()
 
+    (folder / "train.py").touch()
     code, said = output("--nodes=1", SCRIPT, cwd=folder)
     assert code == "3:0"
     assert "the plan takes 2 nodes with 2 GPUs, this allocation has 1" in said
@@ -226,7 +227,7 @@ def test_an_allocation_of_another_size_or_folder_ends_at_once(running: SlurmClus
     assert "the plan takes 2 GPUs of a node, this allocation has 1" in said
     code, said = output(str(folder / SCRIPT), cwd=tmp_path)
     assert code == "3:0"
-    assert "submit the job from the folder of this script" in said
+    assert "train.py is not in" in said
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck here: apt-get install shellcheck")

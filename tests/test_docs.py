@@ -2,8 +2,8 @@
 
 In a ``console`` block each ``$ planner ...`` line is run at 100 columns and the lines below it must
 be in its output, one after the other; a line ``...`` stands for lines left out. How long a search
-took is not compared. A ``python`` block is a doctest. The commands of a page run one after the other in a folder
-of their own, where the repository's folders are too; ``> FILE`` writes what a command prints.
+took is not compared. A ``python`` block is a doctest. The commands of a page run one after the other
+in a folder of their own, where the repository's are too; ``> FILE`` writes what a command prints.
 """
 
 from __future__ import annotations

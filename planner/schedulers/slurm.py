@@ -71,6 +71,7 @@ KNOWN = {
     ),
     "port": Setting("Of the rendezvous; 29500 by default.", r"[1-9]\d{0,4}"),
     "host-suffix": Setting("Behind the name of a node, for its fast network.", r"[A-Za-z0-9.-]+"),
+    "setup": Setting("Shell file to read first, for modules and environments.", r"[^-].*"),
     "container": Setting("Image to run in, with the Pyxis plug-in.", r"[^-].*"),
     "container-mounts": Setting("SOURCE:TARGET, further ones after commas.", r"[^-].*"),
 }
@@ -217,6 +218,7 @@ def _script(
         suffix=given.get("host-suffix", ""),
         port=given.get("port", "29500"),
         env=[f"{name}={quoted([value])}" for name, value in made.env.items()],
+        setup=quoted([given["setup"]]) if "setup" in given else "",
         srun=" ".join(_srun(given, placement)),
         task=quoted([f'exec {quoted(task[: -len(made.program)])} "$@"']),
         launcher=quoted(task[:1]),

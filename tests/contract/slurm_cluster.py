@@ -126,15 +126,21 @@ class SlurmCluster:
         self._end()
 
     def run(
-        self, *command: str, check: bool = True, cwd: Path | None = None, **env: str
+        self,
+        *command: str,
+        check: bool = True,
+        cwd: Path | None = None,
+        given: str | None = None,
+        **env: str,
     ) -> subprocess.CompletedProcess[str]:
-        """A command of Slurm's against this cluster."""
+        """A command of Slurm's against this cluster; ``given`` is its standard input."""
         return subprocess.run(
             command,
             capture_output=True,
             text=True,
             check=check,
             timeout=60,
+            input=given,
             cwd=cwd or self.folder,
             env=self.env | env,
         )
@@ -197,16 +203,7 @@ class SlurmCluster:
 
     def fits(self, *options: str, script: str = "#!/bin/sh\n") -> subprocess.CompletedProcess[str]:
         """``sbatch --test-only``: when and where would such a job start? Status 0 where it ever could."""
-        return subprocess.run(
-            ["sbatch", "--test-only", *options],
-            input=script,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-            cwd=self.folder,
-            env=self.env,
-        )
+        return self.run("sbatch", "--test-only", *options, given=script, check=False)
 
     @staticmethod
     def installed() -> tuple[int, int]:

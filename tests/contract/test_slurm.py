@@ -102,6 +102,42 @@ def test_slurm_hears_what_cannot_be(books: SlurmCluster, settings: dict[str, str
     assert why in done.stderr
 
 
+def test_slurm_reads_back_what_was_set(books: SlurmCluster, tmp_path: Path) -> None:
+    settings = {
+        "partition": "h100",
+        "name": "a.b:c@d+e=f/g,h",
+        "constraint": "h100&ib400",
+        "time": "1-02:03:00",
+        "exclude": "h100-[3,7]",
+        "gpu_type": "h100",
+        "switches": "2",
+        "max_switch_wait": "00:10:00",
+        "requeue": "no",
+        "chdir": str(tmp_path),
+        "signal": "TERM@300",
+        "cpus_per_task": "96",
+    }
+    script = emitted(subject_of("8x8xH100", tp=8, pp=4), **settings)
+    sent = books.run("sbatch", "--parsable", "--hold", given=script)
+    job = books.job(int(sent.stdout))
+    books.run("scancel", sent.stdout.strip())
+    expected = {
+        "Partition": "h100",
+        "JobName": settings["name"],
+        "Features": "h100&ib400",
+        "TimeLimit": "1-02:03:00",
+        "ExcNodeList": "h100-[3,7]",
+        "NumNodes": "8-8",
+        "TresPerNode": "gres:gpu:h100:8",
+        "Requeue": "0",
+        "WorkDir": str(tmp_path),
+        "CPUs/Task": "96",
+        "OverSubscribe": "NO",
+    }
+    assert {name: job.get(name) for name in expected} == expected
+    assert job["Switches"] == "2@00:10:00"
+
+
 def test_a_plan_starts_later_while_nodes_are_busy_and_never_while_they_are_down(
     tmp_path: Path,
 ) -> None:
@@ -239,7 +275,7 @@ def test_shellcheck_has_nothing_to_say(tmp_path: Path) -> None:
             {},
             {"nodes": "h-[1-4]/h-[5-8]"},
             {"container": "a b$(c)'", "container-mounts": '/d:/d,"$(c)'},
-            {"host-suffix": "-ib0", "requeue": "yes"},
+            {"host-suffix": "-ib0", "requeue": "yes", "setup": "my $(c)'s.sh"},
         ]
     ):
         path = tmp_path / f"{number}.sbatch"

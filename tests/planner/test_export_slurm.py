@@ -118,7 +118,7 @@ def test_named_nodes_are_numbered_as_placed() -> None:
 )
 def test_a_setting_stays_one_word_or_is_refused(name: str, value: str) -> None:
     given = {"gpu-type": "h100"} | {name: value}
-    free = name in ("container", "container-mounts") and value.isprintable()
+    free = name in ("container", "container-mounts", "setup") and value.isprintable()
     if not free or value.startswith("-") or not value:
         if (name, value) == ("host-suffix", "-x"):
             return
@@ -126,6 +126,10 @@ def test_a_setting_stays_one_word_or_is_refused(name: str, value: str) -> None:
             export(subject(), MADE, given)
         return
     script = export(subject(), MADE, given).files[SCRIPT]
+    if name == "setup":
+        (line,) = [one for one in script.splitlines() if one.startswith("source ")]
+        assert shlex.split(line) == ["source", value]
+        return
     srun = script[script.index("\nsrun ") :]
     words = shlex.split(srun.replace("\\\n", " ").replace("$PWD", "HERE"))
     assert "srun" in words
@@ -148,6 +152,7 @@ def test_words_of_a_program_arrive_as_they_are(tmp_path: Path) -> None:
     for name in ("srun", "torchrun", "scontrol"):
         (tmp_path / name).chmod(0o755)
     (tmp_path / "train.py").touch()
+    (tmp_path / "my setup.sh").write_text('echo "$NOBODY"; SOME_SETUP=1\n')
     env = {
         "PATH": f"{tmp_path}:/usr/bin:/bin",
         "SLURM_JOB_NUM_NODES": "8",
@@ -165,6 +170,11 @@ def test_words_of_a_program_arrive_as_they_are(tmp_path: Path) -> None:
     assert said[10:] == ["train.py", *HOSTILE]
     assert some == HOSTILE[0]
     assert not (tmp_path / "pwned").exists()
+    path.write_text(script_of(subject(), setup="./my setup.sh"))
+    done = subprocess.run(
+        ["bash", str(path)], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
     for change in ({"SLURM_JOB_NUM_NODES": "4"}, {"SLURM_GPUS_ON_NODE": "4"}):
         done = subprocess.run(
             ["bash", str(path)], cwd=tmp_path, env=env | change, capture_output=True, check=False

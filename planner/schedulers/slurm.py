@@ -63,7 +63,7 @@ KNOWN = {
     "requeue": Setting("Queued again after a node fails or the job is preempted? yes or no.", "yes|no"),
     "topology": Setting("tree: --switches, as many as the plan needs; block: --segment.", "tree|block"),
     "switches": Setting("Leaf switches at most, in place of those that the plan needs.", COUNT),
-    "max-switch-wait": Setting("How long to wait for so few, as in 12:00:00.", TIME),
+    "max-switch-wait": Setting("How long to wait for so few, as in 12:00:00, if the site lets it.", TIME),
     "segment": Setting("Nodes of a segment, in place of a pipeline stage.", COUNT),
     "nodes": Setting(
         "Nodes that are free, as in h100-[1-8]/h100-[9-16]: a slash between leaf switches.",
@@ -261,6 +261,8 @@ def _notes(
         yield f"any kind of GPU is taken, the plan is for {kind}: --set gpu-type=..., or constraint=..."
     if "container" in given:
         yield "the container needs the Pyxis plug-in of Slurm; the folder of the files is mounted where it is"
+    if "max-switch-wait" in given:
+        yield "Slurm waits no longer than its max_switch_wait, 5 minutes by default: ask the site"
     if not placement and subject.nodes > 1:
         yield (
             "ranks follow the order of nodes in slurm.conf, where those of a leaf switch mostly follow each "

@@ -288,7 +288,8 @@ class SlurmCluster:
             "SelectType=select/cons_tres",
             "SelectTypeParameters=CR_Core_Memory",
             "SchedulerType=sched/backfill",
-            "SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0,sched_min_interval=0",
+            "SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0,sched_min_interval=0,"
+            "max_switch_wait=86400",  # five minutes else, whatever a job asks for
             "EnforcePartLimits=ALL",  # else a time that is too long is accepted
             "GresTypes=gpu",
             "AccountingStorageType=accounting_storage/none",

@@ -101,14 +101,17 @@ class SlurmCluster:
             pytest.skip(f"no {missing[0]} here: apt-get install slurm-wlm")
         if self.running and os.geteuid():
             pytest.skip("slurmd starts jobs as root only")
-        self._configure()
         try:
+            self._configure()
             self._start("slurmctld", "-D", "-c")
             self._await(lambda: "is UP" in self.run("scontrol", "ping", check=False).stdout, "slurmctld")
             for node in [node for pool in self.pools for node in pool.nodes] if self.running else ():
                 self._start("slurmd", "-D", "-N", node)
             if self.running:
                 self._await(lambda: set(self.states().values()) == {"idle"}, "slurmd")
+        except (OSError, RuntimeError) as error:  # no devices or control groups in a container, perhaps
+            self._end()
+            pytest.skip(f"Slurm does not run here: {error}")
         except BaseException:
             self._end()
             raise

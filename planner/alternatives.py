@@ -19,10 +19,12 @@ from planner.best_first import find
 from planner.defaults import resolve
 from planner.documents import Document, document_of
 from planner.errors import InputError, SolverError
+from planner.export.base import Subject
 from planner.files import plain
 from planner.layouts import Choices
+from planner.placement import stage_nodes
 from planner.plan import Plan, make_plan
-from planner.specs import ClusterSpec
+from planner.specs import ClusterSpec, ModelSpec
 from strategies.offload import places_of
 
 SCHEMA = "planner.alternatives/1"
@@ -36,6 +38,7 @@ USUAL = 16
 class Alternative:
     """A number of GPUs with the best plan on them, or the ``reason`` for none."""
 
+    model: ModelSpec
     cluster: ClusterSpec
     plan: Plan | None = None
     reason: str = ""
@@ -54,6 +57,7 @@ class Alternative:
             return row
         cost = plan.cost
         return row | {
+            "stage_nodes": stage_nodes(Subject(self.model, self.cluster, plan)),
             "layout": plan.layout.to_layout().describe(),
             "step_time_s": plan.step_time_s,
             "step_time_least_s": plan.step_time_least_s,
@@ -136,11 +140,13 @@ def _best(document: Document, count: int, choices: Choices, time_limit: float) -
         found = find(job, choices, "time", 1, time_limit)
         if not found.answers:
             check_proved(job, choices, found)
-            return Alternative(cluster, reason=shortfall(job, found.enumerated, nearest_plan(job, choices)))
+            return Alternative(
+                document.model, cluster, reason=shortfall(job, found.enumerated, nearest_plan(job, choices))
+            )
         (solution,) = settled(found, "time")
-        return Alternative(cluster, make_plan(job, solution, proof_of(found, "time")))
+        return Alternative(document.model, cluster, make_plan(job, solution, proof_of(found, "time")))
     except (InputError, SolverError) as error:
-        return Alternative(cluster, reason=plain(str(error), 300))
+        return Alternative(document.model, cluster, reason=plain(str(error), 300))
 
 
 def document_for(document: Document, found: Sequence[Alternative]) -> dict[str, Any]:

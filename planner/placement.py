@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from planner.export.base import Subject
 
 SCHEMA = "planner.placement/1"
+MOST_RANKS = 200_000
+"""That are listed one by one."""
 LONGEST_NAME = 255
 """Characters of a node's name at most, as of a host's."""
 
@@ -149,7 +151,9 @@ class Placement:
         return head + "".join(f"{node} slots={slots}\n" for node, slots in self.slots())
 
     def document(self) -> dict[str, Any]:
-        """As JSON values: every node with its leaf and its ranks."""
+        """As JSON values: every node with its leaf and its ranks. Raises InputError for too many of them."""
+        if (count := self.subject.plan.num_gpus) > MOST_RANKS:
+            raise InputError(f"{count:,} ranks are not listed one by one: {MOST_RANKS:,} at most are")
         ranks = self.ranks()
         first, _, *axes = (name for name in Rank._fields if name != "node")
         return {

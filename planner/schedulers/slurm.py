@@ -261,6 +261,8 @@ def _notes(
         yield f"any kind of GPU is taken, the plan is for {kind}: --set gpu-type=..., or constraint=..."
     if "container" in given:
         yield "the container needs the Pyxis plug-in of Slurm; the folder of the files is mounted where it is"
+    if given.get("topology") == "block" or "segment" in given:
+        yield "--segment is of Slurm 24.05 and later, where the site has its block topology"
     if "max-switch-wait" in given:
         yield "Slurm waits no longer than its max_switch_wait, 5 minutes by default: ask the site"
     if not placement and subject.nodes > 1:

@@ -223,7 +223,8 @@ def test_every_rank_is_where_the_plan_has_it(
     program = (str(JUDGES / "coordinates.py"), *map(str, shape), *HOSTILE)
     env = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **MADE.env}
     made = Export("stand-in", "1", {"plan.args": "# planner\n"}, env, program)
-    settings = {"port": str(free_ports(1)[0]), "gpu-type": "h100", **({"nodes": nodes} if nodes else {})}
+    settings = {"port": str(free_ports(1)[0]), "gpu-type": "h100"}
+    settings |= {"nodes": nodes, "gres": "yes"} if nodes else {}
     folder = tmp_path / "launch"
     write_folder(folder, export(subject, made, settings).files)
     sent = running.run("sbatch", "--parsable", SCRIPT, cwd=folder, PATH=f"{torchrun}:{running.env['PATH']}")

@@ -190,6 +190,16 @@ def test_words_of_a_program_arrive_as_they_are(tmp_path: Path) -> None:
     assert "train.py is not in" in done.stderr
 
 
+def test_accelerate_is_started_the_same_way() -> None:
+    options = ("--config_file", "accelerate.yaml")
+    files = {"accelerate.yaml": "# planner\n"}
+    made = Export("accelerate", "1", files, {}, ("train.py",), "accelerate", options)
+    script = script_of(subject(), made)
+    start = '\'exec accelerate launch --config_file accelerate.yaml --machine_rank "$SLURM_PROCID" '
+    assert f"  sh -c {start}" in script
+    assert "files=(accelerate.yaml train.py)" in script
+
+
 def test_a_models_name_stays_in_its_comment() -> None:
     own = subject()
     model = own.model.model_copy(update={"name": 'x\n#SBATCH --nodes=99\n$(touch pwned)"'})

@@ -155,6 +155,12 @@ def test_what_is_written() -> None:
     assert len(list(place(part).ranks())) == 12
 
 
+def test_ranks_of_the_largest_clusters_are_not_listed() -> None:
+    many = place(subject_of("300000xH100", accum=1))
+    with pytest.raises(InputError, match="300,000 ranks"):
+        many.to_json()
+
+
 @pytest.mark.parametrize(
     "text", ["a b", "a,a", "-x", "$(x)", "a[1-2", "a[x]", "", "a//b", "a\nb", "é", "a[1-999999]"]
 )

@@ -134,6 +134,7 @@ def test_slurm_reads_back_what_was_set(books: SlurmCluster, tmp_path: Path) -> N
         "CPUs/Task": "96",
         "OverSubscribe": "NO",
     }
+    job["TresPerNode"] = job["TresPerNode"].replace("gres/", "gres:")  # since 24.05
     assert {name: job.get(name) for name in expected} == expected
     assert job["Switches"] == "2@00:10:00"
 

@@ -2,8 +2,8 @@
 
 A field is a path from the plan: ``model.``, of ``ModelSpec``; ``layout.``, of ``LayoutPlan``; ``training.``,
 of ``TrainingSpec``; ``option.``, of the framework's own choices; ``run.``, which no plan holds. ``word``
-flags have one value, ``words`` one or more; a ``switch`` has none and stands where the field has its ``when``. With
-``values`` the field's words are others than Megatron's. ``default`` is what the field is, in the planner's
+flags have one value, ``words`` one or more; a ``switch`` has none and stands where the field has its ``when``.
+With ``values`` the field's words are others than Megatron's. ``default`` is what the field is, in the planner's
 words, where the flag is left out; ``ALWAYS`` marks those that are written whatever they are. Where a flag
 stands for several fields at once, or a field needs more than one flag, ``rule`` says how; the writer
 (planner/export/megatron.py) and the reader have code for these.
@@ -98,7 +98,7 @@ MODEL = (
         "model.vocab_size",
         "integer",
         ALWAYS,
-        rule="one less in 0.17 and 0.18, whose NullTokenizer adds a token",
+        rule="one less in 0.17, whose NullTokenizer adds a token",
     ),
     Flag("--make-vocab-size-divisible-by", "stack.vocabulary_multiple", "integer", 128),
     Flag(
@@ -162,6 +162,12 @@ MODEL = (
     Flag("--moe-router-topk", "model.experts.num_experts_per_tok", "integer"),
     Flag("--moe-ffn-hidden-size", "model.experts.intermediate_size", "integer"),
     Flag("--moe-shared-expert-intermediate-size", "model.experts.shared_intermediate_size", "integer", 0),
+    Flag(
+        "--moe-router-pre-softmax",
+        "model.experts.num_experts_per_tok",
+        "switch",
+        rule="with --moe-router-topk 1, which needs it",
+    ),
     Flag("--moe-shared-expert-gate", "model.experts.shared_gate", "switch"),
     Flag(
         "--moe-layer-freq",
@@ -406,6 +412,7 @@ KERNELS = (
     Flag("--moe-grouped-gemm", "option.attention", "switch", rule="with experts, unless eager"),
     Flag("--moe-permute-fusion", "option.attention", "switch", rule="as --moe-grouped-gemm"),
     Flag("--no-rope-fusion", "option.attention", "switch", when="eager"),
+    Flag("--no-persist-layer-norm", "option.attention", "switch", rule="eager, with rmsnorm"),
 )
 OFFLOAD = (
     Flag("--optimizer-cpu-offload", "layout.offload", "switch", rule="optimizer"),

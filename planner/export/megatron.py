@@ -47,7 +47,7 @@ HYBRID["0.19"] = HYBRID["0.18"]
 
 
 def export(subject: Subject, version: str, settings: Mapping[str, str]) -> Export:
-    """A plan as ``plan.args`` and ``launch.sh``. Raises NotExpressible for what Megatron-LM cannot be told."""
+    """A plan as ``plan.args`` and ``launch.sh``. Raises NotExpressible for what cannot be told."""
     values = values_of(subject, version, settings)
     script = setting_of(settings, "script", HYBRID[version][0] if is_hybrid(subject.model) else SCRIPT)
     notes = tuple(_notes(subject, settings))
@@ -198,9 +198,9 @@ def _notes(subject: Subject, settings: Mapping[str, str]) -> Iterator[str]:
     if subject.model.experts:
         yield "tokens are spread evenly by no loss: add --moe-aux-loss-coeff and how they are balanced"
     if subject.options()["attention"] == "flash":
-        yield "attention by cuDNN or FlashAttention, as Transformer Engine chooses: without one it keeps scores"
+        yield "Transformer Engine chooses cuDNN or FlashAttention; where neither runs, it keeps scores"
     else:
-        yield "attention=eager is --transformer-impl local, which takes its fused norms and gradients from Apex"
+        yield "--transformer-impl local takes fused norms and fused gradients from Apex"
     if layout.sharding in ("zero2", "fsdp"):
         yield "CUDA_DEVICE_MAX_CONNECTIONS must not be 1 with Megatron-FSDP: no wrapper may set it so"
     if subject.options().get("mtp") == "on":

@@ -127,19 +127,20 @@ torch.cuda.current_device = lambda: "meta"
 torch.Tensor.cuda = lambda self, *_, **__: self
 torch.cuda.Stream = torch.cuda.Event = lambda *_, **__: None
 
-READ = (
-    "tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
-    "context_parallel_size expert_model_parallel_size expert_tensor_parallel_size data_parallel_size "
-    "sequence_parallel use_distributed_optimizer use_megatron_fsdp data_parallel_sharding_strategy "
-    "num_distributed_optimizer_instances use_tp_pp_dp_mapping micro_batch_size global_batch_size seq_length "
-    "recompute_granularity recompute_method recompute_num_layers recompute_modules optimizer sgd_momentum "
-    "optimizer_cpu_offload optimizer_offload_fraction cpu_offloading_num_layers params_dtype fp8 fp8_recipe "
-    "fp4 accumulate_allreduce_grads_in_fp32 exp_avg_dtype exp_avg_sq_dtype padded_vocab_size num_layers "
-    "hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels hidden_dropout "
-    "attention_dropout cp_comm_type hierarchical_context_parallel_sizes transformer_impl moe_router_topk "
-    "moe_ffn_hidden_size num_experts window_size mtp_num_layers max_position_embeddings overlap_grad_reduce "
-    "overlap_param_gather tokenizer_type tokenizer_model data_path save load train_iters lr rotary_base"
-).split()
+READ = """
+    tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size
+    context_parallel_size expert_model_parallel_size expert_tensor_parallel_size data_parallel_size
+    sequence_parallel use_distributed_optimizer use_megatron_fsdp data_parallel_sharding_strategy
+    num_distributed_optimizer_instances use_tp_pp_dp_mapping micro_batch_size global_batch_size
+    seq_length recompute_granularity recompute_method recompute_num_layers recompute_modules
+    optimizer sgd_momentum optimizer_cpu_offload optimizer_offload_fraction cpu_offloading_num_layers
+    params_dtype fp8 fp8_recipe fp4 accumulate_allreduce_grads_in_fp32 exp_avg_dtype exp_avg_sq_dtype
+    padded_vocab_size num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups
+    kv_channels hidden_dropout attention_dropout cp_comm_type hierarchical_context_parallel_sizes
+    transformer_impl moe_router_topk moe_ffn_hidden_size num_experts window_size mtp_num_layers
+    max_position_embeddings overlap_grad_reduce overlap_param_gather tokenizer_type tokenizer_model
+    data_path save load train_iters lr rotary_base
+"""
 
 
 def plain(value):
@@ -216,7 +217,7 @@ def judge(case):
         told = errors.getvalue().strip().splitlines()
         words = told[-1] if isinstance(error, SystemExit) and told else str(error)
         return {"ok": False, "stage": stage, "error": f"{type(error).__name__}: {words}"[:600]}
-    found = {name: plain(getattr(args, name, None)) for name in READ}
+    found = {name: plain(getattr(args, name, None)) for name in READ.split()}
     return {
         "ok": True,
         "version": version,

@@ -417,8 +417,10 @@ class Expander:
                 return None
             value = self._tested(children[1])
             return None if value is None else (value == "") is (operator == "-z")
-        if kind == "binary_expression" and len(children) == 3:
+        if kind == "binary_expression" and len(children) >= 3:
             return self._compares(children)
+        if not kind.endswith(("word", "string", "expansion", "number", "concatenation")):
+            return None
         value = self._tested(node)
         return None if value is None else value != ""
 
@@ -430,17 +432,19 @@ class Expander:
             if stops in (left, right):
                 return stops
             return None if None in (left, right) else not stops
-        left_text, right_text = self._tested(children[0]), self._tested(children[2])
-        if left_text is None or right_text is None:
+        left_text, parts = self._tested(children[0]), [self._tested(child) for child in children[2:]]
+        if left_text is None or None in parts:
             return None
+        right_text = "".join(part or "" for part in parts)
         if operator in ("=", "==", "!="):
-            if children[2].type not in ("string", "raw_string") and re.search(r"[*?\[]", right_text):
-                from fnmatch import fnmatchcase
+            from fnmatch import fnmatchcase
+            from glob import escape
 
-                same = fnmatchcase(left_text, right_text)
-            else:
-                same = left_text == right_text
-            return same is (operator != "!=")
+            pattern = "".join(
+                escape(part or "") if child.type in ("string", "raw_string") else part or ""
+                for child, part in zip(children[2:], parts, strict=True)
+            )
+            return fnmatchcase(left_text, pattern) is (operator != "!=")
         numbers = [int(t) if re.fullmatch(r"\s*-?\d{1,18}\s*", t) else None for t in (left_text, right_text)]
         value = _binary({"-eq": "==", "-ne": "!=", "-lt": "<", "-le": "<=", "-gt": ">", "-ge": ">="}
                         .get(operator, operator), *numbers)

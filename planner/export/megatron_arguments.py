@@ -101,17 +101,19 @@ class Arguments:
             self.findings.append(Finding(severity, setting, text, fix))
 
 
-def parse(words: Sequence[str]) -> Arguments:
-    """A command line's words, those of the launcher and the script left out."""
+def parse(words: Sequence[str], adds: bool = False) -> Arguments:
+    """A command line's words, those of the launcher and the script left out. ``adds``: the script that is run
+    may have flags of its own.
+    """
     found = Arguments()
     if len(words) > MOST_WORDS:
         found.add("error", "arguments", f"{len(words):,} words: the first {MOST_WORDS:,} are read")
         words = words[:MOST_WORDS]
-    queue = list(words)[::-1]
+    queue, strange = list(words)[::-1], dict[str, None]()
     while queue:
         word = queue.pop()
         if not word.startswith("--"):
-            _stray(found, word)
+            _stray(found, [word, *_values(queue)])
             continue
         name, equals, value = word.partition("=")
         after = [value] if equals else list(_values(queue))
@@ -119,11 +121,16 @@ def parse(words: Sequence[str]) -> Arguments:
             continue
         row = table().get(name)
         if row is None:
-            _not_known(found, word, name, after)
+            if not _misspelt(found, word, name, "warning" if adds else "error"):
+                strange[shown(name)] = None
             continue
         rest = _take(found, name, row, after, bool(equals))
         if not equals:
             queue += reversed(rest)
+    if strange:
+        text = f"no flag of Megatron-LM {version()}, which refuses it unless the script adds it"
+        names = ", ".join(list(strange)[:20]) + (", ..." if len(strange) > 20 else "")
+        found.add("warning", names, text, "check that the script that is run knows it")
     return found
 
 
@@ -141,12 +148,15 @@ def _is_number(word: str) -> bool:
     return True
 
 
-def _stray(found: Arguments, word: str) -> None:
-    if names := unknown_in(word):
-        found.loose.update(dict.fromkeys(names))
-    else:
-        near = " (its flags take --)" if word.startswith("-") else ""
-        found.add("error", shown(word), f"belongs to no flag: Megatron-LM refuses it{near}", "leave it out")
+def _stray(found: Arguments, words: list[str]) -> None:
+    """Words where a flag should be."""
+    known = [word for word in words if not unknown_in(word)]
+    found.loose.update(dict.fromkeys(name for word in words for name in unknown_in(word)))
+    if known:
+        near = " (its flags take --)" if known[0].startswith("-") else ""
+        what = "belong to no flag" if known[1:] else "belongs to no flag"
+        text = f"{what}: Megatron-LM refuses such words{near}"
+        found.add("error", shown(" ".join(known)), text, "leave them out, or quote a value that has blanks")
 
 
 def _old(found: Arguments, name: str, after: list[str], queue: list[str]) -> bool:
@@ -165,31 +175,28 @@ def _old(found: Arguments, name: str, after: list[str], queue: list[str]) -> boo
     return True
 
 
-def _not_known(found: Arguments, word: str, name: str, after: list[str]) -> None:
-    """A flag that the parser does not have: misspelt, of another program, or of the script's own."""
+def _misspelt(found: Arguments, word: str, name: str, severity: str) -> bool:
+    """Is a flag that the parser does not have one that it has, written otherwise? Then that is a finding."""
     if " " in word and (first := word.split()[0].partition("=")[0]) in table():
         text = "is one word with a blank in it: quotes keep the flag and its value together"
         found.add("error", shown(word), text, f"write {first} and its value as two words")
-        return
+        return True
     if names := unknown_in(name):
         found.loose.update(dict.fromkeys(names))
-        return
+        return True
     dashes = name.replace("_", "-")
-    if dashes in table():
-        found.add("error", shown(name), f"Megatron-LM {version()} has no such flag", f"write {dashes}")
-        return
     longer = [flag for flag in table() if flag.startswith(dashes)] if len(dashes) > 6 else []
-    if len(longer) == 1:
-        text = f"Megatron-LM {version()} takes no abbreviations"
-        found.add("error", shown(name), text, f"write {longer[0]}")
-        return
     near = get_close_matches(dashes[:100], list(table()), 1, 0.86)
-    if near:
-        text = f"Megatron-LM {version()} has no such flag"
-        found.add("error", shown(name), text, f"write {near[0]}")
-        return
-    text = f"is no flag of Megatron-LM {version()}, which refuses it unless the script adds it"
-    found.add("warning", shown(name), text, "check that the script that is run knows it")
+    if dashes in table():
+        text, fix = "has no such flag", dashes
+    elif len(longer) == 1:
+        text, fix = "takes no abbreviations", longer[0]
+    elif near:
+        text, fix = "has no such flag", near[0]
+    else:
+        return False
+    found.add(severity, shown(name), f"Megatron-LM {version()} {text}", f"write {fix}")
+    return True
 
 
 def _take(found: Arguments, name: str, row: dict[str, Any], after: list[str], joined: bool) -> list[str]:

@@ -62,7 +62,7 @@ def _of_world(found: Arguments, degrees: Mapping[str, int], world: int | None) -
             f"start a multiple of {tp * pp * cp} processes, or lower a degree",
         )
     etp, ep = degrees["expert_tensor_parallel"], degrees["expert_parallel"]
-    if world % (etp * ep * pp):
+    if found.get("--num-experts") and world % (etp * ep * pp):
         found.add(
             "error",
             "--expert-model-parallel-size",

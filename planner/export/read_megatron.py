@@ -20,7 +20,7 @@ from planner.export.megatron_flags import BY_NAME
 from planner.export.read_megatron_model import model_of
 from planner.export.read_megatron_options import options_of
 from planner.export.shell_expand import shown, unknown_in
-from planner.export.shell_words import Command, Script, arguments, checked, is_arguments, read_script
+from planner.export.shell_words import Command, Script, arguments, is_arguments, read_script
 from planner.files import plain
 
 FRAMEWORK = "megatron"
@@ -38,6 +38,8 @@ SIGNS = (
     "--hybrid-layer-pattern",
 )
 """Flags that no other program has together."""
+OWN = ("", "pretrain_gpt.py", "pretrain_mamba.py", "pretrain_hybrid.py")
+"""Scripts that add no flags of their own."""
 OTHERS = (".json", ".toml", ".yaml", ".yml", ".py")
 IRRELEVANT = ("run.train-iters", "run.lr")
 
@@ -76,7 +78,7 @@ def read(files: Mapping[str, str], given: Mapping[str, str] | None = None) -> Im
         if flag not in table():
             raise InputError(f"--set {plain(name)}: no flag of Megatron-LM, and no variable has a dash")
         words += [flag] if table()[flag]["kind"] == "switch" else [flag, value]
-    found = parse(words)
+    found = parse(words, adds=launch.script.rpartition("/")[2] not in OWN)
     _refuse_open(found)
     for name in found.loose:
         text = "is not known: it may hold further flags, which are not read"
@@ -152,10 +154,12 @@ def launch_of(files: Mapping[str, str], given: Mapping[str, str]) -> Launch:
     lists = {name: text for name, text in files.items() if is_arguments(text)}
     scripts = {name: text for name, text in files.items() if name not in lists}
     found: list[tuple[Command, Script, str]] = []
+    read: list[Script] = []
     for name, text in scripts.items():
         if name.lower().endswith(OTHERS):
             continue
         script = read_script(name, text, given, files)
+        read.append(script)
         found += [(command, script, name) for command in script.commands]
     best = max(found, key=lambda one: (_flags(one[0].words), one[0].sure), default=None)
     if best is not None and _flags(best[0].words) >= 2:
@@ -167,12 +171,28 @@ def launch_of(files: Mapping[str, str], given: Mapping[str, str]) -> Launch:
             own = _started(start[0], start[1], [])
             return Launch((*words, *_extra(own.words)), own.script, own.env, own.world_size, own.per_node)
         return Launch(tuple(words))
-    notes = list(dict.fromkeys(note for _, script, _ in found for note in script.notes))
-    for name, text in scripts.items():
-        checked(name, text)
+    for script in read:
+        if set_only := _of_variables(script):
+            return set_only
+    notes = list(dict.fromkeys(note for script in read for note in script.notes))
     why = f": {'; '.join(notes[:4])}" if notes else ""
     shown_names = ", ".join(plain(name) for name in files)
     raise InputError(f"{shown_names}: no command with Megatron-LM's flags{why}")
+
+
+def _of_variables(script: Script) -> Launch | None:
+    """The flags that a script only sets, for another one to run with."""
+    words: list[str] = []
+    names: list[str] = []
+    for name, own in sorted(script.variables.items(), key=lambda one: -_flags(one[1])):
+        new = {word.partition("=")[0] for word in own if word in table()} - set(words)
+        if _flags(own) >= 2 and new:
+            words += own
+            names.append(name)
+    if not names:
+        return None
+    note = f"there is no command: the flags in {', '.join('$' + name for name in names[:8])} are read"
+    return Launch(tuple(words), notes=(note, *script.notes))
 
 
 def _flags(words: Sequence[str]) -> int:
@@ -196,7 +216,7 @@ def _started(
     before, after = (words[:place], words[place + 1 :]) if place is not None else _cut(words)
     name = words[place] if place is not None else ""
     world, each = processes(before, script.slurm, command.env)
-    notes = [f"taken as not set: {', '.join(script.unset[:30])}"] if script.unset else []
+    notes = [f"taken as not set: {', '.join('$' + name for name in script.unset[:30])}"] if script.unset else []
     notes += script.notes
     if not command.sure:
         notes.append(f"line {command.line}: whether this command runs is not known")
@@ -283,7 +303,7 @@ LAUNCHERS = {
 def _launcher_options(words: Sequence[str]) -> dict[str, int]:
     found: dict[str, int] = {}
     torch = _torchrun(words)
-    for word, after in zip(words, [*words[1:], ""], strict=True):
+    for word, after in zip(words, [*words[1:], ""], strict=False):
         name, equals, value = word.partition("=")
         if name.startswith("--nproc"):
             name = name.replace("_", "-")

@@ -305,6 +305,8 @@ def _vocabulary(found: Arguments) -> int:
 
 def _of_tokenizer(found: Arguments) -> int:
     kind = found.get("--tokenizer-type")
+    if kind is None and found.get("--merge-file"):
+        kind = "GPT2BPETokenizer"
     if kind in VOCABULARIES:
         return VOCABULARIES[kind]
     name = str(found.get("--tokenizer-model") or "").rstrip("/").rpartition("/")[2]

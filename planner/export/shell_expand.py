@@ -182,7 +182,8 @@ class Expander:
     def _pieces(self, node: Any, quoted: bool) -> Iterator[tuple[str | None, bool]]:
         kind = node.type
         if kind in ("string", "translated_string"):
-            yield "", True
+            if not self._is_elements(node):
+                yield "", True
             yield from self._string(node)
         elif kind == "raw_string":
             yield self.text(node)[1:-1], True
@@ -210,7 +211,11 @@ class Expander:
         elif kind != "comment":
             yield re.sub(r"\\(.)", r"\1", self.text(node).replace("\\\n", ""), flags=re.S), True
 
-    def _string(self, node: Any) -> Iterator[tuple[str, bool]]:
+    def _is_elements(self, node: Any) -> bool:
+        """Is a string ``"$@"`` or ``"${NAME[@]}"`` alone, which is no word where there are no elements?"""
+        return re.fullmatch(r'"(\$@|\$\{@\}|\$\{\w+\[@\]\})"', self.text(node).strip()) is not None
+
+    def _string(self, node: Any) -> Iterator[tuple[str | None, bool]]:
         """Text between double quotes. Blanks before a ``$`` are part of that node in the grammar."""
         place, end = node.start_byte + self.text(node).index('"') + 1, node.end_byte
         end -= self.source[end - 1 : end] == b'"'
@@ -220,11 +225,13 @@ class Expander:
             start = child.start_byte
             while self.source[start : start + 1] in (b" ", b"\t", b"\n"):
                 start += 1
-            yield self._literal(place, start), True
+            if start > place:
+                yield self._literal(place, start), True
             for text, _ in self.pieces(child, quoted=True):
-                yield text, True  # type: ignore[misc]
+                yield text, True
             place = child.end_byte
-        yield self._literal(place, end), True
+        if end > place:
+            yield self._literal(place, end), True
 
     def _literal(self, start: int, end: int) -> str:
         text = self.source[start:end].decode(errors="replace").replace("\\\n", "")

@@ -50,12 +50,13 @@ class Command:
 class Script:
     """What was read of a script.
 
-    ``slurm`` are its ``#SBATCH`` options by name; ``unset`` variables that were taken as not set; ``notes``
-    what could not be followed.
+    ``slurm`` are its ``#SBATCH`` options by name; ``variables`` what it leaves in them, as words; ``unset``
+    those that were taken as not set; ``notes`` what could not be followed.
     """
 
     commands: tuple[Command, ...]
     slurm: Mapping[str, str] = field(default_factory=dict)
+    variables: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unset: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -100,7 +101,11 @@ def read_script(
     reader = _Reader(known, {**(files or {}), name: text}, set(given or {}))
     reader.script = name
     reader.read(checked(name, text))
-    return Script(tuple(reader.commands), slurm, tuple(reader.unset), tuple(reader.notes))
+    words = {
+        name: tuple(word for text in value.values() for word in text.split())
+        for name, value in reader.variables.items()
+    }
+    return Script(tuple(reader.commands), slurm, words, tuple(reader.unset), tuple(reader.notes))
 
 
 def directives(text: str) -> dict[str, str]:
@@ -113,7 +118,7 @@ def directives(text: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for line in DIRECTIVE.findall(text)[:500]:
         words = line.split("#")[0].split()
-        for word, after in zip(words, [*words[1:], ""], strict=True):
+        for word, after in zip(words, [*words[1:], ""], strict=False):
             key, equals, value = word.partition("=")
             if key[:2] in short and not key.startswith("--"):
                 found[short[key[:2]]] = key[2:] or value or after
@@ -532,10 +537,11 @@ class _Reader(Expander):
             del self.arguments[: int(rest[0]) if rest and rest[0].isdigit() else 1]
         elif name == "set" and "--" in rest:
             self.arguments = rest[rest.index("--") + 1 :]
-        elif name in ("read", "mapfile", "readarray", "let"):
+        elif name in ("read", "mapfile", "readarray", "let"):  # their input is not known
             for word in rest:
                 if re.fullmatch(r"[A-Za-z_]\w*", target := word.partition("=")[0].rstrip("+*/-")):
                     self.assign(target, {"0": marked(f"$({name})")})
+            return None
         elif name in ("source", "."):
             self._source(node, rest)
         elif name == "eval":

@@ -157,10 +157,10 @@ def _number(settings: Mapping[str, str], name: str, default: str) -> float:
 
 def _lines(values: Mapping[str, Any]) -> Iterator[str]:
     for group, flags in GROUPS.items():
-        yield f"\n# {group}\n"
-        for flag in flags:
-            if flag.name in values and (words := flag.written(values[flag.name])):
-                yield shlex.join(words) + "\n"
+        stated = [flag.written(values[flag.name]) for flag in flags if flag.name in values]
+        if any(stated):
+            yield f"\n# {group}\n"
+        yield from (shlex.join(words) + "\n" for words in stated if words)
 
 
 def _launcher(subject: Subject, header: str, script: str, env: Mapping[str, str]) -> str:
@@ -192,6 +192,8 @@ def _notes(subject: Subject, settings: Mapping[str, str]) -> Iterator[str]:
         yield "it stops after 100 steps: give --set train-iters=N, or plan with --tokens"
     if "lr" not in settings:
         yield "the learning rate is 1e-4 and falls to 0: give --set lr=..."
+    if training.optimizer == "adam":
+        yield "Megatron-LM's adam decouples weight decay, as adamw does; with --weight-decay 0 there is none"
     yield LEFT
     if subject.model.experts:
         yield "tokens are spread evenly by no loss: add --moe-aux-loss-coeff and how they are balanced"

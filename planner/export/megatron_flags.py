@@ -384,7 +384,7 @@ OPTIMIZER = (
         "--optimizer",
         "training.optimizer",
         "word",
-        values={"adamw": "adam", "momentum": "sgd", "sgd": "sgd"},
+        values={"adamw": "adam", "adam": "adam", "momentum": "sgd", "sgd": "sgd"},
         rule="Megatron-LM's adam decouples weight decay: it is adamw; sgd has --sgd-momentum",
     ),
     Flag("--sgd-momentum", "training.optimizer", "number", rule="0 for sgd, 0.9 for momentum"),

@@ -65,6 +65,12 @@ def _check(subject: Subject) -> None:
             "ZeRO-2, whose weights lie in one piece",
             {"sharding": "zero2"},
         )
+    if layout.expert_tensor_parallel > 1 and subject.model.experts and subject.model.experts.biases:
+        raise NotExpressible(
+            f"expert_tensor_parallel={layout.expert_tensor_parallel} of experts with biases: Megatron-LM cuts "
+            "those without only",
+            {"expert_tensor_parallel": 1},
+        )
     if layout.tensor_parallel == 1 and layout.sequence_parallel:
         raise NotExpressible(
             "sequence_parallel with tensor_parallel=1: Megatron-LM switches it off",

@@ -19,7 +19,7 @@ from planner.plan import priced_again
 from strategies.base import Role
 from strategies.offload import Way, places_of
 
-OPTIMIZERS = {"adamw": 0.0, "momentum": 0.9, "sgd": 0.0}
+OPTIMIZERS = {"adamw": 0.0, "adam": 0.0, "momentum": 0.9, "sgd": 0.0}
 """Optimizers that can be told, with the momentum of SGD."""
 
 
@@ -92,7 +92,7 @@ def _precision(subject: Subject) -> Iterator[tuple[str, Any]]:
             {"master_weights": ""} if precision != "fp32" else None,
         )
     if (moment := training.optimizer_dtype) not in (None, "fp32"):
-        if subject.layout.sharding != "zero1" or training.optimizer != "adamw":
+        if subject.layout.sharding != "zero1" or training.optimizer not in ("adam", "adamw"):
             raise NotExpressible(
                 f"optimizer_dtype={moment}: --use-precision-aware-optimizer is of Adam with the distributed "
                 "optimizer",
@@ -163,13 +163,12 @@ def _check_first(subject: Subject, count: int) -> None:
 def _optimizer(subject: Subject) -> Iterator[tuple[str, Any]]:
     name = subject.plan.training.optimizer
     if name not in OPTIMIZERS:
-        fix = "adamw" if name == "adam" else " or ".join(OPTIMIZERS)
-        also = ", whose adam decouples weight decay" if name == "adam" else ""
         raise NotExpressible(
-            f"optimizer={name} is not planned as Megatron-LM has it{also}: use {fix}", {"optimizer": "adamw"}
+            f"optimizer={name} is not planned as Megatron-LM has it: use {', '.join(OPTIMIZERS)}",
+            {"optimizer": "adamw"},
         )
     yield "--optimizer", name
-    if name != "adamw":
+    if name in ("momentum", "sgd"):
         yield "--sgd-momentum", OPTIMIZERS[name]
 
 
@@ -187,6 +186,12 @@ def _offload(subject: Subject) -> Iterator[tuple[str, Any]]:
         if "optimizer" not in whole:
             yield "--optimizer-offload-fraction", offload_fraction(subject)
     if "activations" in counted:
+        if layout.pipeline_parallel > 1 or dict(_recompute(subject)):
+            raise NotExpressible(
+                "offload of activations with a pipeline or recomputation: --cpu-offloading-num-layers takes "
+                "neither",
+                {"recompute": "none"},
+            )
         yield "--cpu-offloading-num-layers", plan.stages[0].offload["activations"]
 
 
@@ -233,7 +238,9 @@ def _kernels(subject: Subject, version: str) -> Iterator[tuple[str, Any]]:
         yield "--cross-entropy-fusion-impl", "te"
     if options.get("overlap") == "on" and layout.sharding != "ddp":
         yield "--overlap-param-gather", True
-    if options.get("tp_comm_overlap") == "on" and not layout.sequence_parallel:
+    if layout.tensor_parallel == 1:  # nothing is sent that could overlap, and the flag wants some
+        yield "--tp-comm-overlap", "off"
+    elif options.get("tp_comm_overlap") == "on" and not layout.sequence_parallel:
         raise NotExpressible(
             "tp_comm_overlap=on without sequence_parallel: Megatron-LM overlaps the one with the other only",
             {"option": "tp_comm_overlap=off"},

@@ -51,7 +51,8 @@ OLD: dict[str, tuple[str, tuple[str, ...]]] = {
     "--retro-workdir": ("", ()),
     "--bias-swiglu-fusion": ("", ()),
 }
-"""Flags that Megatron-LM once had, or keeps to refuse them: what is written now, and the words it is read as."""
+"""Flags that Megatron-LM once had, or keeps to refuse them: what is written now, and the words that each is
+read as."""
 STILL = ("--moe-layer-recompute", "--hybrid-override-pattern")
 """Of these the ones that are still heeded."""
 
@@ -214,7 +215,9 @@ def _take(found: Arguments, name: str, row: dict[str, Any], after: list[str], jo
     taken, rest = (after, []) if several or joined else (after[:1], after[1:])
     if not taken:
         if not row.get("may_be_empty"):
-            found.add("error", name, "has no value: Megatron-LM refuses it so", "give it one, or leave it out")
+            found.add(
+                "error", name, "has no value: Megatron-LM refuses it so", "give it one, or leave it out"
+            )
         return rest
     if names := [one for word in taken for one in unknown_in(word)]:
         found.open[name] = tuple(dict.fromkeys(names))

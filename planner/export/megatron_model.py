@@ -169,7 +169,7 @@ def _of_activation(model: ModelSpec) -> Iterator[str]:
         yield f"hidden_act={act} behind a gate, for which --swiglu has silu"
     if not model.gated_mlp and act not in (*GELU, "relu2"):
         yield f"hidden_act={act} without a gate, for which there are GELU and --squared-relu"
-    if act == "relu2" and (model.mlp_bias or model.experts and model.experts.biases):
+    if act == "relu2" and (model.mlp_bias or (model.experts and model.experts.biases)):
         yield "hidden_act=relu2 with biases, which its fused kernels do not take"
 
 

@@ -73,7 +73,7 @@ def _precision(subject: Subject) -> Iterator[tuple[str, Any]]:
         yield "--fp4-recipe", precision
     wide = job.recipe.gradient == 4
     given = training.gradient_dtype
-    if precision != "fp32" and given not in (None, "fp32", half) or (precision == "fp32" and not wide):
+    if (precision != "fp32" and given not in (None, "fp32", half)) or (precision == "fp32" and not wide):
         raise NotExpressible(
             f"gradient_dtype={given} with precision={precision}: Megatron-LM has gradients of fp32, or of the "
             "weights' type",
@@ -98,7 +98,7 @@ def _precision(subject: Subject) -> Iterator[tuple[str, Any]]:
                 "optimizer",
                 {"sharding": "zero1"},
             )
-        yield "--use-precision-aware-optimizer", moment
+        yield "--use-precision-aware-optimizer", True
         yield "--exp-avg-dtype", moment
         yield "--exp-avg-sq-dtype", moment
 

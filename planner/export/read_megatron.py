@@ -82,7 +82,9 @@ def read(files: Mapping[str, str], given: Mapping[str, str] | None = None) -> Im
     _refuse_open(found)
     for name in found.loose:
         text = "is not known: it may hold further flags, which are not read"
-        found.add("warning", shown(f"\ue000{name}\ue001"), text, f"give --set {name}=..., empty if there are none")
+        found.add(
+            "warning", shown(f"\ue000{name}\ue001"), text, f"give --set {name}=..., empty if there are none"
+        )
     model = model_of(found, launch.script)
     options = options_of(found, model, launch.world_size)
     check(found, model, options, launch.world_size, launch.env)
@@ -106,8 +108,10 @@ def _refuse_open(found: Arguments) -> None:
     }
     if not planned:
         return
-    said = ", ".join(f"{flag} is {' and '.join('$' + n.lstrip('$') for n in names)}"
-                     for flag, names in list(planned.items())[:8])
+    said = ", ".join(
+        f"{flag} is {' and '.join('$' + n.lstrip('$') for n in names)}"
+        for flag, names in list(planned.items())[:8]
+    )
     names = dict.fromkeys(name for names in planned.values() for name in names)
     able = [name for name in names if re.fullmatch(r"\w+", name)]
     fix = " ".join(f"--set {name}=..." for name in able[:8])
@@ -208,15 +212,15 @@ def _extra(words: Sequence[str]) -> list[str]:
     return [word for word in words if not unknown_in(word)]
 
 
-def _started(
-    command: Command, script: Script, others: Sequence[tuple[Command, Script, str]]
-) -> Launch:
+def _started(command: Command, script: Script, others: Sequence[tuple[Command, Script, str]]) -> Launch:
     words = list(command.words)
     place = _script_at(words)
     before, after = (words[:place], words[place + 1 :]) if place is not None else _cut(words)
     name = words[place] if place is not None else ""
     world, each = processes(before, script.slurm, command.env)
-    notes = [f"taken as not set: {', '.join('$' + name for name in script.unset[:30])}"] if script.unset else []
+    notes = (
+        [f"taken as not set: {', '.join('$' + name for name in script.unset[:30])}"] if script.unset else []
+    )
     notes += script.notes
     if not command.sure:
         notes.append(f"line {command.line}: whether this command runs is not known")
@@ -236,9 +240,9 @@ def _script_at(words: Sequence[str]) -> int | None:
     for place, word in enumerate(words):
         if word.endswith(".py") and not word.rpartition("/")[2].startswith("launch"):
             return place
-        if word in ("-m", "--module") and place + 1 < len(words):
-            if not words[place + 1].startswith("torch.distributed"):
-                return place + 1
+        follows = words[place + 1 : place + 2]
+        if word in ("-m", "--module") and follows and not follows[0].startswith("torch.distributed"):
+            return place + 1
     return None
 
 
@@ -250,7 +254,7 @@ def _cut(words: list[str]) -> tuple[list[str], list[str]]:
 def processes(
     words: Sequence[str], slurm: Mapping[str, str], env: Mapping[str, str]
 ) -> tuple[int | None, int | None]:
-    """Processes in all and on a node, of what torchrun, srun, mpirun or Slurm's job are told; None: not said."""
+    """Processes in all and on a node, as torchrun, srun, mpirun or Slurm's job are told; None: not said."""
     told = _launcher_options(words)
     nodes = told.get("nnodes") or _whole(slurm.get("nodes", ""))
     each = told.get("nproc-per-node") or _whole(slurm.get("ntasks-per-node", ""))

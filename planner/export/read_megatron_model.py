@@ -69,7 +69,11 @@ def _fields(found: Arguments, pattern: str | None) -> dict[str, Any]:
     letters = _letters(pattern) if pattern else ""
     layers = len(letters) or found.get("--num-layers")
     hidden, heads = found.get("--hidden-size"), found.get("--num-attention-heads")
-    for name, value in (("--num-layers", layers), ("--hidden-size", hidden), ("--num-attention-heads", heads)):
+    for name, value in (
+        ("--num-layers", layers),
+        ("--hidden-size", hidden),
+        ("--num-attention-heads", heads),
+    ):
         if not 1 <= value <= 10**7 or (name == "--num-layers" and value > MOST_LAYERS):
             raise InputError(f"{name} {value}: no model is that large or small")
     latent = _latent(found)
@@ -92,7 +96,9 @@ def _fields(found: Arguments, pattern: str | None) -> dict[str, Any]:
         "head_dim": latent["qk_nope_head_dim"] + latent["qk_rope_head_dim"] if latent else head_dim,
         "intermediate_size": width,
         "vocab_size": _vocabulary(found),
-        "max_position_embeddings": found.get("--max-position-embeddings") or found.get("--seq-length") or 2048,
+        "max_position_embeddings": found.get("--max-position-embeddings")
+        or found.get("--seq-length")
+        or 2048,
         "tie_word_embeddings": not found.on("--untie-embeddings-and-output-weights"),
         "gated_mlp": gated,
         "hidden_act": "silu" if gated else "relu2" if found.on("--squared-relu") else "gelu",
@@ -182,7 +188,9 @@ def _blocks(found: Arguments, layers: int, mixture: bool) -> dict[str, Any]:
         skipped = found.get("--window-attn-skip-freq")
         marks = [1] * layers
         if skipped is not None:
-            marks = layer_marks("--window-attn-skip-freq", str(skipped), layers, lambda n, i: (i + 1) % n != 0)
+            marks = layer_marks(
+                "--window-attn-skip-freq", str(skipped), layers, lambda n, i: (i + 1) % n != 0
+            )
         if any(marks):
             fields["sliding_window"] = int(window[1]) + 1
         if any(marks) and not all(marks):
@@ -245,13 +253,16 @@ def _list_of(node: ast.expr, depth: int) -> list[int] | int:
             return [one for one in inner if isinstance(one, int)]
     if isinstance(node, ast.BinOp):
         left, right = _list_of(node.left, depth + 1), _list_of(node.right, depth + 1)
+        many, times = (left, right) if isinstance(left, list) else (right, left)
         if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
-            if len(left) + len(right) <= MOST_LAYERS:
-                return left + right
-        if isinstance(node.op, ast.Mult):
-            many, times = (left, right) if isinstance(left, list) else (right, left)
-            if isinstance(many, list) and isinstance(times, int) and len(many) * times <= MOST_LAYERS:
-                return many * times
+            size, made = len(left) + len(right), left + right
+        elif isinstance(node.op, ast.Mult) and isinstance(many, list) and isinstance(times, int):
+            size = len(many) * times
+            made = many * min(times, MOST_LAYERS)
+        else:
+            raise ValueError
+        if size <= MOST_LAYERS:
+            return made
     raise ValueError
 
 
@@ -296,8 +307,8 @@ def _vocabulary(found: Arguments) -> int:
         own = _of_tokenizer(found)
     if own is None:
         return padded or 0
-    multiple = found.get("--make-vocab-size-divisible-by", 128)
-    cut = multiple * (found.get("--tensor-model-parallel-size") or 1)
+    multiple: int = found.get("--make-vocab-size-divisible-by", 128)
+    cut: int = multiple * (found.get("--tensor-model-parallel-size") or 1)
     if multiple != 128 and multiple > 0 and padded is None and cut > 0:
         return -(-own // cut) * cut
     return own
@@ -314,7 +325,7 @@ def _of_tokenizer(found: Arguments) -> int:
         from planner.catalog import load_model
 
         try:
-            return load_model(name).vocab_size
+            return int(load_model(name).vocab_size)
         except InputError:
             pass
     text = "is not given, and the tokenizer's own is not known here: planned with 128,256"

@@ -1,8 +1,8 @@
 """Megatron-LM's flags as options of ``planner estimate``, with its own defaults where a flag is left out.
 
-What each flag is comes from the table that plans are written with (planner/export/megatron_flags.py); here are
-the rules of those that stand for several things at once. Sources: megatron-core 0.19.2, training/arguments.py
-(``validate_args``), core/transformer/transformer_config.py, core/transformer/pipeline_parallel_layer_layout.py.
+Values are those of the table that plans are written with (planner/export/megatron_flags.py); here are the
+rules of flags that stand for several things at once. Sources: megatron-core 0.19.2, training/arguments.py
+(``validate_args``), core/transformer/transformer_config.py and pipeline_parallel_layer_layout.py.
 """
 
 from __future__ import annotations
@@ -111,12 +111,15 @@ def _precision(found: Arguments, made: dict[str, Any]) -> Iterator[tuple[str, An
         if main == "auto":
             main = "bf16" if found.on("--bf16") else "fp16" if found.on("--fp16") else "fp32"
     if precision == "fp16":
-        if not (found.on("--accumulate-allreduce-grads-in-fp32") or made["sharding"] in ("zero2", "fsdp")):
+        fsdp = made["sharding"] in ("zero2", "fsdp")
+        if main == "fp16" if fsdp else not found.on("--accumulate-allreduce-grads-in-fp32"):
             yield "gradient_dtype", "fp16"
     elif precision != "fp32" and (main == "bf16" or found.on("--grad-reduce-in-bf16")):
         yield "gradient_dtype", "bf16"
     if found.on("--fp8-param-gather"):
-        found.add("warning", "--fp8-param-gather", "weights are planned in bf16: there is a byte less for each")
+        found.add(
+            "warning", "--fp8-param-gather", "weights are planned in bf16: there is a byte less for each"
+        )
     if found.get("--main-params-dtype", "fp32") != "fp32":
         found.add("warning", "--main-params-dtype", "main weights are planned in fp32")
     if found.on("--use-precision-aware-optimizer"):
@@ -157,8 +160,9 @@ def _stages(found: Arguments, model: ModelSpec | None, stages: int) -> Iterator[
     layers = model.num_hidden_layers if model else found.get("--num-layers")
     chunks = found.get("--num-virtual-stages-per-pipeline-rank") or 1
     counts: list[int] | None = None
-    extra = found.on("--account-for-embedding-in-pipeline-split"), found.on(
-        "--account-for-loss-in-pipeline-split"
+    extra = (
+        found.on("--account-for-embedding-in-pipeline-split"),
+        found.on("--account-for-loss-in-pipeline-split"),
     )
     each = found.get("--num-layers-per-virtual-pipeline-stage")
     if each and layers and each > 0 and not (layers + sum(extra)) % (stages * each):
@@ -266,9 +270,7 @@ def _again(found: Arguments, model: ModelSpec | None) -> Iterator[str]:
             found.add("warning", "--recompute-modules", text)
 
 
-def _kernels(
-    found: Arguments, model: ModelSpec | None, made: dict[str, Any]
-) -> Iterator[tuple[str, str]]:
+def _kernels(found: Arguments, model: ModelSpec | None, made: dict[str, Any]) -> Iterator[tuple[str, str]]:
     backend = str(found.get("--attention-backend", "auto")).rpartition(".")[2]
     local = found.get("--transformer-impl", "transformer_engine") == "local"
     eager = (local and not found.on("--use-flash-attn")) or backend in ("unfused", "local")

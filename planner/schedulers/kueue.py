@@ -47,7 +47,7 @@ def labels(pods: Pods) -> dict[str, str]:
     return {f"{PREFIX}/queue-name": queue} if (queue := queue_of(pods)) else {}
 
 
-def annotations(pods: Pods) -> dict[str, str]:
+def together(pods: Pods) -> dict[str, str]:
     """Annotations of the pods' template. Raises NotExpressible where a stage is no block of nodes."""
     queue_of(pods)
     found = {}
@@ -65,14 +65,14 @@ def nodes_of_stage(pods: Pods) -> int:
     if found is None:
         layout = pods.subject.layout
         raise NotExpressible(
-            f"a stage of {layout.describe()} is no block of whole nodes of {pods.subject.per_node} GPUs: leave "
-            "the stages' topology out, or plan with a pipeline whose stages fill nodes"
+            f"a stage of {layout.describe()} is no block of whole nodes of {pods.subject.per_node} GPUs: "
+            "leave the stages' topology out, or plan with a pipeline whose stages fill nodes"
         )
     return found
 
 
 def setup(pods: Pods) -> dict[str, str]:
-    """kueue.yaml where it was set: what an administrator makes once. Its quota is the plan's whole cluster."""
+    """kueue.yaml where it was set, which an administrator makes once; its quota is the plan's cluster."""
     from planner.schedulers.manifests import yaml_of
 
     if not said_yes(pods.settings, "kueue-setup"):
@@ -110,9 +110,11 @@ def _times(amount: str, nodes: int) -> str:
     ('12Ti', '192')
     """
     number = amount.rstrip("mkKMGTPEi")
-    return f"{Decimal(number) * nodes:f}".rstrip("0").rstrip(".") * ("." in number) + (
-        str(int(number) * nodes) if "." not in number else ""
-    ) + amount[len(number) :]
+    return (
+        f"{Decimal(number) * nodes:f}".rstrip("0").rstrip(".") * ("." in number)
+        + (str(int(number) * nodes) if "." not in number else "")
+        + amount[len(number) :]
+    )
 
 
 def notes(pods: Pods) -> tuple[str, ...]:
@@ -122,5 +124,7 @@ def notes(pods: Pods) -> tuple[str, ...]:
             "pods are started one by one, wherever GPUs are free: --set queue has Kueue start all or none",
         )
     if not (pods.settings.get("topology") or pods.settings.get("stage-topology")):
-        return ("pods may lie under different switches: --set topology and stage-topology keep them together",)
+        return (
+            "pods may lie under different switches: --set topology and stage-topology keep them together",
+        )
     return ()

@@ -1,4 +1,4 @@
-"""YAML of structured values, which means the same to every YAML parser; nothing in it is put together by hand."""
+"""YAML of structured values, which means the same to every parser; nothing is put together by hand."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 A pod runs on a node and has all GPUs that the plan has there. The files of an export travel in a ConfigMap
 and lie in the folder in which the program starts, so that names in them hold. Nothing passes through a
 shell: the command is a list of words. Kubernetes itself expands ``$(NAME)`` in words and in values of the
-environment and takes ``$$`` for ``$`` (k8s.io/kubernetes third_party/forked/golang/expansion/expand.go): every
+environment and takes ``$$`` for ``$`` (kubernetes 1.34, third_party/forked/golang/expansion/expand.go): every
 ``$`` of what somebody wrote is doubled.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -54,7 +54,9 @@ VALUE = re.compile(r"(?:[A-Za-z0-9](?:[\w.-]{0,61}[A-Za-z0-9])?)?", re.ASCII)
 FILE = re.compile(r"[\w.-]{1,253}", re.ASCII)
 
 
-def checked(settings: Mapping[str, str], name: str, rule: re.Pattern[str], use: str, default: str = "") -> str:
+def checked(
+    settings: Mapping[str, str], name: str, rule: re.Pattern[str], use: str, default: str = ""
+) -> str:
     """What somebody set, which a rule is of. Raises InputError that says what to use."""
     value = setting_of(settings, name, default)
     if value and not rule.fullmatch(value):
@@ -70,7 +72,9 @@ def said_yes(settings: Mapping[str, str], name: str) -> bool:
 
 def count_of(settings: Mapping[str, str], name: str, default: str) -> int:
     """A whole number that was set. Raises InputError."""
-    return int(checked(settings, name, re.compile(r"[0-9]{1,4}", re.ASCII), "a whole number below 10000", default))
+    return int(
+        checked(settings, name, re.compile(r"[0-9]{1,4}", re.ASCII), "a whole number below 10000", default)
+    )
 
 
 def name_of(subject: Subject, settings: Mapping[str, str]) -> str:
@@ -91,8 +95,8 @@ def whole_nodes(subject: Subject) -> int:
     if over := subject.plan.num_gpus % subject.per_node:
         whole = subject.plan.num_gpus - over
         raise NotExpressible(
-            f"{subject.plan.num_gpus} GPUs are not whole nodes of {subject.per_node}, and every node starts as "
-            f"many processes: use {whole} or {whole + subject.per_node} GPUs"
+            f"{subject.plan.num_gpus} GPUs are not whole nodes of {subject.per_node}, and every node starts "
+            f"as many processes: use {whole} or {whole + subject.per_node} GPUs"
         )
     return subject.nodes
 
@@ -150,7 +154,7 @@ class Pods:
         vendor = self.subject.cluster.gpu.vendor
         if vendor not in RESOURCES:
             raise NotExpressible(
-                f"{plain(self.subject.plan.gpu)} is of {plain(vendor)}: the resources that are written are of "
+                f"{plain(self.subject.plan.gpu)} is of {plain(vendor)}: resources are written for those of "
                 f"{' and '.join(RESOURCES)}"
             )
         return RESOURCES[vendor]
@@ -160,10 +164,14 @@ class Pods:
         """What a pod takes of its node, each asked for in full."""
         use = "a quantity, as in 96 or 900Gi"
         found: dict[str, Any] = {self.gpu: str(self.subject.per_node)}
-        found |= {one: value for one in ("cpu", "memory") if (value := checked(self.settings, one, QUANTITY, use))}
+        found |= {
+            one: value for one in ("cpu", "memory") if (value := checked(self.settings, one, QUANTITY, use))
+        }
         if rdma := setting_of(self.settings, "rdma"):
             name, _, count = rdma.rpartition(":")
-            if not ("/" in name and LABEL.fullmatch(name) and re.fullmatch(r"[1-9][0-9]{0,3}", count, re.ASCII)):
+            if not (
+                "/" in name and LABEL.fullmatch(name) and re.fullmatch(r"[1-9][0-9]{0,3}", count, re.ASCII)
+            ):
                 raise InputError(f"--set rdma={plain(rdma)}: write RESOURCE:COUNT, as in rdma/hca:8")
             found[name] = count
         return found
@@ -182,7 +190,9 @@ class Pods:
             if not (equals and LABEL.fullmatch(key) and VALUE.fullmatch(value)):
                 raise InputError(f"--set node-selector: {plain(one)}: write LABEL=VALUE, as in pool=h100")
             found[key] = value
-        if product := checked(self.settings, "gpu-product", VALUE, "a label's value, as in NVIDIA-H100-80GB-HBM3"):
+        if product := checked(
+            self.settings, "gpu-product", VALUE, "a label's value, as in NVIDIA-H100-80GB-HBM3"
+        ):
             prefix = "nvidia.com/gpu.product" if self.gpu == "nvidia.com/gpu" else "amd.com/gpu.product-name"
             found[prefix] = product
         return found
@@ -192,12 +202,18 @@ class Pods:
         """Nodes with GPUs often keep other pods away by a taint named as the resource."""
         return [{"key": self.gpu, "operator": "Exists", "effect": "NoSchedule"}]
 
+    def files(self, more: Mapping[str, str]) -> dict[str, str]:
+        """The export's files and more. Raises NotExpressible for names that are taken or cannot be a key."""
+        for name in self.made.files:
+            if not FILE.fullmatch(name) or name in more:
+                raise NotExpressible(
+                    f"a file called {plain(name)}: use letters, digits, . _ - and another name"
+                )
+        return {**self.made.files, **more}
+
     def config_map(self, more: Mapping[str, str] | None = None) -> dict[str, Any]:
         """The export's files. Raises NotExpressible if they are too large."""
-        files = {**self.made.files, **(more or {})}
-        for name in files:
-            if not FILE.fullmatch(name):
-                raise NotExpressible(f"a ConfigMap holds no file called {plain(name)}: letters, digits, . _ and -")
+        files = self.files(more or {})
         size = sum(len(name) + len(text.encode()) for name, text in files.items())
         if size > MOST_FILES:
             raise NotExpressible(f"the files have {size:,} bytes, a ConfigMap {MOST_FILES:,} at most")
@@ -250,7 +266,12 @@ class Pods:
         return [{"name": name, "value": inert(value)} for name, value in self.made.env.items()]
 
     def command(self, node_rank: str, address: str, port: str = "29500") -> list[str]:
-        """What starts a node's processes; of what is :class:`Shell` Kubernetes expands the names."""
+        """What starts a node's processes; of what is :class:`Shell` Kubernetes expands the names.
+
+        Raises NotExpressible where the framework's export names no program.
+        """
+        if not self.made.program:
+            raise NotExpressible(f"{self.made.target} names no program that a job could start")
         return [inert(word) for word in self.made.on_node(self.subject, node_rank, address, port)]
 
     @property
@@ -273,7 +294,9 @@ class Pods:
     def container(self, name: str, command: Sequence[str], more: Sequence[str] = ()) -> dict[str, Any]:
         """The one container of a pod. Raises InputError if no image is set."""
         if not self.image:
-            raise InputError(f"no image is set: --set image=NAME, one with {self.made.target} and torch in it")
+            raise InputError(
+                f"no image is set: --set image=NAME, one with {self.made.target} and torch in it"
+            )
         return {
             "name": name,
             "image": self.image,
@@ -301,7 +324,9 @@ class Pods:
         """The framework's notes, those of a kind of job, and what the node must have beside GPUs."""
         found = [*self.made.notes, *more]
         for place in ("host", "nvme"):
-            stages = [stage.elsewhere[place] for stage in self.subject.plan.stages if place in stage.elsewhere]
+            stages = [
+                stage.elsewhere[place] for stage in self.subject.plan.stages if place in stage.elsewhere
+            ]
             if stages:
                 most = max(stage.most_bytes for stage in stages) * self.subject.per_node
                 words = "--set memory" if place == "host" else "a volume on the node's NVMe, --set pvc"
@@ -310,16 +335,19 @@ class Pods:
 
 
 def finished(
-    pods: Pods, kind: str, file: str, documents: Sequence[Mapping[str, Any]], also: Mapping[str, str], *notes: str
+    pods: Pods,
+    kind: str,
+    file: str,
+    documents: Sequence[Mapping[str, Any]],
+    also: Mapping[str, str],
+    *notes: str,
 ) -> Export:
     """The export of a kind of job: one manifest, and files beside it."""
     from planner.schedulers.manifests import yaml_of
 
-    return Export(
+    return replace(
+        pods.made,
         target=f"{pods.made.target},{kind}",
-        version=pods.made.version,
         files={file: yaml_of(documents, pods.subject.header()), **also},
         notes=pods.notes(*notes, f"kubectl apply -f {file} starts it"),
     )
-
-

@@ -1,8 +1,8 @@
 """PyTorchJob (kubeflow.org/v1) of the Kubeflow Training Operator, which Kubeflow Trainer follows.
 
-Its operator gives the pods ``PET_NODE_RANK`` and the master's address; the master is node 0, the workers those
-after it (training-operator 1.9.0, pkg/controller.v1/pytorch/envvar.go). Master and workers are two sets of pods
-to Kueue, so that stages cannot be kept together: the first would lack a node.
+Its operator gives the pods ``PET_NODE_RANK`` and the master's address; the master is node 0, the workers
+those after it (training-operator 1.9.0, pkg/controller.v1/pytorch/envvar.go). Master and workers are two sets
+of pods to Kueue, so that stages cannot be kept together: the first would lack a node.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def export(subject: Subject, made: Export, settings: Mapping[str, str]) -> Expor
     command = pods.command(
         Shell("$(PET_NODE_RANK)"), Shell("$(PET_MASTER_ADDR)"), Shell("$(PET_MASTER_PORT)")
     )
-    annotations = kueue.annotations(pods)
+    annotations = kueue.together(pods)
     if annotations and pods.nodes > 1:
         annotations[f"{kueue.PREFIX}/podset-group-name"] = "all"
     template = {

@@ -40,7 +40,9 @@ def export(subject: Subject, made: Export, settings: Mapping[str, str]) -> Expor
     if version not in VERSIONS:
         raise InputError(f"--set trainer-version={version[:20]!r}: use {', '.join(VERSIONS)}")
     if said_yes(settings, "host-network"):
-        raise NotExpressible("a TrainJob cannot ask for the node's network: its runtime can, or use --to jobset")
+        raise NotExpressible(
+            "a TrainJob cannot ask for the node's network: its runtime can, or use --to jobset"
+        )
     spec = {
         "runtimeRef": {
             "apiGroup": API.partition("/")[0],
@@ -56,7 +58,11 @@ def export(subject: Subject, made: Export, settings: Mapping[str, str]) -> Expor
         "metadata": pods.metadata(pods.name, kueue.labels(pods)),
         "spec": spec,
     }
-    image = () if pods.image else ("no image is set: the pods have the runtime's, in which the framework must be",)
+    image = (
+        ()
+        if pods.image
+        else ("no image is set: the pods have the runtime's, in which the framework must be",)
+    )
     documents = [pods.config_map(), whole]
     notes = (*image, *kueue.notes(pods))
     return finished(pods, "trainjob", "trainjob.yaml", documents, kueue.setup(pods), *notes)
@@ -71,7 +77,7 @@ def _trainer(pods: Pods) -> dict[str, Any]:
     for words, what in ((started[1:], "words of a command"), (pods.env(), "environment variables")):
         if len(words) > MOST_WORDS:
             raise NotExpressible(
-                f"the plan's command has {len(words)} {what}, a TrainJob {MOST_WORDS} at most: use --to jobset"
+                f"the plan has {len(words)} {what}, a TrainJob {MOST_WORDS} at most: use --to jobset"
             )
     return {
         **({"image": pods.image} if pods.image else {}),
@@ -98,7 +104,7 @@ def _patches(pods: Pods, version: str) -> dict[str, Any]:
         "containers": [container],
         "volumes": pods.volumes(),
     }
-    annotations = kueue.annotations(pods)
+    annotations = kueue.together(pods)
     template = {**({"metadata": {"annotations": annotations}} if annotations else {}), "spec": spec}
     if version == "2.1":
         return {"podTemplateOverrides": [{"targetJobs": [{"name": JOB}], **template}]}

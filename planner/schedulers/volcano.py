@@ -1,8 +1,8 @@
 """Volcano (batch.volcano.sh/v1alpha1): a job whose pods start all or none, near each other in its network.
 
-The rank of a node is its pod's index, which the env plugin gives (``VC_TASK_INDEX``); the svc plugin names the
-pods: ``NAME-worker-0.NAME``. Pods ``i`` with the same ``i // partitionSize`` are a partition, so partitions of
-as many pods as a pipeline stage has nodes are the stages (volcano 1.15.1,
+The rank of a node is its pod's index, which the env plugin gives (``VC_TASK_INDEX``); the svc plugin names
+the pods: ``NAME-worker-0.NAME``. Pods ``i`` with the same ``i // partitionSize`` are a partition, so
+partitions of as many pods as a pipeline stage has nodes are the stages (volcano 1.15.1,
 pkg/controllers/job/job_controller_util.go).
 """
 
@@ -50,7 +50,7 @@ def export(subject: Subject, made: Export, settings: Mapping[str, str]) -> Expor
         "schedulerName": "volcano",
         "queue": checked(settings, "queue", NAME, "a queue's name, as in training", "default"),
         "minAvailable": pods.nodes,
-        "maxRetry": restarts,
+        "maxRetry": max(restarts, 1),
         "plugins": {"env": [], "svc": ["--publish-not-ready-addresses=true"]},
         "policies": [
             {"event": "PodEvicted", "action": "RestartJob"},
@@ -61,8 +61,10 @@ def export(subject: Subject, made: Export, settings: Mapping[str, str]) -> Expor
         "tasks": [task],
     }
     document = {"apiVersion": API, "kind": "Job", "metadata": pods.metadata(pods.name), "spec": spec}
-    notes = () if settings.get("tier") or settings.get("stage-tier") else (
-        "pods may lie under different switches: --set tier and stage-tier keep them together",
+    notes = (
+        ()
+        if settings.get("tier") or settings.get("stage-tier")
+        else ("pods may lie under different switches: --set tier and stage-tier keep them together",)
     )
     return finished(pods, "volcano", "volcano.yaml", [pods.config_map(), document], {}, *notes)
 

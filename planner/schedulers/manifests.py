@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 
 PLAIN = re.compile(r"[A-Za-z/](?:[\w./:@+,=()-]|\$(?!\{)| (?![#]))*", re.ASCII)
+BLOCK = re.compile(r"(?:(?:\S|\S[^\n]*\S)\n|(?<=\n) +\S(?:[^\n]*\S)?\n|(?<=\n)\n)+")
+"""Whole lines, none with blanks at its end, the first not indented."""
 WORDS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null", "nan", "inf"}
 
 
@@ -24,10 +26,11 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    bare = PLAIN.fullmatch(value) and value.lower() not in WORDS and ": " not in value
-    style = None if bare and not value.endswith((":", " ")) else "'"
-    if "\n" in value and all(c == "\n" or c.isprintable() for c in value):
-        style = "|"
+    style: str | None = "'"
+    if PLAIN.fullmatch(value) and value.lower() not in WORDS and not value.endswith(" "):
+        style = None
+    elif not value.isprintable():
+        style = "|" if BLOCK.fullmatch(value) and value.replace("\n", "").isprintable() else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
 
@@ -45,7 +48,7 @@ def yaml_of(documents: Iterable[Mapping[str, Any]], header: str = "") -> str:
     'on': 1
     """
     texts = [
-        yaml.dump(dict(one), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+        yaml.dump(dict(one), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
         for one in documents
     ]
     return header + "---\n".join(texts)

@@ -96,7 +96,8 @@ def whole_nodes(subject: Subject) -> int:
         whole = subject.plan.num_gpus - over
         raise NotExpressible(
             f"{subject.plan.num_gpus} GPUs are not whole nodes of {subject.per_node}, and every node starts "
-            f"as many processes: use {whole} or {whole + subject.per_node} GPUs"
+            f"as many processes: use {whole} or {whole + subject.per_node} GPUs",
+            {"gpus": f"{whole // subject.per_node}x{subject.per_node}x{subject.plan.gpu}"},
         )
     return subject.nodes
 
@@ -266,13 +267,15 @@ class Pods:
         return [{"name": name, "value": inert(value)} for name, value in self.made.env.items()]
 
     def command(self, node_rank: str, address: str, port: str = "29500") -> list[str]:
-        """What starts a node's processes; of what is :class:`Shell` Kubernetes expands the names.
+        """What starts a node's processes; of what is :class:`Shell` Kubernetes expands the names."""
+        return [inert(word) for word in self.on_node(node_rank, address, port)]
 
-        Raises NotExpressible where the framework's export names no program.
-        """
+    def on_node(self, node_rank: str, address: str, port: str = "29500") -> tuple[str, ...]:
+        """What starts a node's processes. Raises NotExpressible where nothing is, or nodes are not whole."""
         if not self.made.program:
             raise NotExpressible(f"{self.made.target} names no program that a job could start")
-        return [inert(word) for word in self.made.on_node(self.subject, node_rank, address, port)]
+        whole_nodes(self.subject)
+        return self.made.on_node(self.subject, node_rank, address, port)
 
     @property
     def security(self) -> dict[str, Any]:

@@ -39,6 +39,8 @@ def export(subject: Subject, made: Export, settings: Mapping[str, str]) -> Expor
     annotations = kueue.together(pods)
     worker = pods.container("ray-worker", (), (SCRIPT,))
     head = pods.container("ray-head", (), (SCRIPT,))
+    for one in (worker, head):
+        one.pop("env", None)  # the script gives it to the processes
     del worker["command"], head["command"], head["resources"]
     head["ports"] = [{"name": name, "containerPort": port} for name, port in PORTS.items()]
     group = {
@@ -82,7 +84,7 @@ def script(pods: Pods) -> str:
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     env = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    words = pods.made.on_node(pods.subject, Shell("rank"), Shell("address"), Shell("port"))
+    words = pods.on_node(Shell("rank"), Shell("address"), Shell("port"))
     return env.get_template(f"{SCRIPT}.j2").render(
         header=pods.subject.header(),
         nodes=pods.nodes,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from planner.export.base import Shell, quoted
-from planner.schedulers.pods import Pods, whole_nodes
+from planner.schedulers.pods import Pods
 
 RUN = "run.sh"
 
@@ -26,17 +26,16 @@ def run_script(pods: Pods, words: Words) -> str:
     """A script for bash, which shellcheck passes. Raises NotExpressible if nodes are not whole."""
     import jinja2
 
-    nodes = whole_nodes(pods.subject)
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     env = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return env.get_template("node.sh.j2").render(
         header=pods.subject.header(),
         tool=words.tool,
-        nodes=nodes,
+        nodes=pods.nodes,
         gpus=pods.subject.per_node,
         nodes_name=words.nodes,
         gpus_name=words.gpus,
         exports=[f"{name}={quoted([value])}" for name, value in pods.made.env.items()],
         address=words.find_address,
-        command=quoted(pods.made.on_node(pods.subject, Shell(f"${words.rank}"), words.address)),
+        command=quoted(pods.on_node(Shell(f"${words.rank}"), words.address)),
     )

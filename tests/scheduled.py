@@ -81,6 +81,12 @@ def random_subjects(count: int, seed: int = 7) -> Iterator[Subject]:
         count -= 1
 
 
+@cache
+def many_subjects() -> list[Subject]:
+    """Two hundred of them."""
+    return list(random_subjects(200))
+
+
 def expanded(text: str, env: dict[str, str]) -> str:
     """What Kubernetes makes of a word: ``$(NAME)`` is its value where there is one, ``$$`` a ``$``."""
     out, at = "", 0

@@ -12,9 +12,11 @@ from planner.export import SCHEDULERS, module_of
 from planner.export.base import Export, NotExpressible
 from planner.schedulers import jobset, pytorchjob, trainjob, volcano
 from planner.schedulers import ray as rayjob
+from tests.kubernetes_fields import kueue_problems, problems
 from tests.scheduled import NASTY, expanded, made, random_subjects, subject
 
 IMAGE = {"image": "registry/train:1"}
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 KINDS = ("trainjob", "jobset", "volcano", "pytorchjob", "rayjob")
 VARIABLES = {
     "trainjob": {"PET_NODE_RANK": "2", "PET_MASTER_ADDR": "first", "PET_MASTER_PORT": "29500"},
@@ -38,7 +40,7 @@ def export(kind: str, of: Any = None, export_of: Export | None = None, **setting
 
 def documents(export: Export) -> list[Any]:
     """The manifest's documents."""
-    return list(yaml.safe_load_all(next(iter(export.files.values()))))
+    return list(yaml.load_all(next(iter(export.files.values())), LOADER))
 
 
 def found(node: Any, key: str) -> list[Any]:
@@ -340,7 +342,7 @@ def test_gpus_of_other_vendors_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_plans_are_jobs_of_as_many_pods_as_they_have_nodes(kind: str) -> None:
-    for one in random_subjects(40):
+    for one in random_subjects(20):
         text = next(iter(export(kind, one).files.values()))
         files, job = yaml.safe_load_all(text)
         assert files["data"]["plan.args"] == made().files["plan.args"]
@@ -385,3 +387,64 @@ def test_every_scheduler_says_what_may_be_set() -> None:
     for module in (trainjob, jobset, volcano, pytorchjob, rayjob):
         assert all(words and words[-1] != "." for words in module.SETTINGS.values())
     assert set(KINDS) < set(SCHEDULERS)
+
+
+ALL = {
+    "namespace": "train",
+    "cpu": "96",
+    "memory": "1.5Ti",
+    "shm": "64Gi",
+    "pvc": "data:/data",
+    "pull-secret": "regcred",
+    "gpu-product": "NVIDIA-H100-80GB-HBM3",
+    "node-selector": "pool=h100",
+}
+QUEUED = {"queue": "train", "topology": "net/block", "kueue-setup": "yes"}
+FULL = {
+    "trainjob": {**ALL, **QUEUED, "rdma": "rdma/hca:8", "stage-topology": "net/rack"},
+    "jobset": {**ALL, **QUEUED, "stage-topology": "net/rack", "restarts": "2"},
+    "volcano": {**ALL, "queue": "train", "tier": "2", "stage-tier": "1", "restarts": "2"},
+    "pytorchjob": {**ALL, **QUEUED, "restarts": "2"},
+    "rayjob": {**ALL, **QUEUED, "restarts": "2"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_field_is_one_of_the_definition_and_within_its_limits(kind: str) -> None:
+    for one in (subject(), subject("1x8xH100", pipeline_parallel=1), *random_subjects(5)):
+        for settings in ({}, FULL[kind]):
+            try:
+                made_of = export(kind, one, **settings)
+            except NotExpressible:
+                continue
+            assert problems(documents(made_of)[1]) == []
+            if "kueue.yaml" in made_of.files:
+                queue = list(yaml.safe_load_all(made_of.files["kueue.yaml"]))
+                assert [line for part in queue for line in problems(part)] == []
+                assert kueue_problems(queue) == []
+    if kind == "trainjob":
+        old = export(kind, trainer_version="2.1", **{k: v for k, v in FULL[kind].items() if k != "rdma"})
+        assert problems(documents(old)[1], " 2.1") == []
+        assert problems(documents(old)[1]) == ["spec.podTemplateOverrides is not known"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "value", "problem"),
+    [
+        ("trainjob", "spec.trainer.numNode", 4, "spec.trainer.numNode is not known"),
+        ("trainjob", "spec.trainer.numProcPerNode", "8", "spec.trainer.numProcPerNode is '8', not integer"),
+        ("jobset", "spec.replicatedJobs", {}, "spec.replicatedJobs is {}, not array"),
+        ("jobset", "spec.failurePolicy.maxRestart", 1, "spec.failurePolicy.maxRestart is not known"),
+        ("volcano", "spec.queue", "A b", "spec.queue is 'A b', not"),
+        ("volcano", "spec.networkTopology.mode", "harder", "is 'harder', not one of"),
+        ("pytorchjob", "spec.nprocPerNode", 8, "spec.nprocPerNode is 8, not string"),
+        ("rayjob", "spec.rayClusterSpec.headGroupSpec.rayStartParams.num-cpus", 0, "is 0, not string"),
+    ],
+)
+def test_the_table_of_fields_finds_what_is_wrong(kind: str, path: str, value: Any, problem: str) -> None:
+    job = documents(export(kind, **FULL[kind]))[1]
+    place, words = job, path.split(".")
+    for word in words[:-1]:
+        place = place[word]
+    place[words[-1]] = value
+    assert any(problem in line for line in problems(job))

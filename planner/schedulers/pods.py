@@ -42,8 +42,9 @@ WORKDIR = "/workspace"
 MOST_FILES = 1_048_576
 """Bytes of a ConfigMap: what the API server takes (k8s.io/api core/v1 MaxSecretSize, of both)."""
 MOST_NAME = 40
-"""Letters of a name: 47 are the most of a RayJob's, and others add a task and an index to a host's 63."""
+"""Letters of a name: a RayJob's has 47, a dstack run's 41; others add a task and an index to a host's 63."""
 
+JOB = re.compile(rf"[a-z][a-z0-9-]{{0,{MOST_NAME - 2}}}[a-z0-9]", re.ASCII)
 NAME = re.compile(r"[a-z](?:[a-z0-9-]*[a-z0-9])?", re.ASCII)
 SUBDOMAIN = re.compile(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?", re.ASCII)
 IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]*", re.ASCII)
@@ -82,12 +83,12 @@ def name_of(subject: Subject, settings: Mapping[str, str]) -> str:
 
     Services have such names (RFC 1035), and hosts are named after jobs. Raises InputError.
     """
-    if given := checked(settings, "name", NAME, "lower-case letters, digits and -, first a letter"):
-        if len(given) > MOST_NAME:
-            raise InputError(f"--set name={given}: use at most {MOST_NAME} characters, this has {len(given)}")
+    use = f"2 to {MOST_NAME} lower-case letters, digits and -, first a letter, last no -"
+    if given := checked(settings, "name", JOB, use):
         return given
     words = re.sub(r"[^a-z0-9]+", "-", subject.model.name.lower()).strip("-")
-    return (words if words[:1].isalpha() else f"train-{words}")[:MOST_NAME].strip("-")
+    named = words[:1].isalpha() and len(words) > 1
+    return (words if named else f"train-{words}")[:MOST_NAME].strip("-")
 
 
 def whole_nodes(subject: Subject) -> int:

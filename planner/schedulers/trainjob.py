@@ -30,7 +30,7 @@ RUNTIME = "torch-distributed"
 JOB = "node"
 """The runtime's job and its container."""
 MOST_WORDS = 128
-"""Of a command, and of its arguments (trainer 2.3.0, trainjob_types.go); so many variables too."""
+"""Words of a command, and as many of its arguments; variables (trainer 2.3.0, trainjob_types.go)."""
 
 
 def export(subject: Subject, made: Export, settings: Mapping[str, str]) -> Export:
@@ -69,24 +69,25 @@ def export(subject: Subject, made: Export, settings: Mapping[str, str]) -> Expor
 
 
 def _trainer(pods: Pods) -> dict[str, Any]:
-    """Nodes, processes, resources and command; the command's first part moves to the working folder."""
+    """Nodes, processes, resources; a command that moves to the working folder, the program its arguments."""
     started = pods.command(
         Shell("$(PET_NODE_RANK)"), Shell("$(PET_MASTER_ADDR)"), Shell("$(PET_MASTER_PORT)")
     )
-    command = ["env", f"--chdir={pods.workdir}", started[0]]
-    for words, what in ((started[1:], "words of a command"), (pods.env(), "environment variables")):
-        if len(words) > MOST_WORDS:
-            raise NotExpressible(
-                f"the plan has {len(words)} {what}, a TrainJob {MOST_WORDS} at most: use --to jobset"
-            )
+    words = ["env", f"--chdir={pods.workdir}", *started]
+    cut = len(words) - min(len(pods.made.program), MOST_WORDS)
+    if cut > MOST_WORDS or len(pods.env()) > MOST_WORDS:
+        raise NotExpressible(
+            f"a command of {len(words)} words with {len(pods.env())} environment variables: a TrainJob takes "
+            f"{2 * MOST_WORDS} and {MOST_WORDS} at most: use --to jobset"
+        )
     return {
         **({"image": pods.image} if pods.image else {}),
         "numNodes": pods.nodes,
         "numProcPerNode": pods.subject.per_node,
         "resourcesPerNode": pods.resources,
         **({"env": env} if (env := pods.env()) else {}),
-        "command": command,
-        "args": started[1:],
+        "command": words[:cut],
+        "args": words[cut:],
     }
 
 

@@ -236,10 +236,16 @@ def test_a_trainjob_of_2_1_overrides_pod_templates() -> None:
 
 
 def test_a_trainjob_holds_so_many_words() -> None:
-    many = made(program=("train.py", *[f"--a{i}" for i in range(130)]))
-    with pytest.raises(NotExpressible, match="words of a command, a TrainJob 128 at most: use --to jobset"):
+    many = made(program=("train.py", *[f"--a{i}" for i in range(250)]))
+    with pytest.raises(
+        NotExpressible, match=r"a command of 264 words .* 256 and 128 at most: use --to jobset"
+    ):
         export("trainjob", export_of=many)
     assert export("jobset", export_of=many).files
+    fewer = made(program=("train.py", *[f"--a{i}" for i in range(200)]))
+    job = documents(export("trainjob", export_of=fewer))[1]
+    assert started("trainjob", job)[0][-201:] == list(fewer.program)
+    assert problems(job) == []
 
 
 def test_accelerate_starts_in_pods_as_torchrun_does() -> None:
@@ -256,6 +262,7 @@ def test_accelerate_starts_in_pods_as_torchrun_does() -> None:
     [
         ("Llama 3.1/70B", "llama-3-1-70b"),
         ("7b", "train-7b"),
+        ("X", "train-x"),
         ("日本語", "train"),
         (NASTY, "a-b-c-home-x-y-id-z-run-args-python-obje"),
         ("x" * 90, "x" * 40),
@@ -269,7 +276,9 @@ def test_names_are_made_of_models_names(name: str, shown: str) -> None:
     ("setting", "value", "rule"),
     [
         ("name", "Llama", "lower-case letters, digits and -, first a letter"),
-        ("name", "x" * 41, "at most 40 characters, this has 41"),
+        ("name", "x" * 41, "2 to 40 lower-case letters"),
+        ("name", "x", "2 to 40"),
+        ("name", "x-", "last no -"),
         ("name", "a.b", "lower-case"),
         ("namespace", "a/b", "a namespace's name"),
         ("image", "a b", "an image, as in registry/train:1"),
@@ -448,3 +457,19 @@ def test_the_table_of_fields_finds_what_is_wrong(kind: str, path: str, value: An
         place = place[word]
     place[words[-1]] = value
     assert any(problem in line for line in problems(job))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_framework_s_plan_goes_through_both_in_one_call(kind: str) -> None:
+    from planner.export import export as export_both
+
+    both = export_both(subject(), f"megatron,{kind}", settings=IMAGE)
+    alone = export_both(subject(), "megatron")
+    files, job = documents(both)
+    assert both.target == f"megatron,{kind}"
+    assert {name: files["data"][name] for name in alone.files} == alone.files
+    assert set(alone.notes) <= set(both.notes)
+    if kind in VARIABLES:
+        place = job["spec"]["trainer"] if kind == "trainjob" else found(job, "containers")[0][0]
+        words = [expanded(one, {}) for one in (*place["command"], *place.get("args", []))]
+        assert words[-len(alone.program) :] == list(alone.program)

@@ -5,12 +5,14 @@ import sys
 
 import yaml
 from dstack._internal.core.models.configurations import parse_run_configuration
+from dstack._internal.core.services import validate_dstack_resource_name
 from dstack._internal.utils.interpolator import VariablesInterpolator
 
 
 def judge(text):
     try:
         made = parse_run_configuration(yaml.safe_load(text))
+        validate_dstack_resource_name(made.name)
         gpu = made.resources.gpu
         interpolate = VariablesInterpolator(
             {"run": {"args": "INJECTED"}}, skip=["secrets"]

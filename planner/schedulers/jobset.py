@@ -26,27 +26,18 @@ def export(subject: Subject, made: Export, settings: Mapping[str, str]) -> Expor
     """A JobSet. Raises NotExpressible, InputError."""
     pods = Pods(subject, made, settings)
     command = pods.command(Shell("$(JOB_COMPLETION_INDEX)"), f"{pods.name}-{TASK}-0-0.{pods.name}")
-    annotations = kueue.together(pods)
     job = {
         "completionMode": "Indexed",
         "parallelism": pods.nodes,
         "completions": pods.nodes,
         "backoffLimit": 0,
-        "template": {
-            **({"metadata": {"annotations": annotations}} if annotations else {}),
-            "spec": pods.spec(pods.container(TASK, command), restartPolicy="Never"),
-        },
+        "template": pods.template(pods.container(TASK, command), kueue.together(pods), restartPolicy="Never"),
     }
     spec = {
         "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
         "failurePolicy": {"maxRestarts": count_of(settings, "restarts", "0")},
         "replicatedJobs": [{"name": TASK, "replicas": 1, "template": {"spec": job}}],
     }
-    whole = {
-        "apiVersion": API,
-        "kind": "JobSet",
-        "metadata": pods.metadata(pods.name, kueue.labels(pods)),
-        "spec": spec,
-    }
+    whole = pods.document(API, "JobSet", kueue.labels(pods), spec)
     documents = [pods.config_map(), whole]
-    return finished(pods, "jobset", "jobset.yaml", documents, kueue.setup(pods), *kueue.notes(pods))
+    return finished(pods, "jobset", documents, kueue.setup(pods), *kueue.notes(pods))

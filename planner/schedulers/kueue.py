@@ -106,15 +106,12 @@ def _whole(kind: str, name: str, spec: dict[str, Any]) -> dict[str, Any]:
 def _times(amount: str, nodes: int) -> str:
     """A quantity of a node, of all nodes.
 
-    >>> _times("1.5Ti", 8), _times("96", 2)
-    ('12Ti', '192')
+    >>> _times("1.5Ti", 8), _times("96", 20), _times("0.25Gi", 3)
+    ('12Ti', '1920', '0.75Gi')
     """
     number = amount.rstrip("mkKMGTPEi")
-    return (
-        f"{Decimal(number) * nodes:f}".rstrip("0").rstrip(".") * ("." in number)
-        + (str(int(number) * nodes) if "." not in number else "")
-        + amount[len(number) :]
-    )
+    whole = Decimal(number) * nodes
+    return f"{whole.normalize() if whole % 1 else int(whole)}{amount[len(number) :]}"
 
 
 def notes(pods: Pods) -> tuple[str, ...]:

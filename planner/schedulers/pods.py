@@ -185,7 +185,7 @@ class Pods:
 
     @cached_property
     def selector(self) -> dict[str, str]:
-        """Labels of the nodes."""
+        """Labels of the nodes; a product's is NVIDIA's GPU Feature Discovery's, or AMD's node labeller's."""
         found = {}
         for one in filter(None, setting_of(self.settings, "node-selector").split(",")):
             key, equals, value = one.partition("=")
@@ -324,6 +324,19 @@ class Pods:
             "volumes": self.volumes(),
         }
 
+    def template(
+        self, container: Mapping[str, Any], annotations: Mapping[str, str], **more: Any
+    ) -> dict[str, Any]:
+        """A pod's template around its container."""
+        metadata = {"metadata": {"annotations": dict(annotations)}} if annotations else {}
+        return {**metadata, "spec": self.spec(container, **more)}
+
+    def document(
+        self, api: str, kind: str, labels: Mapping[str, str], spec: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The job as a resource of an API."""
+        return {"apiVersion": api, "kind": kind, "metadata": self.metadata(self.name, labels), "spec": spec}
+
     def notes(self, *more: str) -> tuple[str, ...]:
         """The framework's notes, those of a kind of job, and what the node must have beside GPUs."""
         found = [*self.made.notes, *more]
@@ -339,16 +352,12 @@ class Pods:
 
 
 def finished(
-    pods: Pods,
-    kind: str,
-    file: str,
-    documents: Sequence[Mapping[str, Any]],
-    also: Mapping[str, str],
-    *notes: str,
+    pods: Pods, kind: str, documents: Sequence[Mapping[str, Any]], also: Mapping[str, str], *notes: str
 ) -> Export:
     """The export of a kind of job: one manifest, and files beside it."""
     from planner.schedulers.manifests import yaml_of
 
+    file = f"{kind}.yaml"
     return replace(
         pods.made,
         target=f"{pods.made.target},{kind}",

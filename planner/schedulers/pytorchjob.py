@@ -35,10 +35,7 @@ def export(subject: Subject, made: Export, settings: Mapping[str, str]) -> Expor
     annotations = kueue.together(pods)
     if annotations and pods.nodes > 1:
         annotations[f"{kueue.PREFIX}/podset-group-name"] = "all"
-    template = {
-        **({"metadata": {"annotations": annotations}} if annotations else {}),
-        "spec": pods.spec(pods.container(CONTAINER, command)),
-    }
+    template = pods.template(pods.container(CONTAINER, command), annotations)
     restarts = count_of(settings, "restarts", "0")
 
     def replicas(count: int) -> dict[str, Any]:
@@ -51,11 +48,6 @@ def export(subject: Subject, made: Export, settings: Mapping[str, str]) -> Expor
         "runPolicy": {"cleanPodPolicy": "Running", "backoffLimit": restarts},
         "pytorchReplicaSpecs": {"Master": replicas(1), **workers},
     }
-    whole = {
-        "apiVersion": API,
-        "kind": "PyTorchJob",
-        "metadata": pods.metadata(pods.name, kueue.labels(pods)),
-        "spec": spec,
-    }
+    whole = pods.document(API, "PyTorchJob", kueue.labels(pods), spec)
     documents = [pods.config_map(), whole]
-    return finished(pods, "pytorchjob", "pytorchjob.yaml", documents, kueue.setup(pods), *kueue.notes(pods))
+    return finished(pods, "pytorchjob", documents, kueue.setup(pods), *kueue.notes(pods))

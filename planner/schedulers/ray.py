@@ -36,7 +36,6 @@ def export(subject: Subject, made: Export, settings: Mapping[str, str]) -> Expor
             "ranks in a Ray cluster follow its nodes' addresses, and pods have no index by which Kueue could "
             "place stages: use --to trainjob or --to jobset for stage-topology"
         )
-    annotations = kueue.together(pods)
     worker = pods.container("ray-worker", (), (SCRIPT,))
     head = pods.container("ray-head", (), (SCRIPT,))
     for one in (worker, head):
@@ -49,14 +48,11 @@ def export(subject: Subject, made: Export, settings: Mapping[str, str]) -> Expor
         "minReplicas": pods.nodes,
         "maxReplicas": pods.nodes,
         "rayStartParams": {"num-gpus": str(subject.per_node)},
-        "template": {
-            **({"metadata": {"annotations": annotations}} if annotations else {}),
-            "spec": pods.spec(worker),
-        },
+        "template": pods.template(worker, kueue.together(pods)),
     }
     first: dict[str, Any] = {
         "rayStartParams": {"num-cpus": "0", "num-gpus": "0", "dashboard-host": "0.0.0.0"},
-        "template": {"spec": pods.spec(head)},
+        "template": pods.template(head, {}),
     }
     spec = {
         "entrypoint": f"python {pods.workdir.rstrip('/')}/{SCRIPT}",
@@ -64,18 +60,13 @@ def export(subject: Subject, made: Export, settings: Mapping[str, str]) -> Expor
         "backoffLimit": count_of(settings, "restarts", "0"),
         "rayClusterSpec": {"headGroupSpec": first, "workerGroupSpecs": [group]},
     }
-    whole = {
-        "apiVersion": API,
-        "kind": "RayJob",
-        "metadata": pods.metadata(pods.name, kueue.labels(pods)),
-        "spec": spec,
-    }
+    whole = pods.document(API, "RayJob", kueue.labels(pods), spec)
     documents = [pods.config_map({SCRIPT: script(pods)}), whole]
     notes = (
         *kueue.notes(pods),
         "ranks follow the nodes' addresses: neighbours may lie under different switches",
     )
-    return finished(pods, "rayjob", "rayjob.yaml", documents, kueue.setup(pods), *notes)
+    return finished(pods, "rayjob", documents, kueue.setup(pods), *notes)
 
 
 def script(pods: Pods) -> str:

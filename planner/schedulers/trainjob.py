@@ -52,12 +52,7 @@ def export(subject: Subject, made: Export, settings: Mapping[str, str]) -> Expor
         "trainer": _trainer(pods),
         **_patches(pods, version),
     }
-    whole = {
-        "apiVersion": API,
-        "kind": "TrainJob",
-        "metadata": pods.metadata(pods.name, kueue.labels(pods)),
-        "spec": spec,
-    }
+    whole = pods.document(API, "TrainJob", kueue.labels(pods), spec)
     image = (
         ()
         if pods.image
@@ -65,7 +60,7 @@ def export(subject: Subject, made: Export, settings: Mapping[str, str]) -> Expor
     )
     documents = [pods.config_map(), whole]
     notes = (*image, *kueue.notes(pods))
-    return finished(pods, "trainjob", "trainjob.yaml", documents, kueue.setup(pods), *notes)
+    return finished(pods, "trainjob", documents, kueue.setup(pods), *notes)
 
 
 def _trainer(pods: Pods) -> dict[str, Any]:

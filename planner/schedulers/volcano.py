@@ -39,7 +39,7 @@ def export(subject: Subject, made: Export, settings: Mapping[str, str]) -> Expor
         "name": TASK,
         "replicas": pods.nodes,
         "minAvailable": pods.nodes,
-        "template": {"spec": pods.spec(pods.container(TASK, command), restartPolicy="Never")},
+        "template": pods.template(pods.container(TASK, command), {}, restartPolicy="Never"),
     }
     stages = subject.layout.pipeline_parallel
     if near := _near(settings, "stage-tier"):
@@ -60,13 +60,13 @@ def export(subject: Subject, made: Export, settings: Mapping[str, str]) -> Expor
         **({"networkTopology": whole} if whole else {}),
         "tasks": [task],
     }
-    document = {"apiVersion": API, "kind": "Job", "metadata": pods.metadata(pods.name), "spec": spec}
+    document = pods.document(API, "Job", {}, spec)
     notes = (
         ()
         if settings.get("tier") or settings.get("stage-tier")
         else ("pods may lie under different switches: --set tier and stage-tier keep them together",)
     )
-    return finished(pods, "volcano", "volcano.yaml", [pods.config_map(), document], {}, *notes)
+    return finished(pods, "volcano", [pods.config_map(), document], {}, *notes)
 
 
 def _near(settings: Mapping[str, str], name: str) -> dict[str, Any]:

@@ -71,6 +71,7 @@ def export(subject: Subject, version: str, settings: Mapping[str, str]) -> Expor
         header=subject.header(also=[f"started by: torchrun ... {SCRIPT}, {layout.world_size} processes"]),
         plan=_literal(plan),
         model=_literal(_model(subject)),
+        world=layout.world_size,
         nodes=subject.nodes,
         per_node=subject.per_node,
         fsdp=several and layout.sharding == "fsdp",
@@ -117,6 +118,15 @@ def problems(subject: Subject) -> list[NotExpressible]:
             NotExpressible(
                 f"optimizer={training.optimizer}: the script has torch's own, {', '.join(OPTIMIZERS)}",
                 {"optimizer": "adamw"},
+            )
+        )
+    step = subject.options().get("optimizer_step")
+    if training.optimizer in ("sgd", "momentum") and step == "fused" and layout.sharding == "fsdp":
+        found.append(
+            NotExpressible(
+                f"optimizer={training.optimizer}, optimizer_step=fused: torch 2.13 has no fused SGD of sharded "
+                "tensors (NotImplementedError: aten._fused_sgd_)",
+                {"option": "optimizer_step=foreach"},
             )
         )
     if training.adapters:

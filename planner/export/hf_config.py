@@ -121,6 +121,8 @@ def _deepseek(spec: ModelSpec) -> Values:
             "num_nextn_predict_layers": spec.mtp_layers,
             "attention_bias": False,
         }
+        # The usual eight groups of experts, as in the published models, take two experts each at least.
+        | ({"n_group": 1, "topk_group": 1} if spec.experts.num_experts % 16 else {})
     )
 
 

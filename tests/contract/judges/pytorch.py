@@ -1,7 +1,8 @@
 """Runs exported scripts as torchrun would: every process of a case is one of this one, with its own environment.
 
 torch and transformers are imported once, and each case's processes are forked from there; each then runs
-the script's own text as ``__main__``. A case is ``{"script": ..., "world": 4, "arguments": [...]}``.
+the script's own text as ``__main__``. A case is ``{"script": ..., "world": 4, "arguments": [...]}``; with a
+``saved`` configuration the folder that the script runs in has a model of it, in ``weights``.
 """
 
 import faulthandler
@@ -20,7 +21,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAM
 import numpy  # noqa: F401
 import torch
 import torch.distributed.fsdp
-import transformers.modeling_utils
+import transformers
 import transformers.models.auto.modeling_auto  # noqa: F401
 
 SECONDS = 40  # that a case may take
@@ -35,6 +36,13 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
+def save(values: dict, folder: Path) -> None:
+    """A model with weights, as transformers makes it at once."""
+    torch.manual_seed(1)
+    config = transformers.CONFIG_MAPPING[values.pop("model_type")](**values)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
 def be(rank: int, case: dict, port: int, folder: Path) -> None:
     """One process, until it ends."""
     out = os.open(folder / f"{rank}.txt", os.O_WRONLY | os.O_CREAT)
@@ -44,6 +52,7 @@ def be(rank: int, case: dict, port: int, folder: Path) -> None:
     faulthandler.dump_traceback_later(SECONDS, exit=True)
     world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case["world"], "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in world.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    os.chdir(folder)
     sys.argv = ["train.py", *case.get("arguments", []), f"--report={folder / 'report.json'}"]
     code = 1
     try:
@@ -61,6 +70,8 @@ def judge(case: dict) -> dict:
     with tempfile.TemporaryDirectory() as name:
         folder, port = Path(name), free_port()
         (folder / "train.py").write_text(case["script"])
+        if values := case.get("saved"):
+            save(dict(values), folder / "weights")
         children = []
         for rank in range(case["world"]):
             if not (child := os.fork()):

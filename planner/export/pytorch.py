@@ -1,6 +1,6 @@
 """A plan as a training script in plain PyTorch: FSDP2's ``fully_shard`` or DDP around transformers' modules.
 
-The script is made from a template beside this file. Everything of a plan that somebody wrote goes into it as
+The script is made from a template (templates/pytorch_train.py.j2). Everything of a plan that somebody wrote goes into it as
 a literal that ``repr`` made, or into comments in printable characters: none of it becomes code. The calls are
 public ones of torch 2.6 and later: torch.distributed.fsdp, torch.distributed.device_mesh,
 torch.nn.parallel, torch.utils.checkpoint.
@@ -64,7 +64,7 @@ def export(subject: Subject, version: str, settings: Mapping[str, str]) -> Expor
 
     # Not HTML: what is put in are literals, made by repr.
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
-    template = environment.from_string(files("planner.export").joinpath(TEMPLATE).read_text("utf-8"))
+    template = environment.from_string(files("planner.export").joinpath("templates", TEMPLATE).read_text("utf-8"))
     plan, layout = _plan(subject), subject.layout
     several = layout.data_parallel > 1
     script = template.render(
@@ -135,7 +135,9 @@ def problems(subject: Subject) -> list[NotExpressible]:
         )
     if training.expert_capacity_factor:
         found.append(
-            NotExpressible("expert_capacity_factor: transformers' experts drop and pad no tokens: leave it out")
+            NotExpressible(
+                "expert_capacity_factor: transformers' experts drop and pad no tokens: leave it out"
+            )
         )
     found += _of_precision(subject)
     if layout.sharding == "fsdp" and layout.data_shards == 1 < layout.data_parallel:
@@ -169,7 +171,11 @@ def _of_precision(subject: Subject) -> list[NotExpressible]:
                 "optimizers have states of the weights' type: leave them out"
             )
         ]
-    if subject.layout.data_parallel == 1 and job.stack.casts_weights and job.recipe.weight > job.recipe.compute:
+    if (
+        subject.layout.data_parallel == 1
+        and job.stack.casts_weights
+        and job.recipe.weight > job.recipe.compute
+    ):
         return [
             NotExpressible(
                 f"precision={name} on one GPU: under fsdp weights are cast where they are gathered, and "
@@ -280,13 +286,19 @@ def _check_rate(value: str) -> None:
 
 def _notes(subject: Subject, settings: Mapping[str, str]) -> list[str]:
     """What the script takes for granted."""
-    notes = ["weights, and tokens unless --set data= gives a file, are random: to try the plan's memory and time"]
+    notes = [
+        "weights, and tokens unless --set data= gives a file, are random: to try the plan's memory and time"
+    ]
     if "model-path" in settings:
         notes = ["every process loads the whole model into its node's memory before it is sharded"]
     else:
-        notes.append("the base of rotary positions and norms' epsilon are transformers' own: no bytes depend on them")
+        notes.append(
+            "the base of rotary positions and norms' epsilon are transformers' own: no bytes depend on them"
+        )
     if subject.options()["attention"] == "flash":
         notes.append("attention=flash needs the flash-attn package; on a CPU the script takes sdpa")
     if subject.plan.training.optimizer in ("adamw", "adam"):
-        notes.append("assumed: betas 0.9 and 0.95, weight decay 0.1 of adamw, a constant learning rate, no clipping")
+        notes.append(
+            "assumed: betas 0.9 and 0.95, weight decay 0.1 of adamw, a constant learning rate, no clipping"
+        )
     return notes

@@ -176,7 +176,8 @@ LENGTHS = {
     **dict.fromkeys(("moe_intermediate_size", "q_lora_rank", "kv_lora_rank"), 32),
     **dict.fromkeys(("max_position_embeddings", "seq_length"), 64),
     **dict.fromkeys(("ffn_hidden_size", "vocab_size"), 256),
-    **{"qk_rope_head_dim": 8, "num_local_experts": 8, "num_experts": 8, "first_k_dense_replace": 1},
+    **dict.fromkeys(("num_local_experts", "num_experts", "qk_rope_head_dim"), 8),
+    "first_k_dense_replace": 1,
 }
 FAMILIES = {
     "phi3": "phi-3-mini",

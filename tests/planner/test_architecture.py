@@ -52,6 +52,7 @@ def test_heavy_packages_have_a_home_each() -> None:
     renderers = {
         "planner/render.py",
         "planner/render_advice.py",
+        "planner/render_audit.py",
         "planner/render_compare.py",
         "planner/render_explain.py",
         "planner/render_cost.py",
@@ -59,14 +60,17 @@ def test_heavy_packages_have_a_home_each() -> None:
         "planner/render_measure.py",
         "planner/render_offload.py",
         "planner/render_plans.py",
+        "planner/render_preflight.py",
         "planner/render_sweep.py",
         "planner/render_validate.py",
     }
     assert who_imports("rich") == renderers
     assert who_imports("typer") == {
         "planner/cli.py",
+        "planner/cli_audit.py",
         "planner/cli_launch.py",
         "planner/cli_plans.py",
+        "planner/cli_preflight.py",
         "planner/cli_report.py",
         "planner/cli_serve.py",
         "planner/options.py",

@@ -1,8 +1,8 @@
 """A plan as a training script in plain PyTorch: FSDP2's ``fully_shard`` or DDP around transformers' modules.
 
-The script is made from a template (templates/pytorch_train.py.j2). Everything of a plan that somebody wrote goes into it as
-a literal that ``repr`` made, or into comments in printable characters: none of it becomes code. The calls are
-public ones of torch 2.6 and later: torch.distributed.fsdp, torch.distributed.device_mesh,
+The script is made from templates/pytorch_train.py.jinja. What somebody wrote of a plan goes into it
+as a literal that ``repr`` made, or into comments in printable characters: none of it becomes code. The calls
+are public ones of torch 2.6 and later: torch.distributed.fsdp, torch.distributed.device_mesh,
 torch.nn.parallel, torch.utils.checkpoint.
 """
 
@@ -30,7 +30,7 @@ SETTINGS = {
     "steps": "how many steps are run",
     "lr": "the learning rate",
 }
-TEMPLATE, SCRIPT = "pytorch_train.py.j2", "train.py"
+TEMPLATE, SCRIPT = "pytorch_train.py.jinja", "train.py"
 
 ATTENTION = {"sdpa": "sdpa", "eager": "eager", "flash": "flash_attention_2"}
 """Option ``attention`` as transformers' ``attn_implementation``."""
@@ -64,7 +64,9 @@ def export(subject: Subject, version: str, settings: Mapping[str, str]) -> Expor
 
     # Not HTML: what is put in are literals, made by repr.
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
-    template = environment.from_string(files("planner.export").joinpath("templates", TEMPLATE).read_text("utf-8"))
+    template = environment.from_string(
+        files("planner.export").joinpath("templates", TEMPLATE).read_text("utf-8")
+    )
     plan, layout = _plan(subject), subject.layout
     several = layout.data_parallel > 1
     script = template.render(
@@ -124,8 +126,8 @@ def problems(subject: Subject) -> list[NotExpressible]:
     if training.optimizer in ("sgd", "momentum") and step == "fused" and layout.sharding == "fsdp":
         found.append(
             NotExpressible(
-                f"optimizer={training.optimizer}, optimizer_step=fused: torch 2.13 has no fused SGD of sharded "
-                "tensors (NotImplementedError: aten._fused_sgd_)",
+                f"optimizer={training.optimizer}, optimizer_step=fused: torch 2.13 has no fused SGD of "
+                "sharded tensors (NotImplementedError: aten._fused_sgd_)",
                 {"option": "optimizer_step=foreach"},
             )
         )

@@ -36,8 +36,7 @@ ATTENTION = {"sdpa": "sdpa", "eager": "eager", "flash": "flash_attention_2"}
 """Option ``attention`` as transformers' ``attn_implementation``."""
 REFUSED = {
     ("attention", "flash1"): ("flash", "transformers 5 has no FlashAttention 1"),
-    ("loss", "fused"): ("eager", "transformers' models compute the loss of whole logits"),
-    ("loss", "chunked"): ("eager", "transformers' models compute the loss of whole logits"),
+    ("loss", "fused"): ("chunked", "transformers' models compute the loss of whole logits"),
     ("version", "1"): ("2", "the script shards with fully_shard; --to accelerate has both versions"),
     ("optimizer_step", "in_backward"): ("fused", "the script has one optimizer, which steps at the end"),
 }
@@ -83,6 +82,7 @@ def export(subject: Subject, version: str, settings: Mapping[str, str]) -> Expor
         offload=bool(layout.offload),
         compile=subject.options().get("compile") == "on",
         recompute=bool(plan["recompute"]),
+        chunked=subject.options()["loss"] == "chunked",
         frozen=subject.plan.training.frozen.embeddings,
         autocast=plan["autocast"],
         scaler=plan["compute"] == "fp16",
@@ -115,6 +115,7 @@ def problems(subject: Subject) -> list[NotExpressible]:
         if (name, value) in REFUSED:
             other, why = REFUSED[name, value]
             found.append(NotExpressible(f"{name}={value}: {why}", {"option": f"{name}={other}"}))
+    found += _of_loss(subject)
     if training.optimizer not in OPTIMIZERS:
         found.append(
             NotExpressible(
@@ -154,6 +155,20 @@ def problems(subject: Subject) -> list[NotExpressible]:
     except InputError as error:
         found.append(NotExpressible(str(error)))
     return found
+
+
+def _of_loss(subject: Subject) -> list[NotExpressible]:
+    """Why the loss cannot be computed in parts."""
+    options, why = subject.options(), ""
+    if subject.model.logits_softcap:
+        why = "the logits are capped, which the script leaves to transformers: use loss=eager"
+    if options.get("root") == "split":
+        why = (
+            "a head that is a unit of its own would be reduced after every part: use root=one, or loss=eager"
+        )
+    if options["loss"] != "chunked" or not why:
+        return []
+    return [NotExpressible(f"loss=chunked: {why}", {"option": "loss=eager"})]
 
 
 def _of_precision(subject: Subject) -> list[NotExpressible]:

@@ -96,6 +96,7 @@ def test_one_process_needs_no_process_group() -> None:
         ({"layout": {"reshard_after_forward": False}}, ("'reshard_after_forward': False",)),
         ({"layout": {"offload": "optimizer,parameters"}}, ("CPUOffloadPolicy(", '"cpu:gloo,cuda:nccl"')),
         ({"options": {"root": "split"}}, ("fully_shard(tail",)),
+        ({"options": {"loss": "chunked"}}, ("InParts(model)", "model(ids)")),
         ({"options": {"compile": "on"}}, ("torch.compile(block.forward)",)),
         ({"options": {"reduce_dtype": "bf16"}}, ("'reduce': 'bf16'",)),
         ({"options": {"optimizer_step": "foreach"}}, ("foreach=True",)),
@@ -116,7 +117,7 @@ def test_every_choice_of_a_plan_is_in_its_script(given: dict[str, Any], words: t
 
 
 REFUSALS: list[tuple[dict[str, Any], str]] = [
-    ({"options": {"loss": "chunked"}}, "loss=chunked: transformers' models"),
+    ({"options": {"loss": "chunked", "root": "split"}}, "loss=chunked: a head that is a unit"),
     ({"options": {"loss": "fused"}}, "loss=fused: transformers' models"),
     ({"options": {"version": "1"}}, "version=1: the script shards with fully_shard"),
     ({"attention": "flash1"}, "attention=flash1: transformers 5 has no"),

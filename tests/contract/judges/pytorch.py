@@ -37,10 +37,15 @@ def free_port() -> int:
 
 
 def save(values: dict, folder: Path) -> None:
-    """A model with weights, as transformers makes it at once."""
+    """A model with weights, as transformers makes it at once; by a process whose words nobody reads."""
+    if child := os.fork():
+        os.waitpid(child, 0)
+        return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     torch.manual_seed(1)
     config = transformers.CONFIG_MAPPING[values.pop("model_type")](**values)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    os._exit(0)
 
 
 def be(rank: int, case: dict, port: int, folder: Path) -> None:

@@ -119,8 +119,10 @@ def read_configuration(
     if framework is not None and framework not in READERS:
         raise InputError(f"--as {plain(framework)}: {nearest_names(framework, READERS)}")
     for name, module in READERS.items():
+        if framework not in (None, name):
+            continue
         reader = import_module(module)
-        if framework == name or (framework is None and reader.recognises(files)):
+        if framework == name or reader.recognises(files):
             imported: Imported = reader.read(files, dict(given or {}))
             return imported
     shown = ", ".join(named(Path(name)) for name in files)

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from unittest.mock import MagicMock
 
 import torch._dynamo
-import torch._inductor.compile_fx  # PyTorch itself has to find none
+import torch._inductor.compile_fx  # noqa: F401 - PyTorch itself has to find none
 
 if find_spec("triton") is None:
     for name in ("triton", "triton.language"):

@@ -20,7 +20,6 @@ from planner.export.torchtitan_words import (
     MX,
     OPTIMIZERS,
     TF32,
-    concerns,
 )
 from planner.files import plain
 
@@ -152,7 +151,7 @@ class _Reading(Stages):
             "data_parallel": self.data,
             "data_shards": shards if shards > 0 else None,
             "sequence_parallel": tensor > 1,
-            "sharding": "fsdp" if self.sharded else "ddp",
+            "sharding": "fsdp" if self.sharded or self.world == 1 else "ddp",
         }
         if not self.sharded:
             self.options["data_shards"] = None
@@ -330,7 +329,7 @@ class _Reading(Stages):
             self.find("error", name, "it is of compiled blocks, which these are not", "compile.enable = true")
         self.choices["async_tp"] = "on" if overlapped and self.choices["compile"] == "on" else "off"
         for option, values in FIXED["0.2"].items():
-            if option == "loss" or not self.model or not concerns(option, self.model):
+            if option == "loss" or not self.model:
                 continue
             if option in ("router", "all_to_all") and not self.model.experts:
                 continue

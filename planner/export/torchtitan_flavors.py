@@ -52,10 +52,11 @@ def _read() -> Iterator[Flavor]:
     table = _table()
     for model, own in table["flavors"].items():
         for name, one in own.items():
-            config = config_of(one["of"]) | one.get("config", {})
-            spec = model_from_config(
-                config, "torchtitan_flavors.json", name=f"torchtitan-{model}-{name}", source=table["source"]
-            )
+            spec = ModelSpec.from_catalog(one["of"])
+            if changes := one.get("config"):
+                config = config_of(one["of"]) | changes
+                label = f"torchtitan-{model}-{name}"
+                spec = model_from_config(config, f"{label}.json", name=label, source=table["source"])
             yield Flavor(model, name, spec, tuple(one["versions"]), tuple(one.get("alike", ())))
 
 

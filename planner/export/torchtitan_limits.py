@@ -44,7 +44,7 @@ def _of_options(subject: Subject, version: str) -> Iterator[tuple[str, dict[str,
     options, wrong = subject.options(), dict[str, str]()
     for name, able in FIXED[version].items():
         value = options.get(name)
-        if value is not None and value not in able and concerns(name, subject.model):
+        if value is not None and value not in able and concerns(name, subject.model, version):
             wrong[name] = able[0]
     if wrong:
         has = ", ".join(f"{name}={value}" for name, value in wrong.items())
@@ -115,8 +115,13 @@ def _of_sharding(subject: Subject, version: str) -> Iterator[tuple[str, dict[str
             f"data_shards 1 of {data} replicas is DDP, which is not planned: share them",
             {"data_shards": data},
         )
-    if layout.sharding == "fsdp" and layout.world_size > 1:
-        yield "one shard is not wrapped with FSDP2: use sharding ddp", {"sharding": "ddp"}
+    if layout.sharding == "fsdp" and (layout.world_size > 1 or layout.offload):
+        yield "one shard is not wrapped with FSDP2: use sharding ddp, and no offload", {"sharding": "ddp"}
+    if not layout.reshard_after_forward:
+        yield (
+            "one shard has nothing to keep gathered: use reshard_after_forward",
+            {"reshard_after_forward": True},
+        )
     mixed = PRECISIONS[str(subject.job.training.precision)].param != "float32"
     whole = subject.job.training.precision == "pure-bf16"
     if mixed and not whole and (layout.world_size > 1 or not autocast):

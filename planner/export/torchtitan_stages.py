@@ -161,21 +161,24 @@ class Stages(Settings):
         return [sum(name.startswith("layers.") for name in part) for part in names]
 
     def _placed(self, counts: list[int], chunks: int, schedule: str) -> list[list[int]]:
-        """Layers of a stage's chunks; where they differ, they are planned as evenly as the stage's sum."""
-        parts = [
-            [counts[virtual_stage(stage, chunk, self.pipeline, schedule)] for chunk in range(chunks)]
+        """Layers of each stage's chunks, which are planned as equally long but for the model's ends."""
+        assert self.model is not None
+        places = [
+            [virtual_stage(stage, chunk, self.pipeline, schedule) for chunk in range(chunks)]
             for stage in range(self.pipeline)
         ]
-        inner = [own for stage in parts[1:-1] for own in [stage] if len(set(own)) > 1]
-        ends = [own for own in (parts[0], parts[-1]) if max(own) - min(own) > 1]
-        uneven = bool(inner or ends) or (chunks > 1 and len({sum(own) for own in parts}) > 1)
+        parts = [[counts[part] for part in own] for own in places]
+        short = -self.model.num_hidden_layers % chunks
+        lacking = {0: int(short == 2), len(counts) - 1: int(short >= 1)}
+        full = [[counts[part] + lacking.get(part, 0) for part in own] for own in places]
         where = "parallelism.pipeline_parallel_layers_per_stage"
-        if chunks > 1 and (uneven or any(len(set(own)) > 1 for own in parts)):
+        if any(len(set(own)) > 1 for own in full):
             shown = plain(", ".join(map(str, counts)), 100)
-            text = f"{shown} layers on the virtual stages are planned as chunks of the same number"
+            text = f"{shown} layers on the virtual stages are planned as chunks of a stage that are as long"
             self.find("warning", where, text)
-            return [[sum(counts) // self.pipeline] for _ in range(self.pipeline)]
-        if min(sum(own) for own in parts) < 1:
+            if any(sum(own) % chunks for own in full):
+                return [[sum(counts) // self.pipeline] for _ in range(self.pipeline)]
+        if min(map(sum, parts)) < 1:
             self.find("error", where, "a stage has no layers, which is not planned", "use fewer stages")
         return parts
 

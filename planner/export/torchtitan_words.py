@@ -76,9 +76,9 @@ FIXED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 (models/common, distributed/fsdp.py, components/loss.py)."""
 
 
-def concerns(option: str, model: ModelSpec) -> bool:
-    """Does an option mean anything for a model? Latent attention has products of its own."""
-    return not (option == "qkv" and model.latent)
+def concerns(option: str, model: ModelSpec, version: str) -> bool:
+    """Does an option mean anything for a model? 0.3 makes latent attention's queries and keys apart too."""
+    return not (option == "qkv" and model.latent and version == "0.3")
 
 
 def own_split(layers: int, stages: int, first: int = 1, last: int = 1) -> list[int] | None:

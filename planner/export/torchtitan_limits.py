@@ -49,7 +49,7 @@ def _of_options(subject: Subject, version: str) -> Iterator[tuple[str, dict[str,
     if wrong:
         has = ", ".join(f"{name}={value}" for name, value in wrong.items())
         planned = ", ".join(f"{name}={options[name]}" for name in wrong)
-        yield f"it runs {has}, not the plan's {planned}", {"option": wrong}
+        yield f"it runs {has}, not the plan's {planned}: use the former", {"option": wrong}
     if options.get("async_tp") == "on" and options.get("compile") != "on":
         yield "async_tp=on is of compiled blocks: use compile=on", {"option": {"compile": "on"}}
 
@@ -79,7 +79,7 @@ def _of_training(subject: Subject, version: str) -> Iterator[tuple[str, dict[str
     if training.dropout:
         yield f"dropout {training.dropout:g}: its models have none: use dropout 0", {"dropout": 0}
     if training.adapters or training.frozen.model_dump(exclude_defaults=True):
-        yield "adapters and frozen weights are not told yet: train all weights", {}
+        yield "adapters and frozen weights are not written: use neither", {}
     if training.expert_capacity_factor:
         yield "expert_capacity_factor: it drops no tokens and pads none: leave it out", {}
 
@@ -131,7 +131,7 @@ def _of_sharding(subject: Subject, version: str) -> Iterator[tuple[str, dict[str
         why = "without FSDP or context parallelism, tensor and pipeline parallelism run in fp32"
         yield f"{why}: use precision fp32, or data_shards 2 or more", {"precision": "fp32"}
     if layout.expert_parallel > 1:
-        yield "expert parallelism needs data_shards or context_parallel beyond 1", {}
+        yield "experts are handed out among data_shards or context_parallel: use 2 or more of one", {}
 
 
 def _of_axes(subject: Subject, version: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -140,7 +140,7 @@ def _of_axes(subject: Subject, version: str) -> Iterator[tuple[str, dict[str, An
         yield f"rank order {layout.rank_order}: it has tp-dp-pp alone", {"rank_order": "tp-dp-pp"}
     tensor, context = layout.tensor_parallel, layout.context_parallel
     if tensor > 1 and not layout.sequence_parallel and version == "0.2":
-        yield "tensor parallelism comes with sequence parallelism", {"sequence_parallel": True}
+        yield "tensor parallelism comes with sequence parallelism: use it", {"sequence_parallel": True}
     if context > 1 and layout.context_comm not in CONTEXT:
         known = ", ".join(CONTEXT)
         yield f"context_comm {layout.context_comm}: it has {known}", {"context_comm": "all-gather"}
@@ -189,7 +189,10 @@ def _of_pipeline(subject: Subject, version: str) -> Iterator[tuple[str, dict[str
         told = "every k-th layer of each stage, or all of them" if version == "0.2" else "all layers or none"
         ways = {way.partition("+")[0] for stage in subject.plan.stages for way in stage.rows} - {"none"}
         near = "full" if "full" in ways or not ways else next(iter(ways))
-        yield plain(f"it recomputes {told}; the plan's stages have {has}", 400), {"recompute": near}
+        yield (
+            plain(f"it recomputes {told}; the plan's stages have {has}: use recompute {near}", 400),
+            {"recompute": near},
+        )
     if layout.pipeline_parallel == 1:
         return
     if layout.schedule not in SCHEDULES:

@@ -1,4 +1,4 @@
-"""Parameters that FSDP2 leaves on one GPU: a number that torchtitan's own modules have too, to the last one."""
+"""Parameters that FSDP2 leaves on one GPU: torchtitan's own modules have as many, to the last one."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ INPUTS = ("hidden", "q_rank", "kv_rank")
 
 
 def local_parameters(subject: Subject, rank: int) -> int:
-    """Parameters of one GPU: tensor, expert and pipeline parallelism cut them, and FSDP2 their first dimension.
+    """Parameters of one GPU, cut by tensor, expert and pipeline parallelism, and by FSDP2.
 
-    FSDP2 gives its ranks as many rows as ``torch.chunk`` does: the last ones may have fewer, or none. Routed
-    experts are cut along their second dimension where there are more GPUs than experts (torchtitan 0.2.2,
+    FSDP2 cuts the first dimension of each tensor and gives its ranks as many rows as ``torch.chunk`` does: the
+    last ones may have fewer, or none. Tied embeddings are counted once. Routed experts are cut along their second dimension where there are more GPUs than experts (torchtitan 0.2.2,
     models/llama4/infra/parallelize.py, ``apply_fsdp``). Ranks are counted as torchtitan does, of the mesh
     ``pp, dp_replicate, dp_shard, cp, tp``, and for experts ``pp, dp_replicate, efsdp, ep``.
 
@@ -42,7 +42,8 @@ def local_parameters(subject: Subject, rank: int) -> int:
         if one.axis not in ("recompute", "pipeline")
     ]
     return sum(
-        count * _local(replace(term, unit=1.0), round(float(held(replace(term, unit=1.0), cuts))), layout, rank)
+        count
+        * _local(replace(term, unit=1.0), round(float(held(replace(term, unit=1.0), cuts))), layout, rank)
         for layer, _, count in held_layers(prices, view(prices, rows, rank // each))
         for term in layer.by_role[Role.PARAMETER]
     )

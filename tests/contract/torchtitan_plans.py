@@ -1,4 +1,4 @@
-"""Random plans of framework torchtitan, the same every time: what its exporter and its reader are tried on."""
+"""Random plans of framework torchtitan, the same every time, for its exporter and its reader."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from planner import api, reading
 from planner.errors import PlannerError
 from planner.export import Subject
 from planner.export.torchtitan_flavors import flavors
-from planner.specs import ClusterSpec, ModelSpec, TrainingSpec
+from planner.specs import ClusterSpec, ModelSpec
 
 OLDER = ["qkv=separate", "rotary_table=model"]
 """Options that 0.2.2 runs, where the planner's own are 0.3.0's."""
@@ -61,11 +61,13 @@ def small() -> list[ModelSpec]:
 def drawn(random: Random, version: str) -> dict[str, Any]:
     """One draw: keyword arguments of :func:`planned`."""
     pick = random.choice
-    if random.random() < 0.5:
+    if random.random() < 0.6:
         model = pick(small())
     else:
         model = ModelSpec.from_catalog(pick(MODELS if random.random() < 0.85 else MORE))
     tensor, pipeline, context = pick([1, 1, 2, 4]), pick([1, 1, 2, 2, 4]), pick([1, 1, 1, 2])
+    if version == "0.2" and model.model_type.startswith(("qwen", "gpt")) and random.random() < 0.8:
+        pipeline = 1  # 0.2.2 has none for these
     data = pick([1, 2, 2, 4, 8])
     gpus = tensor * pipeline * context * data
     experts = pick([1, tensor, tensor * context, tensor * context * 2]) if model.experts else 1
@@ -135,6 +137,3 @@ def plans(version: str, count: int, seed: int = 11) -> tuple[tuple[dict[str, Any
         except PlannerError:
             continue
     return tuple(found)
-
-
-__all__ = ["TrainingSpec", "planned", "plans"]

@@ -18,6 +18,7 @@ from torchtitan.components.quantization import float8, mx
 from torchtitan.config.manager import ConfigManager
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_parallel import _generate_llm_fqn_per_model_part, _get_pipeline_metadata
+from torchtitan.models.common import Linear
 
 logging.disable(logging.WARNING)
 for module in (float8, mx):
@@ -82,11 +83,7 @@ def judge(case: dict[str, Any], folder: Path, number: int) -> dict[str, Any]:
         "compiled": config.compile.components if config.compile.enable else [],
         "async_tp": config.compile.enable_async_tensor_parallel,
         "loss": type(config.loss).__qualname__,
-        "linears": sorted(
-            {type(one).__qualname__ for _, one, *_ in model.traverse(object) if hasattr(one, "in_features")}
-        )
-        if case.get("linears")
-        else [],
+        "linears": sorted({type(one).__qualname__ for _, one, _, _ in model.traverse(Linear.Config)}),
         "optimizer": [group.optimizer_name, config.optimizer.implementation],
         "texts": [config.hf_assets_path, config.dataloader.dataset, config.dump_folder],
         "shape": [len(model.layers), model.dim],

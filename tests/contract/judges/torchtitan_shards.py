@@ -12,10 +12,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import without_triton  # noqa: F401
 import torch
 import torch.distributed as dist
 import torchtitan.train  # noqa: F401 - it loads all that has a device type
+import without_triton  # noqa: F401
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtitan.config import ConfigManager
 from torchtitan.distributed import ParallelDims

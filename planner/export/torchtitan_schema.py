@@ -32,6 +32,8 @@ MOVED: Mapping[str, str] = {
     "float8.enable_fsdp_float8_all_gather": "quantize.linear.float8.enable_fsdp_float8_all_gather",
 }
 """Names of earlier releases, and where they went."""
+EXTENDING = ("job.custom_config_module", "experimental.custom_args_module")
+"""Settings that name a module with more settings: others are its own then."""
 
 
 @cache
@@ -62,9 +64,13 @@ def checked(document: Mapping[str, Any]) -> tuple[dict[str, Any], list[Finding]]
     """The settings that are of the right type, and what is wrong with the others."""
     found: dict[str, Any] = {}
     findings: list[Finding] = []
-    for path, value in flattened(document):
+    given = dict(flattened(document))
+    extended = any(given.get(name) for name in EXTENDING)
+    for path, value in given.items():
         shown = plain(path, 120)
-        if path in sections():
+        if path not in keys() and path not in sections() and extended:
+            found[shown] = value
+        elif path in sections():
             wrong = f"{_shown(value)} in place of a table"
             findings.append(Finding("error", shown, wrong, f"write [{path}]"))
         elif path not in keys():

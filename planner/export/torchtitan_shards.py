@@ -18,10 +18,11 @@ INPUTS = ("hidden", "q_rank", "kv_rank")
 def local_parameters(subject: Subject, rank: int) -> int:
     """Parameters of one GPU, cut by tensor, expert and pipeline parallelism, and by FSDP2.
 
-    FSDP2 cuts the first dimension of each tensor and gives its ranks as many rows as ``torch.chunk`` does: the
-    last ones may have fewer, or none. Tied embeddings are counted once. Routed experts are cut along their second dimension where there are more GPUs than experts (torchtitan 0.2.2,
-    models/llama4/infra/parallelize.py, ``apply_fsdp``). Ranks are counted as torchtitan does, of the mesh
-    ``pp, dp_replicate, dp_shard, cp, tp``, and for experts ``pp, dp_replicate, efsdp, ep``.
+    FSDP2 cuts the first dimension of each tensor and gives its ranks as many rows as ``torch.chunk`` does:
+    the last ones may have fewer, or none. Routed experts are cut along their second dimension where there
+    are more GPUs than experts (torchtitan 0.2.2, models/llama4/infra/parallelize.py, ``apply_fsdp``). Tied
+    embeddings are counted once. Ranks are counted as torchtitan does, of the mesh ``pp, dp_replicate,
+    dp_shard, cp, tp``, and for experts ``pp, dp_replicate, efsdp, ep``.
 
     >>> from planner import ClusterSpec, ModelSpec, TrainingSpec
     >>> from planner.api import estimate
@@ -69,7 +70,7 @@ def _local(term: Term, size: int, layout: Layout, rank: int) -> int:
         shards = 1
     length = -(-rows // shards)
     mine = max(0, min(length, rows - (index % shards) * length))
-    return size // rows * mine if tensors == 1 else tensors * (size // tensors // rows * mine)
+    return int(tensors * (size // tensors // rows * mine))
 
 
 def _rows(term: Term) -> list[str]:

@@ -55,7 +55,7 @@ class Settings:
             return flavor_named(self.of("model.name"), self.of("model.flavor"))
         except InputError as error:
             setting, _, rest = str(error).partition("=")
-            self.find("error", setting, rest)
+            self.find("error" if setting == "model.flavor" else "warning", setting, rest)
             return None
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torchtitan.train  # noqa: F401 - it loads all that has a device type
 import without_triton  # noqa: F401
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torchtitan import train  # noqa: F401 - it loads all that has a device type
 from torchtitan.config import ConfigManager
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.train_spec import get_train_spec

@@ -112,7 +112,7 @@ def _of_sharding(subject: Subject, version: str) -> Iterator[tuple[str, dict[str
     if layout.data_parallel > 1:
         data = layout.data_parallel
         yield (
-            f"data_shards 1 of {data} replicas is DDP, which is not planned: share them",
+            f"data_shards 1 of {data} replicas is DDP, which is not planned: use data_shards {data}",
             {"data_shards": data},
         )
     if layout.sharding == "fsdp" and (layout.world_size > 1 or layout.offload):

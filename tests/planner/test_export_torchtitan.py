@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from planner import audit, reading
-from planner.errors import InputError, PlannerError
+from planner.errors import InputError
 from planner.export import NotExpressible, Subject
 from planner.export.read_torchtitan import read, recognises
 from planner.export.torchtitan import SETTINGS, export
@@ -106,9 +106,9 @@ def test_some_layers_recomputed_are_every_kth():
         ("0.2", {"tensor_parallel": 2, "sequence_parallel": False}, "sequence parallelism"),
         ("0.2", {"tensor_parallel": 8, "sharding": "ddp"}, "run in fp32"),
         ("0.2", {"data_shards": 1}, "DDP"),
-        ("0.2", {"optimizer": "lion"}, "optimizer lion"),
+        ("0.2", {"optimizer": "momentum"}, "optimizer momentum"),
         ("0.2", {"optimizer_dtype": "bf16"}, "moments"),
-        ("0.2", {"seq_length": 514, "tensor_parallel": 4}, "multiple of 8: use 512"),
+        ("0.2", {"seq_length": 513}, "multiple of 2: use 512"),
         (
             "0.2",
             {"pipeline_parallel": 2, "model": ModelSpec.from_catalog("qwen3-8b")},
@@ -119,7 +119,6 @@ def test_some_layers_recomputed_are_every_kth():
         ("0.3", {"option": [], "precision": "fp8-tensorwise"}, "fp8-rowwise"),
         ("0.3", {"option": [], "context_parallel": 2, "context_comm": "ring"}, "context_comm all-gather"),
         ("0.3", {"option": ["loss=chunked"], "seq_length": 516}, "multiple of 8: use 512"),
-        ("0.3", {"option": [], "lora": "rank=8"}, "adapters"),
         (
             "0.3",
             {"option": [], "pipeline_parallel": 2, "model": ModelSpec.from_catalog("llama-3.2-1b")},
@@ -128,10 +127,7 @@ def test_some_layers_recomputed_are_every_kth():
     ],
 )
 def test_what_cannot_be_told_is_refused_with_what_can(version, given, reason):
-    try:
-        one = subject(**given)
-    except PlannerError:
-        pytest.skip("the planner itself refuses it")
+    one = subject(**given)
     with pytest.raises(NotExpressible, match=reason) as error:
         export(one, version, {})
     assert any(word in str(error.value) for word in (": use ", "leave", "the nearest"))

@@ -225,9 +225,7 @@ def _toml(subject: Subject, told: Mapping[str, Any]) -> str:
 
 def _recipe(subject: Subject, flavor: Flavor, told: Mapping[str, Any]) -> str:
     """A Python module; everything that somebody wrote is in it as a literal."""
-    from importlib.resources import files
-
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
     precision = PRECISIONS[str(subject.job.training.precision)]
     parallelism = dict(told["parallelism"])
@@ -238,13 +236,16 @@ def _recipe(subject: Subject, flavor: Flavor, told: Mapping[str, Any]) -> str:
         "enable_async_tensor_parallel": parallelism.pop("enable_async_tensor_parallel")
     }
     training = {k: v for k, v in told["training"].items() if not k.startswith("dataset")}
-    environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
+    templates = Environment(
+        loader=PackageLoader("planner.export"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
     )
-    environment.filters["literal"] = ascii
-    text = files("planner.export").joinpath("torchtitan_recipe.py.j2").read_text()
+    templates.filters["literal"] = ascii
     half = half_moments(subject, "0.3")
-    return environment.from_string(text).render(
+    return templates.get_template("torchtitan_recipe.py.jinja").render(
         header=_header(subject).rstrip("\n"),
         function=FUNCTION,
         flavor=flavor,

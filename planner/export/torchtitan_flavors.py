@@ -35,7 +35,9 @@ class Flavor:
 
 
 def _table() -> dict[str, Any]:
-    table: dict[str, Any] = json.loads(Path(__file__).with_name("torchtitan_flavors.json").read_bytes())
+    table: dict[str, Any] = json.loads(
+        (Path(__file__).parent / "data" / "torchtitan_flavors.json").read_bytes()
+    )
     return table
 
 

@@ -39,7 +39,7 @@ EXTENDING = ("job.custom_config_module", "experimental.custom_args_module")
 @cache
 def keys() -> Mapping[str, tuple[str, Any]]:
     """All settings by dotted name: type and default. ``'a'|'b'`` is a choice, ``int|none`` a union."""
-    table = json.loads(Path(__file__).with_name("torchtitan_keys.json").read_bytes())
+    table = json.loads((Path(__file__).parent / "data" / "torchtitan_keys.json").read_bytes())
     return {name: (kind, default) for name, (kind, default) in table["keys"].items()}
 
 

@@ -58,7 +58,7 @@ def _of_training(subject: Subject, version: str) -> Iterator[tuple[str, dict[str
     training, recipe, layout = subject.job.training, subject.job.recipe, subject.layout
     precision = str(training.precision)
     if precision not in PRECISIONS:
-        yield f"precision {precision}: it has {', '.join(PRECISIONS)}", {"precision": "bf16"}
+        yield f"precision {precision}: use {', '.join(PRECISIONS)}", {"precision": "bf16"}
     if version == "0.3" and precision == "fp8-tensorwise":
         yield "float8 is scaled by rows alone: use precision fp8-rowwise", {"precision": "fp8-rowwise"}
     compiled = subject.options().get("compile") == "on"
@@ -73,7 +73,7 @@ def _of_training(subject: Subject, version: str) -> Iterator[tuple[str, dict[str
             what = "gradient_dtype, optimizer_dtype and master_weights are the precision's own"
             yield f"{what}, but for bf16 moments of 0.3's fused AdamW: leave them out", {}
     if training.optimizer not in OPTIMIZERS:
-        yield f"optimizer {training.optimizer}: it has {' and '.join(OPTIMIZERS)}", {"optimizer": "adamw"}
+        yield f"optimizer {training.optimizer}: use {' or '.join(OPTIMIZERS)}", {"optimizer": "adamw"}
     if subject.options().get("reduce_dtype", "fp32") != "fp32":
         yield "gradients are reduced in fp32: use reduce_dtype=fp32", {"option": {"reduce_dtype": "fp32"}}
     if training.dropout:
@@ -98,7 +98,7 @@ def _of_sharding(subject: Subject, version: str) -> Iterator[tuple[str, dict[str
     layout, options = subject.layout, subject.options()
     shards = layout.data_shards * layout.context_parallel
     if layout.sharding not in ("fsdp", "ddp") or (layout.sharding == "ddp" and layout.data_ranks > 1):
-        yield f"sharding {layout.sharding}: it shards with FSDP2 alone", {"sharding": "fsdp"}
+        yield f"sharding {layout.sharding}: use fsdp, FSDP2", {"sharding": "fsdp"}
     if version == "0.3":
         if layout.sharding != "fsdp":
             yield "it wraps everything with FSDP2: use sharding fsdp", {"sharding": "fsdp"}
@@ -137,13 +137,13 @@ def _of_sharding(subject: Subject, version: str) -> Iterator[tuple[str, dict[str
 def _of_axes(subject: Subject, version: str) -> Iterator[tuple[str, dict[str, Any]]]:
     layout, job = subject.layout, subject.job
     if layout.rank_order != "tp-dp-pp":
-        yield f"rank order {layout.rank_order}: it has tp-dp-pp alone", {"rank_order": "tp-dp-pp"}
+        yield f"rank order {layout.rank_order}: use tp-dp-pp", {"rank_order": "tp-dp-pp"}
     tensor, context = layout.tensor_parallel, layout.context_parallel
     if tensor > 1 and not layout.sequence_parallel and version == "0.2":
         yield "tensor parallelism comes with sequence parallelism: use it", {"sequence_parallel": True}
     if context > 1 and layout.context_comm not in CONTEXT:
         known = ", ".join(CONTEXT)
-        yield f"context_comm {layout.context_comm}: it has {known}", {"context_comm": "all-gather"}
+        yield f"context_comm {layout.context_comm}: use {known}", {"context_comm": "all-gather"}
     if version == "0.3" and context > 1 and layout.context_comm != "all-gather":
         yield "keys and values are gathered: use context_comm all-gather", {"context_comm": "all-gather"}
     own = layout.expert_tensor_parallel
@@ -152,7 +152,7 @@ def _of_axes(subject: Subject, version: str) -> Iterator[tuple[str, dict[str, An
         yield f"expert_tensor_parallel {own}: use {able}", {"expert_tensor_parallel": 1}
     if layout.offload not in ("", "optimizer,parameters"):
         yield (
-            f"offload {layout.offload}: it offloads optimizer,parameters together",
+            f"offload {layout.offload}: use optimizer,parameters, both",
             {"offload": "optimizer,parameters"},
         )
     unit = _sequence_unit(subject, version)
@@ -197,7 +197,7 @@ def _of_pipeline(subject: Subject, version: str) -> Iterator[tuple[str, dict[str
         return
     if layout.schedule not in SCHEDULES:
         known = ", ".join(SCHEDULES)
-        yield f"schedule {layout.schedule}: of those planned it runs {known}", {"schedule": "1f1b"}
+        yield f"schedule {layout.schedule}: use {known}", {"schedule": "1f1b"}
     if subject.model.tie_word_embeddings:
         yield "tied embeddings are not split over stages: use pipeline_parallel 1", {"pipeline_parallel": 1}
     if _empty(subject):

@@ -24,6 +24,7 @@ from planner.export.torchtitan_words import (
 from planner.files import plain
 
 FRAMEWORK = "torchtitan"
+COUNTS_GPUS = True
 DEEPEST = 10
 CONVERTERS = (FLOAT8, MX, "quantize.grouped_mm.float8", "quantize.grouped_mm.mx")
 FLEX = ("deepseek_v3", "gpt_oss")

@@ -249,6 +249,8 @@ def test_how_many_processes_there_are():
     whole = BASE + "data_parallel_shard_degree = 4\n"
     assert read({"a": whole}).world_size == 8
     assert "16 processes" in findings(whole, WORLD_SIZE="16")["parallelism"]
+    counted = audit.read_configuration({"a.toml": BASE}, "torchtitan", gpus="4x8xH100")
+    assert (counted.world_size, counted.options["global_batch_size"]) == (32, 64)
     with pytest.raises(InputError, match="NGPU"):
         read({"a": whole}, {"NGPU": "all"})
 

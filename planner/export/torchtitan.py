@@ -11,7 +11,7 @@ from math import ceil
 from typing import Any
 
 from planner.export.base import Export, NotExpressible, Subject, setting_of
-from planner.export.torchtitan_flavors import Flavor, flavor_of, pipelined
+from planner.export.torchtitan_flavors import SHAPE, Flavor, flavor_of, in_llamas_blocks, pipelined
 from planner.export.torchtitan_limits import check, half_moments, recomputed, stage_layers
 from planner.export.torchtitan_words import (
     CONTEXT,
@@ -37,8 +37,9 @@ SETTINGS: Mapping[str, str] = {
     "dump_folder": "where checkpoints and logs go, ./outputs by default",
     "steps": "steps to train; those of --tokens, or 1000",
     "lr": "learning rate, torchtitan's 8e-4 by default",
+    "rope_theta": "base of the rotary angles of a model that is no flavor, 500000 by default",
 }
-MODULE, FUNCTION = "planner_recipes", "planned"
+MODULE, FUNCTION, OWN = "planner_recipes", "planned", "planned"
 
 
 def export(subject: Subject, version: str, settings: Mapping[str, str]) -> Export:
@@ -56,7 +57,7 @@ def export(subject: Subject, version: str, settings: Mapping[str, str]) -> Expor
         files = {"plan.toml": _toml(subject, told)}
         program: tuple[str, ...] = ("-m", "torchtitan.train", "--job.config_file", "plan.toml")
     else:
-        files = {f"{MODULE}.py": _recipe(subject, flavor, told)}
+        files = {f"{MODULE}.py": _recipe(subject, flavor, told, settings)}
         program = ("-m", "torchtitan.train", "--module", MODULE, "--config", FUNCTION)
         env["PYTHONPATH"] = "."
     notes = tuple(_notes(subject, version, settings, told))
@@ -66,12 +67,14 @@ def export(subject: Subject, version: str, settings: Mapping[str, str]) -> Expor
 def _flavor(model: Any, subject: Subject, version: str) -> Flavor:
     """The flavor that the plan's model is. Raises NotExpressible with the nearest one."""
     found, nearest, differs = flavor_of(model, version)
+    if found is None and version == "0.3" and in_llamas_blocks(model):
+        return Flavor("llama3", OWN, model, (version,))
     if found is None:
         name = f"{nearest.model} {nearest.name}"
         what = ", ".join(f"{field} {own} there, {other} here" for field, (own, other) in differs.items())
         raise NotExpressible(
             f"torchtitan {version} has no flavor of {plain(model.name)}: the nearest, {name}, has "
-            f"{plain(what, 400)}; others are registered in Python"
+            f"{plain(what, 400)}; 0.3 takes other shapes of Llama's blocks"
         )
     if subject.layout.pipeline_parallel > 1 and not pipelined(found.model, version):
         raise NotExpressible(
@@ -124,7 +127,7 @@ def _told(
         "compile": _compile(options),
     }
     if lr := setting_of(settings, "lr"):
-        told["optimizer"]["lr"] = _number(lr)
+        told["optimizer"]["lr"] = _number("lr", lr, 1e3)
     if precision.converter:
         told["quantize"] = _quantized(precision)
     return told
@@ -197,15 +200,26 @@ def _steps(subject: Subject, settings: Mapping[str, str]) -> int:
     return int(text)
 
 
-def _number(text: str) -> float:
+def _shape(subject: Subject, settings: Mapping[str, str]) -> dict[str, Any]:
+    """What a recipe builds Llama's blocks of."""
+    model = subject.model
+    theta = setting_of(settings, "rope_theta", "500000")
+    return model.model_dump(include=set(SHAPE)) | {
+        "tied": model.tie_word_embeddings,
+        "positions": max(model.max_position_embeddings, subject.job.seq_length),
+        "rope_theta": _number("rope_theta", theta, 1e12),
+    }
+
+
+def _number(name: str, text: str, most: float) -> float:
     from planner.errors import InputError
 
     try:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < 1e3:
-        raise InputError(f"--set lr={plain(text)}: write a number above 0, as in 3e-4")
+    if not 0 < value < most:
+        raise InputError(f"--set {name}={plain(text)}: write a number above 0, as in 3e-4")
     return value
 
 
@@ -223,7 +237,7 @@ def _toml(subject: Subject, told: Mapping[str, Any]) -> str:
     return _header(subject) + "\n" + tomli_w.dumps(told)
 
 
-def _recipe(subject: Subject, flavor: Flavor, told: Mapping[str, Any]) -> str:
+def _recipe(subject: Subject, flavor: Flavor, told: Mapping[str, Any], settings: Mapping[str, str]) -> str:
     """A Python module; everything that somebody wrote is in it as a literal."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -249,6 +263,7 @@ def _recipe(subject: Subject, flavor: Flavor, told: Mapping[str, Any]) -> str:
         header=_header(subject).rstrip("\n"),
         function=FUNCTION,
         flavor=flavor,
+        shape=_shape(subject, settings) if flavor.name == OWN else None,
         model=told["model"],
         dump_folder=told["job"]["dump_folder"],
         loss=options.get("loss", "eager"),
@@ -278,6 +293,9 @@ def _notes(
             "fsdp_reshard_after_forward is always: the head's unit is resharded too, which the plan keeps "
             "gathered through the loss"
         )
+    if told["model"]["flavor"] == OWN:
+        theta = setting_of(settings, "rope_theta", "500000")
+        yield f"the model is built in the recipe, rotary angles of base {theta}: --set rope_theta=NUMBER"
     if version == "0.3":
         yield "CUDA graphs are off: their pools are not planned, and 0.3.0 refuses them with a pipeline"
         yield f"{MODULE}.py must be importable: start it from its folder, or add that to PYTHONPATH"

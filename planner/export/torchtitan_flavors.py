@@ -17,6 +17,18 @@ FREE = {"name", "source", "max_position_embeddings", "mtp_layers"}
 """What of a model no flavor has: torchtitan's positions are the sequence's, and further tokens are not
 predicted."""
 
+SHAPE = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+"""Lengths that Llama's blocks may have."""
+
 
 @dataclass(frozen=True)
 class Flavor:
@@ -79,6 +91,12 @@ def flavor_of(model: ModelSpec, version: str) -> tuple[Flavor | None, Flavor, di
     nearest = min(known, key=distance)
     differs = nearest.differs(model)
     return (None if differs else nearest), nearest, differs
+
+
+def in_llamas_blocks(model: ModelSpec) -> bool:
+    """Does a model differ from Llama 3 in lengths alone? 0.3's recipes build such."""
+    differs = flavor_named("llama3", "8B").differs(model)
+    return model.model_type in ("llama", "mistral") and set(differs) <= {"model_type", *SHAPE}
 
 
 def flavor_named(model: str, name: str) -> Flavor:

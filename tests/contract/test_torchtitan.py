@@ -120,6 +120,27 @@ def test_recipes_are_accepted_and_say_what_was_planned():
         assert ("Float8Linear.Config" in told["linears"]) is quantized
 
 
+def test_shapes_of_nobody_else_are_built_in_the_recipe():
+    names = (
+        "llama-2-7b",
+        "llama-2-70b",
+        "mistral-7b-v0.3",
+        "tinyllama-1.1b",
+        "codellama-34b",
+        "mistral-nemo-12b",
+    )
+    models = [ModelSpec.from_catalog(name) for name in names]
+    models.append(models[0].model_copy(update={"tie_word_embeddings": True}))
+    given = {"seq_length": 2048, "global_batch_size": 32, "precision": "fp8-rowwise"}
+    subjects = [planned(model, "8xh100", given, "full") for model in models]
+    made = [export(one, "0.3", SETTINGS) for one in subjects]
+    cases = [{"recipe": one.files["planner_recipes.py"], "world": 8, "count": True} for one in made]
+    for subject, told in zip(subjects, judged("titan03", "torchtitan03.py", cases), strict=True):
+        agree(subject, told)
+        assert told["parameters"] == subject.model.num_parameters
+        assert "Float8Linear.Config" in told["linears"]
+
+
 def sharded(
     model: ModelSpec, gpus: int, ranks: list[int], layers: tuple[int, ...] | None = None, **given: Any
 ) -> tuple[Subject, list[int]]:

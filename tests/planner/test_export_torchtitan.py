@@ -140,6 +140,16 @@ def test_what_is_proposed_instead_can_be_told():
     assert export(subject(option=options), "0.2", {}).files
 
 
+def test_a_shape_of_nobody_else_is_built_in_the_recipe():
+    model = ModelSpec.from_catalog("llama-2-7b")
+    made = export(subject(model, option=[]), "0.3", {"rope_theta": "10000"})
+    assert "theta=10000.0" in made.files["planner_recipes.py"]
+    assert any("10000" in note for note in made.notes)
+    compile(made.files["planner_recipes.py"], "planner_recipes.py", "exec")
+    with pytest.raises(NotExpressible, match="other shapes of Llama"):
+        export(subject(ModelSpec.from_catalog("qwen2-7b"), option=[]), "0.3", {})
+
+
 def test_moments_in_half_precision_are_the_newer_releases():
     text = export(subject(option=[], optimizer_dtype="bf16"), "0.3", {}).files["planner_recipes.py"]
     assert "implementation='fused_opt_states_bf16'" in text

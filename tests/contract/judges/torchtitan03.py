@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 import without_triton  # noqa: F401
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 from torchtitan.components.quantization import float8, mx
@@ -24,6 +25,11 @@ logging.disable(logging.WARNING)
 for module in (float8, mx):
     module.has_cuda_capability = lambda *_: True  # the GPUs that it is written for
 DEGREES = ("dp_replicate", "dp_shard", "cp", "tp", "pp", "ep")
+
+
+def parameters(model: Any) -> int:
+    with torch.device("meta"):
+        return sum(one.numel() for one in model.build().parameters())
 
 
 def judge(case: dict[str, Any], folder: Path, number: int) -> dict[str, Any]:
@@ -87,6 +93,7 @@ def judge(case: dict[str, Any], folder: Path, number: int) -> dict[str, Any]:
         "optimizer": [group.optimizer_name, config.optimizer.implementation],
         "texts": [config.hf_assets_path, config.dataloader.dataset, config.dump_folder],
         "shape": [len(model.layers), model.dim],
+        "parameters": parameters(model) if case.get("count") else 0,
     }
 
 

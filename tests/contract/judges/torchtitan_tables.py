@@ -11,11 +11,15 @@ import types
 import typing
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
-import without_triton  # noqa: F401
 
+sys.path[0] = str(Path(__file__).parents[3] / "planner" / "probes")
+import without_triton  # noqa: E402, F401
+
+sys.path.pop(0)
 logging.disable(logging.WARNING)
 TABLES = {"llama3": "llama3", "qwen3": "qwen3", "deepseek_v3": "deepseekv3", "gpt_oss": "gptoss"}
 

@@ -101,7 +101,7 @@ def export(subject: Subject, made: Export, settings: Mapping[str, str]) -> Expor
     if placement:
         files |= {"placement.json": placement.to_json()}
     notes = (*made.notes, *_notes(subject, made, given, placement))
-    return replace(made, target=f"{made.target},slurm", files=files, notes=notes)
+    return replace(made, target=f"{made.target},slurm", files=files, notes=notes, submit=("sbatch", SCRIPT))
 
 
 def _checked(name: str, settings: Mapping[str, str]) -> str:

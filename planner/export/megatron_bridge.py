@@ -90,7 +90,7 @@ APART = (
 """Flags that are several fields here, or none as the recipe has it so: :func:`_apart`."""
 DTYPES = {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16", "fp8": "torch.uint8"}
 LISTS = ("--moe-layer-freq", "--window-attn-skip-freq", "--window-size")
-USUAL: dict[str, dict[str, Any]] = {
+USUAL: Mapping[str, Mapping[str, Any]] = {
     "model": {
         # Defaults of Megatron-LM's flags that the recipe does not have.
         "apply_rope_fusion": True,
@@ -112,7 +112,6 @@ def export(subject: Subject, version: str, settings: Mapping[str, str]) -> Expor
     values = values_of(subject, CORE, settings)
     _check(subject)
     header = subject.header(also=(f"for Megatron-Bridge {version}, megatron-core {CORE}",))
-    fsdp = values.get("--megatron-fsdp-main-grads-dtype")
     return Export(
         target="megatron-bridge",
         version=version,
@@ -122,13 +121,22 @@ def export(subject: Subject, version: str, settings: Mapping[str, str]) -> Expor
                 "megatron_bridge_train.py.jinja",
                 header=header,
                 overrides=OVERRIDES,
-                main_grads={"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(str(fsdp)),
+                types=dict(_types(values)),
             ),
         },
         env=environment(subject),
         program=(SCRIPT,),
         notes=tuple(notes_of(subject, settings)),
     )
+
+
+def _types(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Types that YAML cannot state: of fields that are None, or that its words have no name for."""
+    if (gradient := values.get("--megatron-fsdp-main-grads-dtype")) is not None:
+        yield "ddp.megatron_fsdp_main_grads_dtype", DTYPES[gradient]
+    if values.get("--exp-avg-dtype") == "fp8":
+        yield "optimizer.exp_avg_dtype", DTYPES["fp8"]
+        yield "optimizer.exp_avg_sq_dtype", DTYPES["fp8"]
 
 
 def _check(subject: Subject) -> None:
@@ -182,7 +190,7 @@ def _value(flag: Flag, value: Any) -> Any:
     if flag.name in LISTS:
         return [int(word) for word in words[1].strip("[]").split(",")]
     if flag.name in ("--exp-avg-dtype", "--exp-avg-sq-dtype"):
-        return DTYPES[words[1]]
+        return DTYPES[words[1]] if words[1] != "fp8" else None  # _types
     if flag.kind == "integer":
         return int(words[1])
     if flag.kind == "number":

@@ -181,6 +181,12 @@ def _offload(subject: Subject) -> Iterator[tuple[str, Any]]:
     if any(place != "host" for place in whole.values()):
         raise NotExpressible("offload to NVMe: Megatron-LM offloads to the host's memory")
     if "optimizer" in counted or "optimizer" in whole:
+        if plan.training.optimizer not in ("adam", "adamw"):
+            raise NotExpressible(
+                f"offload of the states of optimizer={plan.training.optimizer}: --optimizer-cpu-offload is of "
+                "Adam, as the precision-aware optimizer is that it needs",
+                {"optimizer": "adamw"},
+            )
         yield "--optimizer-cpu-offload", True
         yield "--use-precision-aware-optimizer", True
         if "optimizer" not in whole:

@@ -226,6 +226,11 @@ def test_offloading() -> None:
         ({"precision": "tf32"}, "tf32", {"precision": "bf16"}),
         ({"precision": "fp32"}, "attention=flash", {"option": "attention=eager"}),
         ({"master_weights": False}, "master_weights", {"master_weights": ""}),
+        (
+            {"layout": Layout(8, sharding="zero1", offload="optimizer"), "optimizer": "momentum"},
+            "offload of the states",
+            {"optimizer": "adamw"},
+        ),
         ({"options": {"swiglu": "recomputed"}}, "swiglu", {"option": "mlp=recomputed"}),
         ({"options": {"loss": "fused"}}, "loss=fused", {"option": "loss=parallel"}),
         ({"options": {"norm": "recomputed"}, "recompute": "full"}, "norm=recomputed", {"recompute": "none"}),

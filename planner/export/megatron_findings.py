@@ -18,7 +18,6 @@ from planner.export.read_megatron_options import degrees_of
 from planner.export.shell_expand import shown, unknown_in
 from planner.model import ModelSpec
 
-
 POSITIVE = (
     *("--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"),
     *("--expert-model-parallel-size", "--expert-tensor-parallel-size", "--micro-batch-size"),

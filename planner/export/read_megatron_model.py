@@ -255,14 +255,11 @@ def _list_of(node: ast.expr, depth: int) -> list[int] | int:
         left, right = _list_of(node.left, depth + 1), _list_of(node.right, depth + 1)
         many, times = (left, right) if isinstance(left, list) else (right, left)
         if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
-            size, made = len(left) + len(right), left + right
+            if len(left) + len(right) <= MOST_LAYERS:
+                return left + right
         elif isinstance(node.op, ast.Mult) and isinstance(many, list) and isinstance(times, int):
-            size = len(many) * times
-            made = many * min(times, MOST_LAYERS)
-        else:
-            raise ValueError
-        if size <= MOST_LAYERS:
-            return made
+            if len(many) * times <= MOST_LAYERS:
+                return many * times
     raise ValueError
 
 
@@ -278,7 +275,7 @@ def _letters(pattern: str) -> str:
 
 def _hybrid(found: Arguments, letters: str) -> dict[str, Any]:
     kinds = {letter: block for block, letter in SYMBOLS.items()}
-    hidden, head = found.get("--hidden-size"), found.get("--mamba-head-dim", 64)
+    hidden, head = found.get("--hidden-size"), max(1, found.get("--mamba-head-dim", 64))
     fields: dict[str, Any] = {
         "mixers": [kinds[letter][0] for letter in letters],
         "mlps": [kinds[letter][1] for letter in letters],

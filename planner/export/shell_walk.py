@@ -42,6 +42,7 @@ class Walker(Calculator):
         self.left = ""  # exit, return, break or continue, on its way out
         self.sure = True
         self.line_of = ""
+        self.broken: dict[str, str] = {}  # by its place, what is no bash
 
     def note(self, node: Any | None, text: str) -> None:
         where = f"{self.line_of}line {node.start_point[0] + 1}: " if node is not None else ""
@@ -85,7 +86,9 @@ class Walker(Calculator):
                 done: bool | None = way(node)
                 return done
             if node.type == "ERROR" or node.is_missing:
-                self.note(node, f"{plain(self.text(node), 40)} is not read: bash may not take it either")
+                self.broken.setdefault(
+                    f"{self.line_of}line {node.start_point[0] + 1}", plain(self.text(node), 40)
+                )
             return self.run_all(node.named_children) if node.named_children else True
 
     # Statements

@@ -81,8 +81,8 @@ def read(files: Mapping[str, str], given: Mapping[str, str] | None = None) -> Im
         words += [flag] if table()[flag]["kind"] == "switch" else [flag, value]
     found = parse(words, adds=launch.script.rpartition("/")[2] not in OWN)
     for place, text in list(launch.broken.items())[:5]:
-        text = f"{text!r} is no bash as it is: a quote or bracket may be open"
-        found.add("error", place, text, "close it: bash -n names the line")
+        text = f"{text!r} is not read: a quote or bracket may be open"
+        found.add("warning", place, text, "close it: bash -n names the line")
     _refuse_open(found)
     for name in found.loose:
         text = "is not known: it may hold further flags, which are not read"

@@ -47,10 +47,10 @@ HYBRID["0.19"] = HYBRID["0.18"]
 
 
 def export(subject: Subject, version: str, settings: Mapping[str, str]) -> Export:
-    """A plan as ``plan.args`` and ``launch.sh``. Raises NotExpressible for what Megatron-LM cannot be told."""
+    """A plan as ``plan.args`` and ``launch.sh``. Raises NotExpressible for what cannot be told."""
     values = values_of(subject, version, settings)
     script = setting_of(settings, "script", HYBRID[version][0] if is_hybrid(subject.model) else SCRIPT)
-    notes = tuple(_notes(subject, settings))
+    told = tuple(notes(subject, settings))
     header = subject.header(also=(f"for Megatron-LM with megatron-core {version}",))
     env = environment(subject)
     return Export(
@@ -58,11 +58,19 @@ def export(subject: Subject, version: str, settings: Mapping[str, str]) -> Expor
         version=version,
         files={
             ARGUMENTS: header + "".join(_lines(values)),
-            "launch.sh": _launcher(subject, header, script, env),
+            "launch.sh": rendered(
+                "megatron_launch.sh.jinja",
+                header=header,
+                arguments=ARGUMENTS,
+                env=env,
+                script=script,
+                nodes=subject.nodes,
+                per_node=subject.per_node,
+            ),
         },
         env=env,
         program=(script, *words_of(values)),
-        notes=notes,
+        notes=told,
     )
 
 
@@ -163,7 +171,8 @@ def _lines(values: Mapping[str, Any]) -> Iterator[str]:
         yield from (shlex.join(words) + "\n" for words in stated if words)
 
 
-def _launcher(subject: Subject, header: str, script: str, env: Mapping[str, str]) -> str:
+def rendered(name: str, **given: Any) -> str:
+    """A template of planner/export/templates, filled in. ``quoted`` makes a word safe in a shell."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     templates = Environment(
@@ -174,17 +183,11 @@ def _launcher(subject: Subject, header: str, script: str, env: Mapping[str, str]
         comment_end_string="##}",
     )
     templates.filters["quoted"] = lambda word: quoted([word])
-    return templates.get_template("megatron_launch.sh.jinja").render(
-        header=header,
-        arguments=ARGUMENTS,
-        env=env,
-        script=script,
-        nodes=subject.nodes,
-        per_node=subject.per_node,
-    )
+    return templates.get_template(name).render(**given)
 
 
-def _notes(subject: Subject, settings: Mapping[str, str]) -> Iterator[str]:
+def notes(subject: Subject, settings: Mapping[str, str]) -> Iterator[str]:
+    """What the files cannot say, of a plan that is trained by Megatron-LM's modules."""
     layout, training = subject.layout, subject.plan.training
     if not settings.get("data-path"):
         yield "it trains on data that Megatron-LM makes up: give --set data-path=... and a tokenizer"
@@ -198,9 +201,9 @@ def _notes(subject: Subject, settings: Mapping[str, str]) -> Iterator[str]:
     if subject.model.experts:
         yield "tokens are spread evenly by no loss: add --moe-aux-loss-coeff and how they are balanced"
     if subject.options()["attention"] == "flash":
-        yield "attention by cuDNN or FlashAttention, as Transformer Engine chooses: without one it keeps scores"
+        yield "Transformer Engine chooses cuDNN or FlashAttention; where neither runs, it keeps scores"
     else:
-        yield "attention=eager is --transformer-impl local, which takes its fused norms and gradients from Apex"
+        yield "--transformer-impl local takes fused norms and fused gradients from Apex"
     if layout.sharding in ("zero2", "fsdp"):
         yield "CUDA_DEVICE_MAX_CONNECTIONS must not be 1 with Megatron-FSDP: no wrapper may set it so"
     if subject.options().get("mtp") == "on":

@@ -2,11 +2,11 @@
 
 A field is a path from the plan: ``model.``, of ``ModelSpec``; ``layout.``, of ``LayoutPlan``; ``training.``,
 of ``TrainingSpec``; ``option.``, of the framework's own choices; ``run.``, which no plan holds. ``word``
-flags have one value, ``words`` one or more; a ``switch`` has none and stands where the field has its ``when``.
-With ``values`` the field's words are others than Megatron's. ``default`` is what the field is, in the planner's
-words, where the flag is left out; ``ALWAYS`` marks those that are written whatever they are. Where a flag
-stands for several fields at once, or a field needs more than one flag, ``rule`` says how; the writer
-(planner/export/megatron.py) and the reader have code for these.
+flags have one value, ``words`` one or more; a ``switch`` has none and stands where the field has its
+``when``. With ``values`` the field's words are others than Megatron's. ``default`` is what the field is, in
+the planner's words, where the flag is left out; ``ALWAYS`` marks those that are written whatever they are.
+Where a flag stands for several fields at once, or a field needs more than one flag, ``rule`` says how; the
+writer (planner/export/megatron_model.py, _layout.py, _training.py) and the reader have code for these.
 
 Source: megatron/training/arguments.py and megatron/core/transformer/transformer_config.py of megatron-core
 0.17.0, 0.18.0 and 0.19.2, which all know every flag here.

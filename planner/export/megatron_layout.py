@@ -67,8 +67,8 @@ def _check(subject: Subject) -> None:
         )
     if layout.expert_tensor_parallel > 1 and subject.model.experts and subject.model.experts.biases:
         raise NotExpressible(
-            f"expert_tensor_parallel={layout.expert_tensor_parallel} of experts with biases: Megatron-LM cuts "
-            "those without only",
+            f"expert_tensor_parallel={layout.expert_tensor_parallel} of experts with biases: Megatron-LM "
+            "cuts those without only",
             {"expert_tensor_parallel": 1},
         )
     if layout.tensor_parallel == 1 and layout.sequence_parallel:

@@ -61,6 +61,11 @@ def model_values(subject: Subject, version: str) -> dict[str, Any]:
     """What every flag of the model is for a plan, by its name. Raises NotExpressible."""
     model, latent, experts = subject.model, subject.model.latent, subject.model.experts
     check_model(model)
+    if latent and latent.q_lora_rank is None and version not in ("0.17", "0.18"):
+        raise NotExpressible(
+            f"q_lora_rank=None: the latent attention of megatron-core {version} has a norm of queries then, "
+            "which the model has not (core/transformer/mla_qk_norm_config.py): use --framework-version 0.18"
+        )
     found: dict[str, Any] = {}
     for flag in MODEL:
         if not flag.rule and (value := _of(subject, flag.of)) is not None:
@@ -128,7 +133,7 @@ def symbol_of(block: Block) -> str:
     """A layer's letter in a hybrid's pattern. Raises NotExpressible."""
     if (block.mixer, block.mlp) not in SYMBOLS:
         raise NotExpressible(
-            f"a hybrid's layer of {block.mixer} and {block.mlp}: --hybrid-layer-pattern has layers of one part"
+            f"a hybrid's layer of {block.mixer} and {block.mlp}: --hybrid-layer-pattern has such of one part"
         )
     return SYMBOLS[block.mixer, block.mlp]
 

@@ -75,8 +75,8 @@ def _precision(subject: Subject) -> Iterator[tuple[str, Any]]:
     given = training.gradient_dtype
     if (precision != "fp32" and given not in (None, "fp32", half)) or (precision == "fp32" and not wide):
         raise NotExpressible(
-            f"gradient_dtype={given} with precision={precision}: Megatron-LM has gradients of fp32, or of the "
-            "weights' type",
+            f"gradient_dtype={given} with precision={precision}: Megatron-LM has gradients of fp32, or of "
+            "the weights' type",
             {"gradient_dtype": "fp32"},
         )
     if fsdp:
@@ -124,7 +124,7 @@ def _recompute(subject: Subject) -> Iterator[tuple[str, Any]]:
         if modules:
             raise NotExpressible(
                 f"{', '.join(f'{MODULES[name][0]}=recomputed' for name in modules)} with recompute=full: "
-                "--recompute-modules is of selective recomputation, for which there is one granularity in all",
+                "--recompute-modules is of selective recomputation, and there is one granularity in all",
                 {"recompute": "none"},
             )
         if count is not None:
@@ -154,8 +154,8 @@ def _check_first(subject: Subject, count: int) -> None:
         wanted = tuple(first.count(kind) for kind in range(len(order.rows)))
         if own.get("full", (0,) * len(wanted)) != wanted:
             raise NotExpressible(
-                f"recompute=full of chosen layers on stage {index}: Megatron-LM recomputes the first of every "
-                "chunk, and the plan has unlike layers among them",
+                f"recompute=full of chosen layers on stage {index}: Megatron-LM recomputes the first of "
+                "every chunk, and the plan has unlike layers among them",
                 {"recompute": f"full:{count}"},
             )
 
@@ -198,8 +198,8 @@ def _offload(subject: Subject) -> Iterator[tuple[str, Any]]:
 def offload_fraction(subject: Subject) -> float:
     """The part of a stage's parameters whose optimizer states lie on the host, of the stage with most of it.
 
-    Megatron-LM takes one fraction for all ranks and offloads the first parameters up to it; rounded up to four
-    digits, so that no GPU has more than planned.
+    Megatron-LM takes one fraction for all ranks and offloads the first parameters up to it; rounded up to
+    four digits, so that no GPU has more than planned.
     """
     prices, rows = priced_again(subject.job, subject.plan)
     most = 0.0
@@ -224,8 +224,8 @@ def _kernels(subject: Subject, version: str) -> Iterator[tuple[str, Any]]:
     if eager and model.norm == "rmsnorm":
         if layout.sequence_parallel:
             raise NotExpressible(
-                "attention=eager with RMSNorm and sequence_parallel: PyTorch's norms, which Megatron-LM takes "
-                "without Transformer Engine, refuse it (core/transformer/torch_norm.py)",
+                "attention=eager with RMSNorm and sequence_parallel: PyTorch's norms, which Megatron-LM "
+                "takes without Transformer Engine, refuse it (core/transformer/torch_norm.py)",
                 {"option": "attention=flash"},
             )
         yield "--no-persist-layer-norm", True

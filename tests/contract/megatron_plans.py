@@ -78,7 +78,10 @@ def _one(random: Random) -> Subject:
 
 def _training(random: Random, model: ModelSpec, layout: Layout, waves: int) -> tuple[TrainingSpec, str]:
     precision = random.choice(
-        ("bf16",) * 20 + ("fp16",) * 3 + ("mxfp8", "nvfp4", "fp8-delayed", "fp8-tensorwise") * 2 + ("fp32", "tf32")
+        ("bf16",) * 20
+        + ("fp16",) * 3
+        + ("mxfp8", "nvfp4", "fp8-delayed", "fp8-tensorwise") * 2
+        + ("fp32", "tf32")
     )
     given: dict[str, Any] = {
         "seq_length": random.choice((512, 1024, 2048, 4096)),

@@ -7,6 +7,8 @@ with another megatron-core.
 """
 
 import contextlib
+import importlib.abc
+import importlib.machinery
 import io
 import json
 import logging
@@ -47,16 +49,28 @@ class Anything:
         return ()
 
 
-class Triton(types.ModuleType):
-    """The compiler of kernels that megatron-core imports from 0.18 on, and does not run here."""
-
+class Module(types.ModuleType):
     __version__ = "3.0.0"
-    __path__: typing.ClassVar = []
 
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
         return Anything()
+
+
+class Triton(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """The compiler of kernels that megatron-core imports from 0.18 on, and does not run here."""
+
+    def find_spec(self, name, _path=None, _target=None):
+        if name.partition(".")[0] == "triton":
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec):
+        return Module(spec.name)
+
+    def exec_module(self, module):
+        pass
 
 
 @contextlib.contextmanager
@@ -71,8 +85,7 @@ with quiet():
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.compile = lambda one=None, *_, **__: one if callable(one) else (lambda other: other)
-    for part in ("", ".language", ".language.extra", ".language.extra.cuda", ".runtime", ".language.core"):
-        sys.modules.setdefault(f"triton{part}", Triton(f"triton{part}"))
+    sys.meta_path.insert(0, Triton())
     import megatron.core.utils as core_utils
     from packaging.version import Version
 
@@ -87,8 +100,20 @@ with quiet():
     )
     from megatron.core.package_info import __version__ as version
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.identity_op import IdentityOp
 
+
+class Duplicated(torch.nn.Module):
+    """A product that every rank has in whole, as Transformer Engine's; the local one would be cut."""
+
+    def __init__(self, inputs, outputs, **_):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(outputs, inputs))
+
+
+multi_latent_attention.TELinear = Duplicated
 usual = DotProductAttention.__init__
 
 
@@ -99,21 +124,23 @@ def attention(self, *given, k_channels=None, v_channels=None, num_splits=None, *
 
 DotProductAttention.__init__ = attention
 torch.cuda.current_device = lambda: "meta"
+torch.Tensor.cuda = lambda self, *_, **__: self
 torch.cuda.Stream = torch.cuda.Event = lambda *_, **__: None
 
-READ = (
-    "tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
-    "context_parallel_size expert_model_parallel_size expert_tensor_parallel_size data_parallel_size "
-    "sequence_parallel use_distributed_optimizer use_megatron_fsdp data_parallel_sharding_strategy "
-    "num_distributed_optimizer_instances use_tp_pp_dp_mapping micro_batch_size global_batch_size seq_length "
-    "recompute_granularity recompute_method recompute_num_layers recompute_modules optimizer sgd_momentum "
-    "optimizer_cpu_offload optimizer_offload_fraction cpu_offloading_num_layers params_dtype fp8 fp8_recipe "
-    "fp4 accumulate_allreduce_grads_in_fp32 exp_avg_dtype exp_avg_sq_dtype padded_vocab_size num_layers "
-    "hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels hidden_dropout "
-    "attention_dropout cp_comm_type hierarchical_context_parallel_sizes transformer_impl moe_router_topk "
-    "moe_ffn_hidden_size num_experts window_size mtp_num_layers max_position_embeddings overlap_grad_reduce "
-    "overlap_param_gather tokenizer_type tokenizer_model data_path save load train_iters lr rotary_base"
-).split()
+READ = """
+    tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size
+    context_parallel_size expert_model_parallel_size expert_tensor_parallel_size data_parallel_size
+    sequence_parallel use_distributed_optimizer use_megatron_fsdp data_parallel_sharding_strategy
+    num_distributed_optimizer_instances use_tp_pp_dp_mapping micro_batch_size global_batch_size
+    seq_length recompute_granularity recompute_method recompute_num_layers recompute_modules
+    optimizer sgd_momentum optimizer_cpu_offload optimizer_offload_fraction cpu_offloading_num_layers
+    params_dtype fp8 fp8_recipe fp4 accumulate_allreduce_grads_in_fp32 exp_avg_dtype exp_avg_sq_dtype
+    padded_vocab_size num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups
+    kv_channels hidden_dropout attention_dropout cp_comm_type hierarchical_context_parallel_sizes
+    transformer_impl moe_router_topk moe_ffn_hidden_size num_experts window_size mtp_num_layers
+    max_position_embeddings overlap_grad_reduce overlap_param_gather tokenizer_type tokenizer_model
+    data_path save load train_iters lr rotary_base
+"""
 
 
 def plain(value):
@@ -190,7 +217,7 @@ def judge(case):
         told = errors.getvalue().strip().splitlines()
         words = told[-1] if isinstance(error, SystemExit) and told else str(error)
         return {"ok": False, "stage": stage, "error": f"{type(error).__name__}: {words}"[:600]}
-    found = {name: plain(getattr(args, name, None)) for name in READ}
+    found = {name: plain(getattr(args, name, None)) for name in READ.split()}
     return {
         "ok": True,
         "version": version,
@@ -215,6 +242,7 @@ def counts(case, rank):
     args = parsed(case, rank)
     args.use_cpu_initialization, args.perform_initialization = True, False
     args.gradient_accumulation_fusion, args.no_persist_layer_norm = False, True
+    args.cpu_offloading_num_layers, args.cpu_offloading = 0, False
     args.moe_grouped_gemm = False  # SequentialMLP has the same parameters
     if args.recompute_modules:
         args.recompute_modules = [one for one in args.recompute_modules if one != "moe_act"]
@@ -237,6 +265,12 @@ def built(args, config, at, place):
     spec = gpt_layer_specs.get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization=args.normalization, vp_stage=at
     )
+    if args.multi_latent_attention:
+        for layer in spec.layer_specs:
+            latent = layer.submodules.self_attention.submodules
+            latent.linear_q_down_proj = latent.linear_kv_down_proj = Duplicated
+            if args.q_lora_rank is None:
+                latent.q_layernorm = IdentityOp
     ahead = None
     if args.mtp_num_layers:
         ahead = gpt_layer_specs.get_gpt_mtp_block_spec(

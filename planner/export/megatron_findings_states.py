@@ -198,6 +198,15 @@ def _of_optimizer(
     if found.on("--fp8-param-gather") and not (sharded or found.on("--use-torch-fsdp2")):
         text = "takes --use-distributed-optimizer"
         found.add("error", "--fp8-param-gather", text, "add --use-distributed-optimizer")
+    if found.on("--fp8-param-gather") and found.get("--fp8-format") and model is not None:
+        table = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
+        size = 2 * max(0.0, per_gpu(model, degrees) - table / degrees["tensor_parallel"])
+        found.add(
+            "warning",
+            "--fp8-param-gather",
+            "is not planned: weights in bf16 count beside their 8-bit copies, about "
+            f"{human_bytes(int(size))} a GPU that it does without",
+        )
     if found.on("--fp8-param-gather") and not found.get("--fp8-format"):
         found.add("error", "--fp8-param-gather", "takes --fp8-format", "add --fp8-format hybrid")
 

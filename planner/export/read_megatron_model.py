@@ -254,12 +254,11 @@ def _list_of(node: ast.expr, depth: int) -> list[int] | int:
     if isinstance(node, ast.BinOp):
         left, right = _list_of(node.left, depth + 1), _list_of(node.right, depth + 1)
         many, times = (left, right) if isinstance(left, list) else (right, left)
-        if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
-            if len(left) + len(right) <= MOST_LAYERS:
-                return left + right
-        elif isinstance(node.op, ast.Mult) and isinstance(many, list) and isinstance(times, int):
+        if isinstance(node.op, ast.Mult) and isinstance(many, list) and isinstance(times, int):
             if len(many) * times <= MOST_LAYERS:
                 return many * times
+        elif isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
+            return left + right  # of texts of bounded length
     raise ValueError
 
 

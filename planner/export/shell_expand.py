@@ -111,6 +111,9 @@ class Expander:
         if name in self.given:
             return
         self.step(sum(map(len, value.values())) + EACH * len(value))
+        if name not in self.variables:  # added to what was never set
+            own = marked(name)
+            value = {index: text.replace(own, "") for index, text in value.items()}
         self.variables[name] = {
             index: MARKS.sub(lambda m: marked(name) if "$" in m[1] else m[0], text)
             for index, text in value.items()

@@ -26,7 +26,8 @@ class Script:
     """What was read of a script.
 
     ``slurm`` are its ``#SBATCH`` options by name; ``variables`` what it leaves in them, as words; ``unset``
-    those that were taken as not set; ``notes`` what could not be followed; ``broken``, by its place, what is no bash.
+    those that were taken as not set; ``notes`` what could not be followed; ``broken``, by its place, what is
+    no bash.
     """
 
     commands: tuple[Command, ...]

@@ -90,7 +90,7 @@ APART = (
 """Flags that are several fields here, or none as the recipe has it so: :func:`_apart`."""
 DTYPES = {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16", "fp8": "torch.uint8"}
 LISTS = ("--moe-layer-freq", "--window-attn-skip-freq", "--window-size")
-USUAL = {
+USUAL: dict[str, dict[str, Any]] = {
     "model": {
         # Defaults of Megatron-LM's flags that the recipe does not have.
         "apply_rope_fusion": True,
@@ -188,8 +188,17 @@ def _value(flag: Flag, value: Any) -> Any:
     if flag.kind == "number":
         return float(words[1])
     if flag.kind == "words" and flag.name != "--cp-comm-type":
-        return [int(word) if word.isdigit() else word for word in words[1:]]
-    return words[1]
+        return [int(word) if word.isdigit() else _literal(word) for word in words[1:]]
+    return _literal(words[1])
+
+
+def _literal(word: str) -> str:
+    """A text that OmegaConf, which reads the file, takes as it is: without interpolation.
+
+    >>> _literal("run${oc.env:HOME}")
+    'run\\\\${oc.env:HOME}'
+    """
+    return word.replace("${", "\\${")
 
 
 def _apart(subject: Subject, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

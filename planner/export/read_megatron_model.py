@@ -88,7 +88,7 @@ def _fields(found: Arguments, pattern: str | None) -> dict[str, Any]:
         found.on(flag) if value is True else found.get(flag) == value for flag, value in CLAMPED.items()
     )
     fields: dict[str, Any] = {
-        "name": "Megatron-LM's flags",
+        "name": f"shape-{layers}x{hidden}",
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "num_attention_heads": heads,

@@ -175,12 +175,14 @@ RECIPES = {
     ),
     "llama3-8b-fp8": (
         "--use-mcore-models --num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 "
-        "--num-attention-heads 32 --group-query-attention --num-query-groups 8 --kv-channels 128 --seq-length 8192 "
+        "--num-attention-heads 32 --group-query-attention --num-query-groups 8 --kv-channels 128 "
+        "--seq-length 8192 "
         "--max-position-embeddings 8192 --position-embedding-type rope --attention-dropout 0.0 "
         "--hidden-dropout 0.0 --swiglu --normalization RMSNorm --attention-backend fused "
         "--untie-embeddings-and-output-weights --disable-bias-linear --micro-batch-size 1 "
         "--global-batch-size 128 --bf16 --grad-reduce-in-bf16 --cross-entropy-loss-fusion "
-        "--fp8-format hybrid --fp8-param-gather --tensor-model-parallel-size 1 --context-parallel-size 1 --sequence-parallel "
+        "--fp8-format hybrid --fp8-param-gather --tensor-model-parallel-size 1 --context-parallel-size 1 "
+        "--sequence-parallel "
         "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --vocab-size 128256",
         "torchrun --nproc_per_node 8 --nnodes 1",
         "8xH100",
@@ -243,7 +245,7 @@ def test_recipes_that_run_are_read_and_fit(name: str) -> None:
     assert found.model.num_parameters == pytest.approx(parameters, rel=0.02)
     assert found.world_size == int(gpus.partition("x")[0])
     if name == "deepseek-v3":
-        assert (found.options["chunks"], found.options["layers_per_stage"]) == (4, "9,8,8,8,8,8,7,5")
+        assert (found.options["chunks"], found.options["layers_per_stage"]) == (4, "9,8,8,8,8,8,6,6")
         with pytest.raises(InputError, match="61 layers do not fill 4 equal chunks"):
             planned(found, gpus)
         return
@@ -279,7 +281,8 @@ def _quoted(flags: str) -> str:
             "4 layers do not divide the 6",
         ),
         (
-            "--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 3 --global-batch-size 24",
+            "--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 3 "
+            "--global-batch-size 24",
             "error --global-batch-size",
             "6 micro-batches are no multiple of 4 stages",
         ),

@@ -233,11 +233,12 @@ def _of_pipeline(found: Arguments, degrees: Mapping[str, int], options: Mapping[
     if not (batch and micro and data and pp > 1) or batch % (micro * data):
         return
     count = batch // (micro * data)
-    if virtual > 1 and count % pp:
+    group = found.get("--microbatch-group-size-per-virtual-pipeline-stage") or pp
+    if virtual > 1 and (count < group or 0 < count % group < pp):
         found.add(
             "error",
             "--global-batch-size",
-            f"{count} micro-batches are no multiple of {pp} stages, which interleaving takes",
+            f"{count} micro-batches are no multiple of {group} of the {pp} stages, which interleaving takes",
             f"use a batch of a multiple of {micro * data * pp}",
         )
     elif count < pp:

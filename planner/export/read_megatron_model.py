@@ -44,6 +44,13 @@ def model_of(found: Arguments, script: str = "") -> ModelSpec | None:
         text = f"{shown(base)} trains another model than a decoder ({other}): its shape is not read"
         found.add("warning", "script", text, "give --model")
         return None
+    if found.get("--decoder-num-layers"):
+        text = "is of a model with an encoder too: its shape is not read"
+        found.add("warning", "--decoder-num-layers", text, "give --model")
+        return None
+    layers = found.get("--encoder-num-layers")
+    if layers and found.get("--num-layers") is None:  # Megatron-LM takes the one for the other
+        found.values["num_layers"], found.names["num_layers"] = layers, "--encoder-num-layers"
     pattern = found.get("--hybrid-layer-pattern") or found.get("--hybrid-override-pattern")
     missing = [name for name in NEEDED if found.get(name) is None and name not in found.open]
     if pattern and missing == ["--num-layers"]:

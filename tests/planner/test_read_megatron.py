@@ -284,7 +284,7 @@ def _quoted(flags: str) -> str:
             "--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 3 "
             "--global-batch-size 24",
             "error --global-batch-size",
-            "6 micro-batches are no multiple of 4 stages",
+            "6 micro-batches are no multiple of 4",
         ),
         ("--global-batch-size 60", "error --global-batch-size", "no multiple of 16"),
         ("--pipeline-model-parallel-size 8 --global-batch-size 4", "waste --global-batch-size", "idle 78%"),

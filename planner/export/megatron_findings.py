@@ -18,6 +18,8 @@ from planner.export.read_megatron_options import degrees_of, layout_layers
 from planner.export.shell_expand import shown, unknown_in
 from planner.model import ModelSpec
 
+UNFUSED = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN")
+"""Variables of Transformer Engine that switch its fused kernels of attention off."""
 POSITIVE = (
     *("--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"),
     *("--expert-model-parallel-size", "--expert-tensor-parallel-size", "--micro-batch-size"),
@@ -424,8 +426,8 @@ def _of_environment(found: Arguments, degrees: Mapping[str, int], env: Mapping[s
             "the order in which messages and products start",
             f"export {QUEUES}=1",
         )
-    off = [name for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN") if env.get(name) == "0"]
-    if len(off) == 2:
+    off = [name for name in UNFUSED if env.get(name) == "0"]
+    if len(off) == len(UNFUSED):
         found.add(
             "warning",
             ", ".join(off),

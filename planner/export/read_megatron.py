@@ -15,7 +15,7 @@ from typing import Any
 from planner.errors import InputError
 from planner.export.imported import Imported
 from planner.export.megatron_arguments import Arguments, parse, table, version
-from planner.export.megatron_findings import check
+from planner.export.megatron_findings import UNFUSED, check
 from planner.export.megatron_flags import BY_NAME
 from planner.export.read_megatron_model import model_of
 from planner.export.read_megatron_options import options_of
@@ -41,7 +41,6 @@ SIGNS = (
 OWN = ("", "pretrain_gpt.py", "pretrain_mamba.py", "pretrain_hybrid.py")
 """Scripts that add no flags of their own."""
 OTHERS = (".json", ".toml", ".yaml", ".yml", ".py")
-IRRELEVANT = ("run.train-iters", "run.lr")
 
 
 @dataclass(frozen=True)
@@ -91,6 +90,11 @@ def read(files: Mapping[str, str], given: Mapping[str, str] | None = None) -> Im
         )
     model = model_of(found, launch.script)
     options = options_of(found, model, launch.world_size)
+    if all((launch.env or {}).get(name) == "0" for name in UNFUSED):
+        options["option"] = ["attention=eager", *options["option"][1:]]
+    if others := [word for word in words if word.startswith(("--deepspeed", "--zero-stage"))]:
+        text = "is Megatron-DeepSpeed's: what DeepSpeed shares out is not read here"
+        found.add("warning", shown(others[0]), text, "give --sharding zero1, zero2 or zero3")
     check(found, model, options, launch.world_size, launch.env)
     return Imported(
         framework=FRAMEWORK,

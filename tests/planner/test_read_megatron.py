@@ -365,6 +365,18 @@ def test_queues_to_the_gpu_are_one_with_tensor_parallelism_and_several_with_fsdp
     assert not [one for one in flags_alone.findings if one.setting == name]
 
 
+def test_attention_without_its_kernels_is_planned_with_its_scores() -> None:
+    off = read(FLAGS_OF_ONE, "export NVTE_FLASH_ATTN=0 NVTE_FUSED_ATTN=0")
+    assert "attention=eager" in off.options["option"]
+    assert any("unfused" in one.text for one in off.findings)
+    assert "attention=flash" in read(FLAGS_OF_ONE, "export NVTE_FLASH_ATTN=0").options["option"]
+
+
+def test_what_deepspeed_says_is_not_guessed() -> None:
+    found = findings(f"{FLAGS_OF_ONE} --deepspeed --zero-stage=2 --deepspeed_config ds.json")
+    assert "--sharding" in found["warning --deepspeed"]
+
+
 def test_spellings_are_the_parsers() -> None:
     assert read(f"{FLAGS_OF_ONE} --tensor-model-parallel-size=4").options["tensor_parallel"] == 4
     assert read(f"{FLAGS_OF_ONE} --tensor-model-parallel-size 2").options["tensor_parallel"] == 2

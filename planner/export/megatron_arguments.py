@@ -45,6 +45,7 @@ OLD: dict[str, tuple[str, tuple[str, ...]]] = {
         ("--moe-layer-recompute",),
     ),
     "--DDP-impl": ("", ()),
+    "--no-query-key-layer-scaling": ("", ()),
     "--use-contiguous-buffers-in-local-ddp": ("", ()),
     "--no-contiguous-buffers-in-local-ddp": ("", ()),
     "--no-async-tensor-model-parallel-allreduce": ("", ()),
@@ -191,7 +192,8 @@ def _misspelt(found: Arguments, word: str, name: str, severity: str) -> bool:
         return True
     dashes = name.replace("_", "-")
     longer = [flag for flag in table() if flag.startswith(dashes)] if len(dashes) > 6 else []
-    near = get_close_matches(dashes[:100], list(table()), 1, 0.86)
+    alike = [flag for flag in table() if flag.startswith("--no-") == dashes.startswith("--no-")]
+    near = get_close_matches(dashes[:100], alike, 1, 0.86)
     if dashes in table():
         text, fix = "has no such flag", dashes
     elif len(longer) == 1:

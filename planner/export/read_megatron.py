@@ -78,7 +78,8 @@ def read(files: Mapping[str, str], given: Mapping[str, str] | None = None) -> Im
         if flag not in table():
             raise InputError(f"--set {plain(name)}: no flag of Megatron-LM, and no variable has a dash")
         words += [flag] if table()[flag]["kind"] == "switch" else [flag, value]
-    found = parse(words, adds=launch.script.rpartition("/")[2] not in OWN)
+    others = [word for word in words if word.startswith(("--deepspeed", "--zero-stage"))]
+    found = parse(words, adds=bool(others) or launch.script.rpartition("/")[2] not in OWN)
     for place, text in list(launch.broken.items())[:5]:
         text = f"{text!r} is not read: a quote or bracket may be open"
         found.add("warning", place, text, "close it: bash -n names the line")
@@ -92,7 +93,7 @@ def read(files: Mapping[str, str], given: Mapping[str, str] | None = None) -> Im
     options = options_of(found, model, launch.world_size)
     if all((launch.env or {}).get(name) == "0" for name in UNFUSED):
         options["option"] = ["attention=eager", *options["option"][1:]]
-    if others := [word for word in words if word.startswith(("--deepspeed", "--zero-stage"))]:
+    if others:
         text = "is Megatron-DeepSpeed's: what DeepSpeed shares out is not read here"
         found.add("warning", shown(others[0]), text, "give --sharding zero1, zero2 or zero3")
     check(found, model, options, launch.world_size, launch.env)

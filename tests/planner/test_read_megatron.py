@@ -331,6 +331,7 @@ def _quoted(flags: str) -> str:
         ("--bf16 true", "error --bf16", "takes no value"),
         ("--recompute-granularity some", "error --recompute-granularity", "none of its values"),
         ("--checkpoint-activations", "warning --checkpoint-activations", "older Megatron-LM"),
+        ("--no-query-key-layer-scalin", "warning --no-query-key-layer-scalin", "unless the script adds it"),
         ("'--fp8-format hybrid'", "error --fp8-format hybrid", "is one word"),
         ("--no-such-thing-at-all 3", "warning --no-such-thing-at-all", "unless the script adds it"),
         ("--swiglu", "warning --hidden-dropout", "0.1 is its default"),

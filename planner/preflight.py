@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,22 +68,19 @@ def preflight(subject: Subject, made: Export, python: str) -> Preflight:
     """
     if made.target not in PROBES:
         raise InputError(f"preflight of {made.target}: it can be asked of {', '.join(PROBES)}")
-    case_of, checks_of = PROBES[made.target]
-    answer = asked(made.target, case_of(subject, made), python)
-    if missing := answer.get("missing"):
-        raise InputError(
-            f"{plain(python)} has no {plain(str(missing))}: run this where you train, or name its "
-            "interpreter with --python"
-        )
-    version = plain(f"{made.target} {answer.get('version', made.version)}", 100)
-    if not answer["ok"]:
-        return Preflight(made.target, version, plain(str(answer["error"]), 600), ())
-    return Preflight(made.target, version, "", tuple(checks_of(subject, answer)))
+    probe = PROBES[made.target]
+    case, answer = probe.case(subject, made), dict[str, Any]()
+    for script in probe.scripts(made.version):
+        answer |= asked(script, case, python)
+        version = plain(f"{made.target} {answer.get('version', made.version)}", 100)
+        if not answer["ok"]:
+            return Preflight(made.target, version, plain(str(answer["error"]), 600), ())
+    return Preflight(made.target, version, "", tuple(probe.checks(subject, answer)))
 
 
-def asked(target: str, case: Mapping[str, Any], python: str) -> dict[str, Any]:
+def asked(script: str, case: Mapping[str, Any], python: str) -> dict[str, Any]:
     """What a probe answers. Raises InputError where the interpreter cannot be run or gives no answer."""
-    probe = Path(__file__).parent / "probes" / f"{target}.py"
+    probe = Path(__file__).parent / "probes" / f"{script}.py"
     with tempfile.TemporaryDirectory() as folder:
         try:
             done = subprocess.run(
@@ -98,11 +96,16 @@ def asked(target: str, case: Mapping[str, Any], python: str) -> dict[str, Any]:
         except OSError as error:
             raise InputError(f"--python {plain(python)} cannot be run: {error.strerror}") from None
         except subprocess.TimeoutExpired:
-            raise InputError(f"{target} gave no answer within {LIMIT_S} s") from None
+            raise InputError(f"{plain(python)} gave no answer within {LIMIT_S} s") from None
     lines = [line for line in done.stdout[-MOST_BYTES:].splitlines() if line.startswith("{")]
     if not lines:
-        said = done.stderr.strip().splitlines()[-1:] or ["nothing"]
-        raise InputError(f"{target} gave no answer in {plain(python)}; it said: {plain(said[0], 300)}")
+        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        if missing := re.match(r"ModuleNotFoundError: No module named '([\w.]+)'", said):
+            raise InputError(
+                f"{plain(python)} has no {missing[1]}: run this where you train, or name its interpreter "
+                "with --python"
+            )
+        raise InputError(f"{plain(python)} gave no answer; it said: {plain(said, 300)}")
     answer: dict[str, Any] = json.loads(lines[-1])
     return answer
 
@@ -159,10 +162,47 @@ def _of_megatron(subject: Subject, answer: Mapping[str, Any]) -> Iterator[Check]
         yield Check(f"parameters of rank {rank}", own, sum(count for count, _ in chunks))
 
 
-Probe = tuple[
-    Callable[[Subject, Export], dict[str, Any]], Callable[[Subject, Mapping[str, Any]], Iterator[Check]]
-]
-PROBES: dict[str, Probe] = {
-    "megatron": (_megatron_case, _of_megatron),
+def _torchtitan_case(subject: Subject, made: Export) -> dict[str, Any]:
+    text = next(iter(made.files.values()))
+    return {"toml": text, "recipe": text, "world": subject.plan.num_gpus, "ranks": _first_ranks(subject)}
+
+
+def _of_torchtitan(subject: Subject, answer: Mapping[str, Any]) -> Iterator[Check]:
+    dims = answer["dims"]
+    read = {
+        "tensor_parallel": dims["tp"],
+        "pipeline_parallel": dims["pp"],
+        "data_parallel": dims["dp_replicate"] * dims["dp_shard"],
+        "context_parallel": dims["cp"],
+        "expert_parallel": dims["ep"],
+        "micro_batch_size": answer["micro"],
+        "grad_accum": answer["accumulated"],
+        "global_batch_size": answer["batch"],
+        "seq_length": answer["seq"],
+    }
+    yield from _compared(subject, read)
+    if "local" in answer:
+        from planner.export.torchtitan_shards import local_parameters
+
+        for rank, count in zip(_first_ranks(subject), answer["local"], strict=True):
+            yield Check(f"parameters of rank {rank}", local_parameters(subject, rank), count)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How a framework is asked: the scripts for a version, the case, and what of the answer is compared."""
+
+    scripts: Callable[[str], Sequence[str]]
+    case: Callable[[Subject, Export], dict[str, Any]]
+    checks: Callable[[Subject, Mapping[str, Any]], Iterator[Check]]
+
+
+PROBES = {
+    "megatron": Probe(lambda version: ["megatron"], _megatron_case, _of_megatron),
+    "torchtitan": Probe(
+        lambda version: ["torchtitan02", "torchtitan_shards"] if version == "0.2" else ["torchtitan03"],
+        _torchtitan_case,
+        _of_torchtitan,
+    ),
 }
-"""Targets whose framework can be asked: what it is asked, and what of its answer is compared."""
+"""Targets whose framework can be asked."""

@@ -32,6 +32,10 @@ OLD: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "--activations-checkpoint-num-layers": ("--recompute-num-layers", ("--recompute-num-layers",)),
     "--checkpoint-num-layers": ("--recompute-num-layers", ("--recompute-num-layers",)),
+    "--num-key-value-heads": (
+        "--group-query-attention --num-query-groups",
+        ("--group-query-attention", "--num-query-groups"),
+    ),
     "--fp8-hybrid": ("--fp8-format hybrid", ("--fp8-format", "hybrid")),
     "--fp8-e4m3": ("--fp8-format e4m3", ("--fp8-format", "e4m3")),
     "--use-custom-fsdp": ("--use-megatron-fsdp", ("--use-megatron-fsdp",)),
@@ -41,6 +45,7 @@ OLD: dict[str, tuple[str, tuple[str, ...]]] = {
         ("--moe-layer-recompute",),
     ),
     "--DDP-impl": ("", ()),
+    "--no-query-key-layer-scaling": ("", ()),
     "--use-contiguous-buffers-in-local-ddp": ("", ()),
     "--no-contiguous-buffers-in-local-ddp": ("", ()),
     "--no-async-tensor-model-parallel-allreduce": ("", ()),
@@ -164,7 +169,7 @@ def _old(found: Arguments, name: str, after: list[str], queue: list[str]) -> boo
     now, words = OLD[name]
     instead = f"write {now}" if now else "leave it out"
     if name not in STILL:
-        text = f"older Megatron-LM had it, {version()} does not take it"
+        text = f"older Megatron-LM, or a fork of it, has this: {version()} does not take it"
         found.add("warning", name, text, instead)
     else:
         found.add("warning", name, "is deprecated", instead)
@@ -187,7 +192,8 @@ def _misspelt(found: Arguments, word: str, name: str, severity: str) -> bool:
         return True
     dashes = name.replace("_", "-")
     longer = [flag for flag in table() if flag.startswith(dashes)] if len(dashes) > 6 else []
-    near = get_close_matches(dashes[:100], list(table()), 1, 0.86)
+    alike = [flag for flag in table() if flag.startswith("--no-") == dashes.startswith("--no-")]
+    near = get_close_matches(dashes[:100], alike, 1, 0.86)
     if dashes in table():
         text, fix = "has no such flag", dashes
     elif len(longer) == 1:
@@ -250,7 +256,7 @@ def _typed(found: Arguments, name: str, row: dict[str, Any], word: str) -> Any:
     if row.get("choices") and word not in row["choices"]:
         able = ", ".join(row["choices"])
         found.add("error", name, f"{shown(word)} is none of its values", f"use {able}")
-        return None
+        return next((one for one in row["choices"] if one.lower() == word.lower()), None)
     return value
 
 

@@ -14,10 +14,12 @@ from typing import Any
 
 from planner.export.megatron_arguments import Arguments
 from planner.export.megatron_findings_states import QUEUES, check_states
-from planner.export.read_megatron_options import degrees_of
+from planner.export.read_megatron_options import degrees_of, layout_layers
 from planner.export.shell_expand import shown, unknown_in
 from planner.model import ModelSpec
 
+UNFUSED = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN")
+"""Variables of Transformer Engine that switch its fused kernels of attention off."""
 POSITIVE = (
     *("--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"),
     *("--expert-model-parallel-size", "--expert-tensor-parallel-size", "--micro-batch-size"),
@@ -202,6 +204,8 @@ def _of_pipeline(found: Arguments, degrees: Mapping[str, int], options: Mapping[
                 f"{virtual} chunks do not divide the {total // pp} layers of a stage",
                 f"use a divisor of {total // pp}",
             )
+    if text := found.get("--pipeline-model-parallel-layout"):
+        _letters(found, text, layers, pp)
     if each and (first is not None or last is not None):
         found.add(
             "error",
@@ -231,11 +235,12 @@ def _of_pipeline(found: Arguments, degrees: Mapping[str, int], options: Mapping[
     if not (batch and micro and data and pp > 1) or batch % (micro * data):
         return
     count = batch // (micro * data)
-    if virtual > 1 and count % pp:
+    group = found.get("--microbatch-group-size-per-virtual-pipeline-stage") or pp
+    if virtual > 1 and (count < group or 0 < count % group < pp):
         found.add(
             "error",
             "--global-batch-size",
-            f"{count} micro-batches are no multiple of {pp} stages, which interleaving takes",
+            f"{count} micro-batches are no multiple of {group} of the {pp} stages, which interleaving takes",
             f"use a batch of a multiple of {micro * data * pp}",
         )
     elif count < pp:
@@ -246,6 +251,30 @@ def _of_pipeline(found: Arguments, degrees: Mapping[str, int], options: Mapping[
             f"{count} micro-batches for {pp} stages: the GPUs idle {idle:.0%} of a step",
             f"use a batch of {micro * data * pp} or more, smaller micro-batches or fewer stages",
         )
+
+
+def _letters(found: Arguments, text: str, layers: int | None, pp: int) -> None:
+    name = "--pipeline-model-parallel-layout"
+    others = [
+        flag
+        for flag in ("--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers")
+        if found.get(flag) is not None
+    ]
+    others += [
+        flag
+        for flag in ("--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split")
+        if found.on(flag)
+    ]
+    if others:
+        found.add("error", name, f"says what {', '.join(others)} say", "keep one")
+    parts = layout_layers(text)
+    if parts is None or len(parts) % pp:
+        count = "too many" if parts is None else len(parts)
+        text = f"{count} parts between bars are no multiple of {pp} stages"
+        found.add("error", name, text, f"use a multiple of {pp} parts")
+    elif layers and sum(parts) != layers:
+        text = f"{sum(parts)} letters t for {layers} layers"
+        found.add("error", name, text, f"use {layers} letters t")
 
 
 def _uneven(found: Arguments, layers: int, pp: int, first: int | None, last: int | None) -> None:
@@ -310,6 +339,15 @@ def _of_experts(found: Arguments, degrees: Mapping[str, int]) -> None:
             "--num-experts",
             f"{count} experts are no multiple of --expert-model-parallel-size {ep}",
             f"use a divisor of {count}",
+        )
+    inner = degrees["tensor_parallel"] * degrees["context_parallel"]
+    if found.on("--use-tp-pp-dp-mapping") and degrees["expert_tensor_parallel"] * ep != inner:
+        found.add(
+            "error",
+            "--use-tp-pp-dp-mapping",
+            f"takes expert tensor {degrees['expert_tensor_parallel']} x expert {ep} to be tensor x context, "
+            f"{inner}: as many replicas of the experts as of the rest",
+            "leave it out, or use other degrees",
         )
     topk = found.get("--moe-router-topk", 2)
     if topk > count:
@@ -388,8 +426,8 @@ def _of_environment(found: Arguments, degrees: Mapping[str, int], env: Mapping[s
             "the order in which messages and products start",
             f"export {QUEUES}=1",
         )
-    off = [name for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN") if env.get(name) == "0"]
-    if len(off) == 2:
+    off = [name for name in UNFUSED if env.get(name) == "0"]
+    if len(off) == len(UNFUSED):
         found.add(
             "warning",
             ", ".join(off),

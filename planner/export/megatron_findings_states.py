@@ -51,8 +51,8 @@ def _of_precision(found: Arguments) -> None:
     if len(low) > 1:
         found.add("error", ", ".join(low), "exclude each other", "keep one")
     if low and found.get("--transformer-impl", "transformer_engine") == "local":
-        text = "is Transformer Engine's: --transformer-impl local has none"
-        found.add("error", low[0], text, "leave out --transformer-impl local")
+        text = "is Transformer Engine's: products of --transformer-impl local do not heed it"
+        found.add("warning", low[0], text, "leave out --transformer-impl local")
     if not low and (recipe := found.get("--fp8-recipe")):
         text = f"{shown(recipe)} has no effect without --fp8-format"
         found.add("warning", "--fp8-recipe", text, "add --fp8-format hybrid")
@@ -117,6 +117,9 @@ def _of_recompute(found: Arguments, options: Mapping[str, Any]) -> None:
         if given := [name for name in alone if found.get(name) is not None]:
             text = "has no effect without --recompute-granularity: nothing is recomputed"
             found.add("warning", ", ".join(given), text, "add --recompute-granularity full or selective")
+    if found.get("--cpu-offloading-num-layers") and options.get("pipeline_parallel", 1) > 1:
+        text = "does not go with a pipeline"
+        found.add("error", "--cpu-offloading-num-layers", text, "use --pipeline-model-parallel-size 1")
     if kind and found.get("--cpu-offloading-num-layers"):
         text = "does not go with recomputation"
         found.add("error", "--cpu-offloading-num-layers", text, "keep one")
@@ -195,6 +198,17 @@ def _of_optimizer(
     if found.on("--fp8-param-gather") and not (sharded or found.on("--use-torch-fsdp2")):
         text = "takes --use-distributed-optimizer"
         found.add("error", "--fp8-param-gather", text, "add --use-distributed-optimizer")
+    if found.on("--fp8-param-gather") and found.get("--fp8-format") and model is not None:
+        table = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
+        size = 2 * max(0.0, per_gpu(model, degrees) - table / degrees["tensor_parallel"])
+        found.add(
+            "warning",
+            "--fp8-param-gather",
+            "is not planned: weights in bf16 count beside their 8-bit copies, about "
+            f"{human_bytes(int(size))} a GPU that it does without",
+        )
+    if found.on("--fp8-param-gather") and not found.get("--fp8-format"):
+        found.add("error", "--fp8-param-gather", "takes --fp8-format", "add --fp8-format hybrid")
 
 
 def per_gpu(model: ModelSpec, degrees: Mapping[str, int]) -> float:
@@ -254,6 +268,9 @@ def _of_fsdp(found: Arguments, degrees: Mapping[str, int], env: Mapping[str, str
         if pp > 1:
             text = f"with --pipeline-model-parallel-size {pp} is neither documented nor tested by Megatron-LM"
             found.add("warning", name, text, "use the distributed optimizer with a pipeline")
+    elif found.get("--ckpt-format") == "fsdp_dtensor":
+        text = "fsdp_dtensor is of --use-megatron-fsdp"
+        found.add("error", "--ckpt-format", text, "use torch_dist, or add --use-megatron-fsdp")
     elif found.get("--data-parallel-sharding-strategy"):
         text = "has no effect without --use-megatron-fsdp"
         found.add("warning", "--data-parallel-sharding-strategy", text, "add --use-megatron-fsdp")

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from planner.errors import InputError
 from planner.export.imported import Imported
 from planner.export.megatron_arguments import Arguments, parse, table, version
-from planner.export.megatron_findings import check
+from planner.export.megatron_findings import UNFUSED, check
 from planner.export.megatron_flags import BY_NAME
 from planner.export.read_megatron_model import model_of
 from planner.export.read_megatron_options import options_of
@@ -41,7 +41,6 @@ SIGNS = (
 OWN = ("", "pretrain_gpt.py", "pretrain_mamba.py", "pretrain_hybrid.py")
 """Scripts that add no flags of their own."""
 OTHERS = (".json", ".toml", ".yaml", ".yml", ".py")
-IRRELEVANT = ("run.train-iters", "run.lr")
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,7 @@ class Launch:
     world_size: int | None = None
     per_node: int | None = None
     notes: tuple[str, ...] = ()
+    broken: Mapping[str, str] = field(default_factory=dict)
 
 
 def recognises(files: Mapping[str, str]) -> bool:
@@ -78,7 +78,11 @@ def read(files: Mapping[str, str], given: Mapping[str, str] | None = None) -> Im
         if flag not in table():
             raise InputError(f"--set {plain(name)}: no flag of Megatron-LM, and no variable has a dash")
         words += [flag] if table()[flag]["kind"] == "switch" else [flag, value]
-    found = parse(words, adds=launch.script.rpartition("/")[2] not in OWN)
+    others = [word for word in words if word.startswith(("--deepspeed", "--zero-stage"))]
+    found = parse(words, adds=bool(others) or launch.script.rpartition("/")[2] not in OWN)
+    for place, text in list(launch.broken.items())[:5]:
+        text = f"{text!r} is not read: a quote or bracket may be open"
+        found.add("warning", place, text, "close it: bash -n names the line")
     _refuse_open(found)
     for name in found.loose:
         text = "is not known: it may hold further flags, which are not read"
@@ -87,6 +91,11 @@ def read(files: Mapping[str, str], given: Mapping[str, str] | None = None) -> Im
         )
     model = model_of(found, launch.script)
     options = options_of(found, model, launch.world_size)
+    if all((launch.env or {}).get(name) == "0" for name in UNFUSED):
+        options["option"] = ["attention=eager", *options["option"][1:]]
+    if others:
+        text = "is Megatron-DeepSpeed's: what DeepSpeed shares out is not read here"
+        found.add("warning", shown(others[0]), text, "give --sharding zero1, zero2 or zero3")
     check(found, model, options, launch.world_size, launch.env)
     return Imported(
         framework=FRAMEWORK,
@@ -178,7 +187,8 @@ def launch_of(files: Mapping[str, str], given: Mapping[str, str]) -> Launch:
     for script in read:
         if set_only := _of_variables(script):
             return set_only
-    notes = list(dict.fromkeys(note for script in read for note in script.notes))
+    notes = [f"{place}: {text!r} is no bash" for script in read for place, text in script.broken.items()]
+    notes += dict.fromkeys(note for script in read for note in script.notes)
     why = f": {'; '.join(notes[:4])}" if notes else ""
     shown_names = ", ".join(plain(name) for name in files)
     raise InputError(f"{shown_names}: no command with Megatron-LM's flags{why}")
@@ -196,7 +206,7 @@ def _of_variables(script: Script) -> Launch | None:
     if not names:
         return None
     note = f"there is no command: the flags in {', '.join('$' + name for name in names[:8])} are read"
-    return Launch(tuple(words), notes=(note, *script.notes))
+    return Launch(tuple(words), notes=(note, *script.notes), broken=script.broken)
 
 
 def _flags(words: Sequence[str]) -> int:
@@ -232,7 +242,7 @@ def _started(command: Command, script: Script, others: Sequence[tuple[Command, S
         open_names = dict.fromkeys(n for word in before for n in unknown_in(word))
         if open_names:
             notes.append(f"how many processes start is not known, for {', '.join(open_names)}")
-    return Launch(tuple(after), name, dict(command.env), world, each, tuple(notes))
+    return Launch(tuple(after), name, dict(command.env), world, each, tuple(notes), script.broken)
 
 
 def _script_at(words: Sequence[str]) -> int | None:

@@ -44,6 +44,13 @@ def model_of(found: Arguments, script: str = "") -> ModelSpec | None:
         text = f"{shown(base)} trains another model than a decoder ({other}): its shape is not read"
         found.add("warning", "script", text, "give --model")
         return None
+    if found.get("--decoder-num-layers"):
+        text = "is of a model with an encoder too: its shape is not read"
+        found.add("warning", "--decoder-num-layers", text, "give --model")
+        return None
+    layers = found.get("--encoder-num-layers")
+    if layers and found.get("--num-layers") is None:  # Megatron-LM takes the one for the other
+        found.values["num_layers"], found.names["num_layers"] = layers, "--encoder-num-layers"
     pattern = found.get("--hybrid-layer-pattern") or found.get("--hybrid-override-pattern")
     missing = [name for name in NEEDED if found.get(name) is None and name not in found.open]
     if pattern and missing == ["--num-layers"]:
@@ -88,7 +95,7 @@ def _fields(found: Arguments, pattern: str | None) -> dict[str, Any]:
         found.on(flag) if value is True else found.get(flag) == value for flag, value in CLAMPED.items()
     )
     fields: dict[str, Any] = {
-        "name": "Megatron-LM's flags",
+        "name": f"shape-{layers}x{hidden}",
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "num_attention_heads": heads,
@@ -254,15 +261,11 @@ def _list_of(node: ast.expr, depth: int) -> list[int] | int:
     if isinstance(node, ast.BinOp):
         left, right = _list_of(node.left, depth + 1), _list_of(node.right, depth + 1)
         many, times = (left, right) if isinstance(left, list) else (right, left)
-        if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
-            size, made = len(left) + len(right), left + right
-        elif isinstance(node.op, ast.Mult) and isinstance(many, list) and isinstance(times, int):
-            size = len(many) * times
-            made = many * min(times, MOST_LAYERS)
-        else:
-            raise ValueError
-        if size <= MOST_LAYERS:
-            return made
+        if isinstance(node.op, ast.Mult) and isinstance(many, list) and isinstance(times, int):
+            if len(many) * times <= MOST_LAYERS:
+                return many * times
+        elif isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
+            return left + right  # of texts of bounded length
     raise ValueError
 
 
@@ -278,7 +281,7 @@ def _letters(pattern: str) -> str:
 
 def _hybrid(found: Arguments, letters: str) -> dict[str, Any]:
     kinds = {letter: block for block, letter in SYMBOLS.items()}
-    hidden, head = found.get("--hidden-size"), found.get("--mamba-head-dim", 64)
+    hidden, head = found.get("--hidden-size"), max(1, found.get("--mamba-head-dim", 64))
     fields: dict[str, Any] = {
         "mixers": [kinds[letter][0] for letter in letters],
         "mlps": [kinds[letter][1] for letter in letters],

@@ -116,10 +116,6 @@ def _precision(found: Arguments, made: dict[str, Any]) -> Iterator[tuple[str, An
             yield "gradient_dtype", "fp16"
     elif precision != "fp32" and (main == "bf16" or found.on("--grad-reduce-in-bf16")):
         yield "gradient_dtype", "bf16"
-    if found.on("--fp8-param-gather"):
-        found.add(
-            "warning", "--fp8-param-gather", "weights are planned in bf16: there is a byte less for each"
-        )
     if found.get("--main-params-dtype", "fp32") != "fp32":
         found.add("warning", "--main-params-dtype", "main weights are planned in fp32")
     if found.on("--use-precision-aware-optimizer"):

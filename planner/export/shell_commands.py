@@ -135,7 +135,9 @@ class Reader(Walker):
         if source.type == "file_redirect":
             words = ["cat", *(word for child in source.named_children for word in self.fields(child))]
         elif source.type == "command":
-            words = [w for c in source.named_children for i in (c.children or [c]) for w in self.fields(i)]
+            for child in source.named_children:
+                inner = child.children if child.type == "command_name" else [child]
+                words += [word for one in inner for word in self.fields(one)]
         text = self._file(words[1]) if len(words) == 2 and words[0] == "cat" else None
         if text is not None:
             return " ".join(arguments(words[1], text))

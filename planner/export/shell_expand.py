@@ -19,6 +19,8 @@ MOST_BYTES = 256 * 1024
 """Of a script, or of what is read again as one."""
 MOST_MADE = 2_000_000
 """Characters that all expansions make together: ``A=$A$A`` doubles them at every step."""
+EACH = 20
+"""What a word or element counts beside its characters."""
 MOST_STEPS = 200_000
 MOST_DEPTH = 80
 
@@ -108,7 +110,10 @@ class Expander:
         """Sets a variable, unless it was given. Of one set to a command's output the name is not known."""
         if name in self.given:
             return
-        self.step(sum(map(len, value.values())))
+        self.step(sum(map(len, value.values())) + EACH * len(value))
+        if name not in self.variables:  # added to what was never set
+            own = marked(name)
+            value = {index: text.replace(own, "") for index, text in value.items()}
         self.variables[name] = {
             index: MARKS.sub(lambda m: marked(name) if "$" in m[1] else m[0], text)
             for index, text in value.items()
@@ -151,7 +156,7 @@ class Expander:
                         current = (current or "") + part
         if current is not None:
             made.append(current)
-        self.step(sum(map(len, made)))
+        self.step(sum(map(len, made)) + EACH * len(made))
         return made
 
     def joined(self, node: Any | None) -> str:

@@ -42,6 +42,7 @@ class Walker(Calculator):
         self.left = ""  # exit, return, break or continue, on its way out
         self.sure = True
         self.line_of = ""
+        self.broken: dict[str, str] = {}  # by its place, what is no bash
 
     def note(self, node: Any | None, text: str) -> None:
         where = f"{self.line_of}line {node.start_point[0] + 1}: " if node is not None else ""
@@ -85,7 +86,9 @@ class Walker(Calculator):
                 done: bool | None = way(node)
                 return done
             if node.type == "ERROR" or node.is_missing:
-                self.note(node, f"{plain(self.text(node), 40)} is not read: bash may not take it either")
+                self.broken.setdefault(
+                    f"{self.line_of}line {node.start_point[0] + 1}", plain(self.text(node), 40)
+                )
             return self.run_all(node.named_children) if node.named_children else True
 
     # Statements
@@ -168,16 +171,19 @@ class Walker(Calculator):
     def _redirected_statement(self, node: Any) -> bool | None:
         body = node.child_by_field_name("body")
         for child in node.children:
-            if child.type == "heredoc_redirect":
-                self._here(node, body, child)
+            if child.type == "heredoc_redirect" and self._here(node, body, child):
+                return True
         return self.run(body) if body is not None else True
 
-    def _here(self, node: Any, body: Any | None, redirect: Any) -> None:
-        """A here-document: what a shell is handed is a script, what is written to a file is that file's."""
+    def _here(self, node: Any, body: Any | None, redirect: Any) -> bool:
+        """A here-document: what a shell is handed is a script, what is written to a file is that file's.
+
+        Says whether it was a shell's.
+        """
         parts = {child.type: child for child in redirect.children}
         start, inside = parts.get("heredoc_start"), parts.get("heredoc_body")
         if start is None or inside is None:
-            return
+            return False
         quoted = self.text(start)[:1] in ("'", '"', "\\")
         text = self.text(inside) if quoted else self._expanded(inside)
         words = self.text(body).split() if body is not None else []
@@ -185,12 +191,13 @@ class Walker(Calculator):
             before = self._saved()
             self.read(text)
             self._restore(before)
-            return
+            return True
         targets = [child for child in (*node.children, *redirect.children) if child.type == "file_redirect"]
         for target in targets:
             named = [*target.named_children][-1:]
             if named:
                 self.files = {**self.files, self.joined(named[0]): text}
+        return False
 
     def _expanded(self, node: Any) -> str:
         made, place = [], node.start_byte

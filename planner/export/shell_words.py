@@ -26,13 +26,15 @@ class Script:
     """What was read of a script.
 
     ``slurm`` are its ``#SBATCH`` options by name; ``variables`` what it leaves in them, as words; ``unset``
-    those that were taken as not set; ``notes`` what could not be followed.
+    those that were taken as not set; ``notes`` what could not be followed; ``broken``, by its place, what is
+    no bash.
     """
 
     commands: tuple[Command, ...]
     slurm: Mapping[str, str] = field(default_factory=dict)
     variables: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unset: tuple[str, ...] = ()
+    broken: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -52,7 +54,9 @@ def read_script(
         name: tuple(word for text in value.values() for word in text.split())
         for name, value in reader.variables.items()
     }
-    return Script(tuple(reader.commands), slurm, words, tuple(reader.unset), tuple(reader.notes))
+    return Script(
+        tuple(reader.commands), slurm, words, tuple(reader.unset), reader.broken, tuple(reader.notes)
+    )
 
 
 def directives(text: str) -> dict[str, str]:

@@ -47,7 +47,15 @@ ATTENTION = {"sdpa": "sdpa", "flash": "flash_attention_2", "eager": "eager"}
 """Kinds of attention -> ``attn_implementation`` of ``from_pretrained``."""
 LIGER = {"fused": "cross_entropy", "chunked": "fused_linear_cross_entropy"}
 """The option loss -> which of Liger's kernels is on; all others off."""
-LIGER_KERNELS = ("cross_entropy", "fused_linear_cross_entropy", "rope", "swiglu", "rms_norm", "geglu")
+LIGER_KERNELS = (
+    "cross_entropy",
+    "fused_linear_cross_entropy",
+    "rope",
+    "swiglu",
+    "geglu",
+    "rms_norm",
+    "layer_norm",
+)
 PRECISIONS = {"bf16": "bf16", "fp16": "fp16", "tf32": "tf32", "fp32": "", "pure-bf16": ""}
 """Precisions -> the switch of TrainingArguments."""
 LLAMA = {
@@ -198,8 +206,8 @@ def peft_of(subject: Subject, flat: bool = False) -> dict[str, str]:
         table = TARGETS.get(subject.model.model_type)
         if table is None:
             raise NotExpressible(
-                f"targets={'+'.join(adapters.targets)}: names of {subject.model.model_type}'s modules are not "
-                "known here: use targets=all-linear",
+                f"targets={'+'.join(adapters.targets)}: modules of {subject.model.model_type} are not "
+                "known by name here: use targets=all-linear",
                 {"lora": f"rank={adapters.rank},targets=all-linear"},
             )
         names = list(dict.fromkeys(table[one] for one in adapters.products(subject.model)))

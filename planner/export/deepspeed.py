@@ -73,7 +73,7 @@ def export(subject: Subject, version: str, settings: Mapping[str, str]) -> Expor
         )
     script = script_of(settings, MEGATRON_SCRIPT if megatron else SCRIPT)
     found = configuration(subject, version, settings)
-    env, notes = {}, [*_notes(subject, megatron)]
+    env, notes = {}, [*_notes(subject, megatron, batch == "auto")]
     if megatron:
         words = _megatron_words(subject)
         if subject.options().get("launch_blocking") == "on":
@@ -349,7 +349,7 @@ def _megatron_words(subject: Subject) -> tuple[str, ...]:
     return tuple(map(str, words))
 
 
-def _notes(subject: Subject, megatron: bool) -> Iterator[str]:
+def _notes(subject: Subject, megatron: bool, auto: bool) -> Iterator[str]:
     layout, training = subject.layout, subject.job.training
     if megatron:
         yield (
@@ -364,12 +364,9 @@ def _notes(subject: Subject, megatron: bool) -> Iterator[str]:
             )
     else:
         yield from huggingface.notes_of(subject)
-        if subject.recompute("DeepSpeed")[0] == "full":
-            how = (
-                "call deepspeed.checkpointing.checkpoint for every layer"
-                if _moved(subject)
-                else "call gradient_checkpointing_enable(), or give the Trainer gradient_checkpointing"
-            )
+        if subject.recompute("DeepSpeed")[0] == "full" and not auto:
+            how = "deepspeed.checkpointing.checkpoint for every layer"
+            how = f"call {how if _moved(subject) else 'gradient_checkpointing_enable()'}"
             yield f"recomputation is asked for in code: {how}"
         if layout.context_parallel > 1:
             yield (

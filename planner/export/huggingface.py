@@ -107,8 +107,9 @@ def training_arguments(subject: Subject) -> dict[str, Any]:
         "gradient_accumulation_steps": layout.grad_accum,
         "bf16": training.precision == "bf16",
         "fp16": training.precision == "fp16",
-        "tf32": training.precision == "tf32",
     }
+    if training.precision in ("fp32", "tf32"):
+        found["tf32"] = training.precision == "tf32"
     if training.precision not in PRECISIONS:
         raise NotExpressible(
             f"precision={training.precision}: TrainingArguments have {', '.join(PRECISIONS)}",
@@ -129,9 +130,7 @@ def optimizer_of(subject: Subject) -> str:
     step = subject.options().get("optimizer_step", "fused")
     if name := OPTIMIZERS.get((training.optimizer, step)):
         return name
-    steps = [own for own, (kind, _) in zip(OPTIMIZERS.values(), OPTIMIZERS, strict=True) if kind == own]
     others = [kind for name, kind in OPTIMIZERS if name == training.optimizer]
-    assert not steps
     if others:
         raise NotExpressible(
             f"optimizer_step={step} of {training.optimizer} is not to be said in TrainingArguments, whose "

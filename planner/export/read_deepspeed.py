@@ -15,6 +15,7 @@ from typing import Any
 from planner.errors import InputError
 from planner.export.arguments import Arguments, arguments_in, model_of, structured
 from planner.export.deepspeed import DEVICES, PARAMETERS, SIZES, STAGES
+from planner.export.deepspeed_zero import zero_findings
 from planner.export.imported import Finding, Imported
 from planner.export.launch_words import Launch, launch_of
 from planner.export.structured import (
@@ -27,9 +28,14 @@ from planner.export.structured import (
     unknown_keys,
 )
 from planner.files import plain
-from planner.units import gib
 
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+ARGUMENTS = {
+    BATCH[0]: ("", "global_batch_size"),
+    BATCH[1]: ("per_device_train_batch_size", "micro_batch_size"),
+    BATCH[2]: ("gradient_accumulation_steps", ""),
+}
+"""What fills in ``auto``: one of TrainingArguments, a word of Megatron-DeepSpeed."""
 MARKS = frozenset((*BATCH, "zero_optimization"))
 """Keys of which a DeepSpeed configuration has one at least."""
 READ = frozenset(
@@ -39,16 +45,7 @@ READ = frozenset(
         *("expert_parallel", "zero_allow_untested_optimizer"),
     )
 )
-LARGE, SMALL = 2e9, 1e6
-"""Elements of a bucket beyond which it costs memory for nothing, and below which messages are many."""
-UNPLANNED = {
-    "zero_hpz_partition_size": (1, "ZeRO++'s second copy of the weights within a node"),
-    "zero_quantized_weights": (False, "ZeRO++'s quantized all-gathers"),
-    "zero_quantized_gradients": (False, "ZeRO++'s quantized reductions"),
-    "zenflow": (None, "ZenFlow's own part of the gradients on the GPU"),
-    "parameter_alignment": (False, "padding between parameters"),
-}
-"""Keys of zero_optimization with the value that is planned, and what another stands for."""
+TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float": "fp32"}
 PLACES = {device: place for place, device in DEVICES.items()}
 
 
@@ -61,22 +58,17 @@ def recognises(files: Mapping[str, str]) -> bool:
 
 def is_configuration(found: Mapping[str, Any]) -> bool:
     """Has a mapping a DeepSpeed configuration's keys?"""
-    return (
-        bool(MARKS & found.keys()) and "distributed_type" not in found and "compute_environment" not in found
-    )
+    return bool(MARKS & found.keys()) and not {"distributed_type", "compute_environment"} & found.keys()
 
 
 def read(files: Mapping[str, str], given: Mapping[str, str]) -> Imported:
     """A DeepSpeed configuration in the planner's words. Raises InputError where there is none."""
     launch = launch_of(files, given)
     told = arguments_in(files, launch)
-    configurations = {
-        name: one for name, one in structured(files, strict=True).items() if is_configuration(one)
-    }
+    every = structured(files, strict=True)
+    configurations = {name: one for name, one in every.items() if is_configuration(one)}
     if not configurations:
-        raise InputError(
-            "no DeepSpeed configuration: give its JSON, with train_batch_size or zero_optimization"
-        )
+        raise InputError("no DeepSpeed configuration here: give its JSON, which has zero_optimization")
     named = told.given.get("deepspeed_config") or told.given.get("deepspeed") or ""
     name = next((one for one in configurations if named and Path(one).name == Path(named).name), None)
     found = configurations[name or next(iter(configurations))]
@@ -88,7 +80,7 @@ def imported(
     told: Arguments,
     world: int | None,
     per_node: int | None,
-    launch: Launch = Launch(),  # noqa: RUF009 - frozen
+    launch: Launch = Launch(),
     also: tuple[Finding, ...] = (),
 ) -> Imported:
     """What a configuration says with its TrainingArguments, on so many processes."""
@@ -168,7 +160,7 @@ class _Configuration:
             found["seq_length"] = length
         found |= self.told.lora()
         found["option"] = own
-        self._check_zero()
+        self.findings += zero_findings(self.zero, self.stage)
         return found
 
     def _check_keys(self) -> None:
@@ -190,27 +182,19 @@ class _Configuration:
             on[name] |= self.told.is_on(name) if enabled == "auto" else is_on(enabled)
             for kept in ("bf16_master_weights_and_grads", "fp16_master_weights_and_grads"):
                 if is_on(section.get(kept)):
-                    text = (
-                        f"{kept} halves master weights and gradients, which is not modelled: fp32 is planned"
-                    )
+                    text = f"{kept} is not modelled: master weights are planned in fp32"
                     self.finding("warning", f"{key}.{kept}", text)
         if all(on.values()):
-            self.finding(
-                "error", "fp16.enabled", "bf16 and fp16 are both on: DeepSpeed takes one", "choose one"
-            )
+            self.finding("error", "fp16.enabled", "bf16 and fp16 are both on", "choose one")
         if is_on(section_of(self.found, "torch_autocast").get("enabled")):
-            self.finding(
-                "warning",
-                "torch_autocast.enabled",
-                "torch_autocast is not modelled: fp32 weights are planned",
-            )
-        precision = next((name for name, enabled in on.items() if enabled), "")
-        precision = precision or ("tf32" if self.told.is_on("tf32") else "fp32")
-        found = {"precision": precision}
-        kept = section_of(self.found, "data_types").get("grad_accum_dtype")
-        names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float": "fp32"}
-        gradient = names.get(str(kept), str(kept))
-        if kept not in (None, "auto") and gradient != precision.replace("tf32", "fp32"):
+            text = "torch_autocast is not modelled: plain fp32 is planned"
+            self.finding("warning", "torch_autocast.enabled", text)
+        whole: str = "tf32" if self.told.is_on("tf32") else "fp32"
+        precision = next((name for name, enabled in on.items() if enabled), whole)
+        found: dict[str, Any] = {"precision": precision}
+        given = section_of(self.found, "data_types").get("grad_accum_dtype")
+        gradient = TYPES.get(str(given), str(given))
+        if given not in (None, "auto") and gradient != precision.replace("tf32", "fp32"):
             found["gradient_dtype"] = gradient
             if precision != "bf16" or gradient != "fp32":
                 self.finding(
@@ -265,20 +249,14 @@ class _Configuration:
         return found
 
     def _batch(self, degrees: Mapping[str, Any]) -> dict[str, Any]:
-        whole, micro, steps = (
-            number_of(self._filled(name, own), name, 1)
-            for name, own in zip(
-                BATCH, ("", "per_device_train_batch_size", "gradient_accumulation_steps"), strict=True
-            )
-        )
+        whole, micro, steps = (number_of(self._filled(name), name, 1) for name in BATCH)
         parts = 1
         for name in ("tensor_parallel", "pipeline_parallel", "context_parallel"):
             parts *= int(degrees.get(name, 1))
         data = self.world // parts if self.world and not self.world % parts else None
         if self.world and self.world % parts:
-            self.finding(
-                "error", "world size", f"{self.world} processes are no multiple of {parts} for a replica"
-            )
+            text = f"{self.world} processes are no multiple of {parts} for a replica"
+            self.finding("error", "world size", text)
         if whole and micro and steps and data and whole != micro * steps * data:
             self.finding(
                 "error",
@@ -292,6 +270,14 @@ class _Configuration:
             micro = whole / (data * (steps or 1))
         if not whole and micro and data:
             whole = micro * (steps or 1) * data
+        if whole and not micro and not data:
+            self.finding(
+                "warning",
+                "train_batch_size",
+                f"train_batch_size {whole:g} alone: micro-batches are it over the replicas and "
+                f"{steps or 1:g} steps, and how many replicas there are is not said here",
+                "give the launch script too, or --micro-batch-size",
+            )
         if micro and steps and not data and not whole:
             self.finding(
                 "warning",
@@ -315,22 +301,19 @@ class _Configuration:
         found = {"micro_batch_size": micro, "global_batch_size": whole}
         return {name: int(value) for name, value in found.items() if value}
 
-    def _filled(self, key: str, argument: str) -> Any:
+    def _filled(self, key: str) -> Any:
         """A number of the file, or what the Trainer fills in for ``auto``; a number of both must agree."""
+        argument, word = ARGUMENTS[key]
         value, own = self.found.get(key), self.told.given.get(argument)
-        words = {
-            "train_micro_batch_size_per_gpu": "micro_batch_size",
-            "train_batch_size": "global_batch_size",
-        }
-        own = own if own is not None else self.launch.arguments.get(words.get(key, ""))
+        own = own if own is not None else self.launch.arguments.get(word)
         if value in (None, "auto"):
             return own if own is not None else value
         if own is not None and argument in self.told.given and str(own) != str(value):
             self.finding(
                 "error",
                 key,
-                f"{key} {plain(str(value))} is not TrainingArguments' {argument} {plain(str(own))}: transformers "
-                "stops at the start",
+                f"{key} {plain(str(value))} is not TrainingArguments' {argument} {plain(str(own))}: "
+                "transformers stops at the start",
                 f'write "{key}": "auto"',
             )
         return value
@@ -344,24 +327,6 @@ class _Configuration:
             size = number_of(value, f"zero_optimization.{name}")
             if size is not None and (self.stage == 3 or (self.stage and name == SIZES[0])):
                 yield f"{name}={size:g}" if float(f"{size:g}") == size else f"{name}={size}"
-        if not self.stage:
-            return
-        for name in ("reduce_bucket_size", "allgather_bucket_size"):
-            size = number_of(self.zero.get(name), f"zero_optimization.{name}")
-            if size is not None and size > LARGE:
-                self.finding(
-                    "waste",
-                    f"zero_optimization.{name}",
-                    f"a bucket of {size:g} elements is {gib(2 * size)} GiB of half precision",
-                    f"write 500000000, {gib(1e9)} GiB",
-                )
-            elif size is not None and size < SMALL:
-                self.finding(
-                    "waste",
-                    f"zero_optimization.{name}",
-                    f"a bucket of {size:g} elements makes many small messages",
-                    "write 50000000 or more",
-                )
 
     def _optimizer(self) -> tuple[dict[str, Any], list[str]]:
         section = section_of(self.found, "optimizer")
@@ -424,9 +389,7 @@ class _Configuration:
             ratio = number_of(section.get("ratio"), f"{where}.ratio", whole=False)
             if ratio is not None and ratio < 1:
                 severity = "warning" if self.stage == 3 else "error"
-                rule = (
-                    "all of it is planned" if self.stage == 3 else "DeepSpeed offloads a part at stage 3 only"
-                )
+                rule = "all of it is planned" if self.stage == 3 else "a part is offloaded at stage 3 only"
                 self.finding(severity, f"{where}.ratio", f"ratio {ratio:g}: {rule}")
             if section.get("pin_memory") is False:
                 self.finding(
@@ -468,38 +431,8 @@ class _Configuration:
             self.finding(
                 "warning",
                 "activation_checkpointing",
-                "it sets up deepspeed.checkpointing, which the model's code must call: all layers are taken to",
+                "it sets up deepspeed.checkpointing, which the model must call: all layers are taken to",
             )
         if on_host:
             moved.append("activations")
         return {"recompute": policy} if policy else {}
-
-    def _check_zero(self) -> None:
-        for key, (usual, what) in UNPLANNED.items():
-            if self.zero.get(key, usual) not in (usual, None, 0, False):
-                name = f"zero_optimization.{key}"
-                self.finding("warning", name, f"{key}: {what} is not modelled")
-        if self.stage in (1, 2) and self.zero.get("contiguous_gradients") is False:
-            self.finding(
-                "waste",
-                "zero_optimization.contiguous_gradients",
-                "contiguous_gradients off: gradients lie where the backward makes them, which fragments memory",
-                "write true",
-            )
-        if self.stage in (2, 3) and self.zero.get("overlap_comm") is False:
-            self.finding(
-                "waste",
-                "zero_optimization.overlap_comm",
-                "overlap_comm off: reductions wait for the backward",
-                "write true; it takes a second bucket",
-            )
-        if self.zero.get("reduce_scatter") is False and self.stage:
-            self.finding(
-                "waste",
-                "zero_optimization.reduce_scatter",
-                "reduce_scatter off: gradients are all-reduced, twice the bytes",
-                "write true",
-            )
-        for key in ("stage3_max_live_parameters", "stage3_prefetch_bucket_size", "offload_param"):
-            if key in self.zero and self.stage < 3 and key != "offload_param":
-                self.unread.append(f"zero_optimization.{key}, of stage 3")

@@ -96,9 +96,8 @@ def test_what_is_exported_is_read_as_the_plan_has_it(
         if answer["stage"] == 3:
             assert answer["sizes"][1:] == [sizes[1], 50_000_000, 1_000_000_000]
         places = places_of(layout.offload)
-        for place, got in zip(
-            (places.get("optimizer"), places.get("parameters")), answer["offload"], strict=True
-        ):
+        for item, got in zip(("optimizer", "parameters"), answer["offload"], strict=True):
+            place = places.get(item)
             assert got == (place and [DEVICES[place], True, "/nvme" if place == "nvme" else None])
         if layout.pipeline_parallel > 1:
             assert answer["pipeline"] == layout.pipeline_parallel

@@ -19,6 +19,7 @@ from typing import Any
 
 os.environ |= {"DS_ACCELERATOR": "cpu", "TRANSFORMERS_VERBOSITY": "error"}
 warnings.filterwarnings("ignore")
+sys.path.pop(0)  # this folder, whose files have the names of the tools
 with contextlib.redirect_stdout(io.StringIO()):
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.parallelism_config import ParallelismConfig

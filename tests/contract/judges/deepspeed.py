@@ -10,9 +10,11 @@ import io
 import json
 import os
 import sys
+from itertools import pairwise
 from typing import Any
 
 os.environ["DS_ACCELERATOR"] = "cpu"
+sys.path.pop(0)  # this folder, whose files have the names of the tools
 with contextlib.redirect_stdout(io.StringIO()):
     import deepspeed.runtime.config as ds
     from deepspeed.runtime.utils import partition_balanced
@@ -76,7 +78,7 @@ def _split(layers: int | None, stages: int) -> list[int] | None:
         return None
     weights = [0] + [1] * layers + [0, 0]
     parts = partition_balanced(weights, stages)
-    return [sum(weights[a:b]) for a, b in zip(parts, parts[1:], strict=False)]
+    return [sum(weights[a:b]) for a, b in pairwise(parts)]
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from planner import api
@@ -19,7 +19,10 @@ GPUS = ("8xh100", "16xh100", "4x4xa100-80g", "64xh100")
 
 
 def random_plans(
-    count: int, seed: int, make: Callable[[random.Random, ModelSpec, ClusterSpec], dict[str, Any]]
+    count: int,
+    seed: int,
+    make: Callable[[random.Random, ModelSpec, ClusterSpec], dict[str, Any]],
+    models: Sequence[str] = MODELS,
 ) -> Iterator[Subject]:
     """So many plans that the planner accepts; ``make`` draws the arguments of an estimate."""
     dice = random.Random(seed)
@@ -27,7 +30,7 @@ def random_plans(
     for _ in range(count * 60):
         if found == count:
             return
-        model = ModelSpec.from_catalog(dice.choice(MODELS))
+        model = ModelSpec.from_catalog(dice.choice(models))
         cluster = ClusterSpec.parse(dice.choice(GPUS)).model_copy(update={"nvme_bytes": 10**13})
         given = make(dice, model, cluster)
         try:

@@ -21,16 +21,21 @@ os.environ |= {"DS_ACCELERATOR": "cpu", "TRANSFORMERS_VERBOSITY": "error"}
 warnings.filterwarnings("ignore")
 sys.path.pop(0)  # this folder, whose files have the names of the tools
 with contextlib.redirect_stdout(io.StringIO()):
+    import torch
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.parallelism_config import ParallelismConfig
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+    from accelerate.utils import dataclasses as plugins
     from accelerate.utils import launch as launching
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from transformers import HfArgumentParser, TrainingArguments
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 launching.is_port_in_use = lambda *args, **more: False
+# FSDP1's plugin asks on which GPU it is.
+plugins.is_cuda_available = lambda: True
+torch.cuda.current_device = lambda: 0
 OWN = ("FSDP_", "PARALLELISM_CONFIG_", "ACCELERATE_")
 
 

@@ -15,13 +15,12 @@ from planner.advice import Advice
 from planner.asked import Asked, options_between, options_text
 from planner.catalog import step_time
 from planner.errors import InputError, PlannerError, nearest_names
-from planner.export import USUAL, NotExpressible, Subject
-from planner.export import export as exported
 from planner.export.imported import READERS, Finding, Imported
 from planner.files import content, named, plain
 from planner.layouts import Choices, divisors
 from planner.plan import Plan
 from planner.specs import ClusterSpec, ModelSpec, TrainingSpec
+from planner.told import one_way
 from strategies.layout import Layout
 
 MOST_BYTES = 2_000_000
@@ -277,29 +276,19 @@ def better(asked: Asked, plan: Plan) -> Better | None:
     model, cluster = asked.model, asked.cluster
     training = asked.training.model_copy(update={"global_batch_size": asked.job.global_batch_size})
     try:
-        plans = api.search(model, cluster, training, top=5, choices=_choices(asked), time_limit=20)
+        told = api.search(model, cluster, training, top=1, choices=_choices(asked), time_limit=20)[0]
     except PlannerError:
         return None
-    told = next((one for one in plans if _can_be_told(Subject(model, cluster, one))), None)
-    if told is None or (plan.fits and told.step_time_s * (1 + step_time("tie").value) > plan.step_time_s):
+    if plan.fits and told.step_time_s * (1 + step_time("tie").value) > plan.step_time_s:
         return None
-    recompute = "auto" if len({way for one in told.stages for way in one.rows}) > 1 else _one_way(told)
-    other = Asked(model, cluster, training, told.layout.to_layout(), recompute)
+    policy, first = one_way([stage.rows for stage in told.stages]) or ("auto", None)
+    way = policy if first is None else f"{policy}:{first}"
+    layers = tuple(stage.layers for stage in told.stages)
+    split = layers if len(set(layers)) > 1 and way != "auto" else None
+    other = Asked(model, cluster, training, told.layout.to_layout(), way, split)
     return Better(told, options_text(options_between(asked, other)), told.step_time_s / plan.step_time_s)
-
-
-def _one_way(plan: Plan) -> str:
-    return next(iter(plan.stages[0].rows)).partition("+")[0]
 
 
 def _choices(asked: Asked) -> Choices:
     """What may be offloaded stays so; all else is open."""
-    return Choices(offload=tuple(part for part in asked.offload.split(",") if part))
-
-
-def _can_be_told(subject: Subject) -> bool:
-    try:
-        exported(subject, USUAL[subject.plan.training.framework])
-    except (NotExpressible, InputError):
-        return False
-    return True
+    return Choices(launchable=True, offload=tuple(part for part in asked.offload.split(",") if part))

@@ -35,6 +35,7 @@ COMMANDS = {
     "serve": ("cli_serve", "EXAMPLE"),
     "export": ("cli_launch", "EXPORT"),
     "audit": ("cli_audit", "EXAMPLE"),
+    "preflight": ("cli_preflight", "EXAMPLE"),
     "diff": ("cli_plans", "DIFF"),
     "check": ("cli_plans", "CHECK"),
     "infer": ("cli_infer", "EXAMPLE"),

@@ -15,6 +15,7 @@ from planner.errors import InputError
 from planner.files import plain
 from planner.plan import Plan
 from planner.specs import ClusterSpec, ModelSpec
+from planner.told import one_way
 from planner.units import gib
 from strategies.layout import Layout
 
@@ -76,25 +77,13 @@ class Subject:
         Raises NotExpressible where stages differ or policies other than none are mixed: few frameworks can
         be told so.
         """
-        stages = [
-            {way: sum(own) for way, own in stage.rows.items() if sum(own)} for stage in self.plan.stages
-        ]
-        ways = {way.partition("+")[0] for own in stages for way in own}
-        if len(ways) == 1:
-            return ways.pop(), None
-        policy = next(iter(ways - {"none"}))
-        counts = [own.get(policy, 0) for own in stages]
-        rest = [own.get("none", 0) for own in stages]
-        most = max(counts)
-        if (
-            len(ways) == 2
-            and "none" in ways
-            and all(n == most or not left for n, left in zip(counts, rest, strict=True))
-        ):
-            return policy, most
-        told = f"{target} recomputes the same layers on every stage: the plan has " + ", ".join(
-            f"{n} of {n + left}" for n, left in zip(counts, rest, strict=True)
-        )
+        if (way := one_way([stage.rows for stage in self.plan.stages])) is not None:
+            return way
+        ways = {name.partition("+")[0] for stage in self.plan.stages for name in stage.recompute}
+        policy = "full" if "full" in ways else max(ways - {"none"})
+        most = max(sum(stage.rows.get(policy, ())) for stage in self.plan.stages)
+        counts = (f"{stage.recompute.get(policy, 0)} of {stage.layers}" for stage in self.plan.stages)
+        told = f"{target} recomputes the same layers on every stage: the plan has {', '.join(counts)}"
         raise NotExpressible(plain(told, 300), {"recompute": f"{policy}:{most}"})
 
     @property
@@ -137,6 +126,7 @@ class Export:
     launcher: str = "torchrun"
     launcher_options: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    expects: Mapping[str, Any] = field(default_factory=dict)  # what the framework reads beyond the plan
 
     def on_node(self, subject: Subject, node_rank: str, address: str, port: str = "29500") -> tuple[str, ...]:
         """The command that starts a node's processes, their ranks being ``node_rank`` times its GPUs and on.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+
+from planner.export.shell_words import Command, read_script
 
 SCRIPTS = (".sh", ".bash", ".sbatch", ".slurm", ".txt", ".cmd")
 GPUS = ("num_gpus", "nproc_per_node")
@@ -116,12 +117,11 @@ def arguments_of(words: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _commands(files: Mapping[str, str], given: Mapping[str, str]) -> Iterator[list[str]]:
+def _commands(files: Mapping[str, str], given: Mapping[str, str]) -> Iterator[tuple[str, ...]]:
+    """Words of the commands of scripts, those that surely run first."""
+    found: list[Command] = []
     for name, text in files.items():
-        if not (name.endswith(SCRIPTS) or text.startswith("#!")):
-            continue
-        for line in text.replace("\\\n", " ").splitlines():
-            try:
-                yield shlex.split(line, comments=True)
-            except ValueError:
-                continue
+        if name.endswith(SCRIPTS) or text.startswith("#!"):
+            found += read_script(name, text, given, files).commands
+    for command in sorted(found, key=lambda one: not one.sure):
+        yield command.words

@@ -294,7 +294,7 @@ class _Configuration:
                     f"{missing}: auto, and no TrainingArguments are given that fill it in",
                     "give training_args.json or the launch script too, or -mb and -b",
                 )
-            elif not any(name in self.found for name in BATCH):
+            elif self.found and not any(name in self.found for name in BATCH):
                 self.finding(
                     "error", BATCH[0], "neither train_batch_size nor train_micro_batch_size_per_gpu is there"
                 )
@@ -320,7 +320,7 @@ class _Configuration:
 
     def _sizes(self) -> Iterator[str]:
         for name in SIZES:
-            value = self.zero.get(name)
+            value = self.zero.get(name, self.zero.get(name.removeprefix("stage3_")))
             if value == "auto":
                 self.unread.append(f"zero_optimization.{name}: auto, which transformers takes of hidden_size")
                 continue

@@ -1,4 +1,4 @@
-"""JSON and YAML that users wrote: bounded data, and which of its keys a tool knows (known_keys.json).
+"""JSON and YAML that users wrote: bounded data, and which of its keys a tool knows (data/known_keys.json).
 
 The list of keys was taken from the installed projects that it names with their versions. DeepSpeed takes any
 top-level key and accelerate any key of an inner section without a word, so that a misspelt one does nothing.
@@ -42,7 +42,7 @@ def source_of(tool: str) -> str:
 
 @cache
 def _known() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((Path(__file__).parent / "known_keys.json").read_text())
+    found: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "known_keys.json").read_text())
     return found
 
 
@@ -53,7 +53,7 @@ def unknown_keys(
     known = keys_of(tool)
     for key, value in found.items():
         name = f"{section}.{key}" if section else key
-        if key == HEADER and not section:
+        if str(key).startswith(("_", "//", "#")):  # comments of those who write JSON
             continue
         if key not in known[section]:
             where = f"{tool}'s {section}" if section else tool

@@ -60,6 +60,7 @@ def test_heavy_packages_have_a_home_each() -> None:
         "planner/render_measure.py",
         "planner/render_offload.py",
         "planner/render_plans.py",
+        "planner/render_preflight.py",
         "planner/render_sweep.py",
         "planner/render_validate.py",
     }
@@ -69,6 +70,7 @@ def test_heavy_packages_have_a_home_each() -> None:
         "planner/cli_audit.py",
         "planner/cli_launch.py",
         "planner/cli_plans.py",
+        "planner/cli_preflight.py",
         "planner/cli_report.py",
         "planner/cli_serve.py",
         "planner/options.py",

@@ -19,8 +19,8 @@ READERS = {
     "torchtitan": "planner.export.read_torchtitan",
     "accelerate": "planner.export.read_accelerate",
 }
-"""Frameworks, by name: the module that reads their configuration. Who knows files comes first; DeepSpeed's JSON
-may be beside a script with Megatron-LM's flags."""
+"""Frameworks, by name: the module that reads their configuration. The first that knows files has them:
+DeepSpeed's JSON may be beside a script with Megatron-LM's flags."""
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ def _optimizer(subject: Subject, settings: Mapping[str, str]) -> dict[str, Any]:
             "lr_warmup_steps": 0,
             "lr_warmup_style": "linear",
             "lr_decay_style": "cosine",
-            "min_decay_lr": rate / 10,
+            "min_decay_lr": float(f"{rate / 10:g}"),
         },
     }
 

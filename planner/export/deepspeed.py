@@ -42,6 +42,8 @@ PARAMETERS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "lion": ("Lion", {}),
 }
 """Optimizers -> optimizer.type and its params (runtime/engine.py, _configure_basic_optimizer)."""
+OF_HUGGING_FACE = ("adam", "lion")
+"""Optimizers that Megatron-DeepSpeed does not make: its adam is AdamW."""
 DEVICES = {"host": "cpu", "nvme": "nvme"}
 PRESETS = {
     "mixtral": "mixtral",
@@ -276,10 +278,10 @@ def _check_types(subject: Subject) -> None:
     if training.master_weights is False and recipe.compute < 4:
         raise NotExpressible(
             "master_weights off: DeepSpeed's optimizers of half precision keep fp32 master weights",
-            {"master_weights": True},
         )
-    if training.optimizer not in PARAMETERS or (megatron and training.optimizer == "lion"):
-        able = ", ".join(name for name in PARAMETERS if not (megatron and name == "lion"))
+    apart = OF_HUGGING_FACE if megatron else ()
+    if training.optimizer not in PARAMETERS or training.optimizer in apart:
+        able = ", ".join(name for name in PARAMETERS if name not in apart)
         raise NotExpressible(
             f"optimizer={training.optimizer} is not DeepSpeed's: it has {able}", {"optimizer": "adamw"}
         )
@@ -333,11 +335,12 @@ def _megatron_words(subject: Subject) -> tuple[str, ...]:
     words += ["--seq-length", training.seq_length, "--max-position-embeddings", training.seq_length]
     words += [f"--{training.precision}"] if training.precision in ("bf16", "fp16") else []
     words += ["--use-flash-attn-v2"] * (options.get("attention") == "flash")
-    words += ["--optimizer", "adam" if training.optimizer.startswith("adam") else "sgd"]
+    words += ["--optimizer", "adam" if training.optimizer == "adamw" else "sgd"]
     if training.optimizer in ("momentum", "sgd"):
         words += ["--sgd-momentum", 0.9 if training.optimizer == "momentum" else 0.0]
-    if training.dropout is not None:
-        words += ["--hidden-dropout", training.dropout, "--attention-dropout", training.dropout]
+    model, own = subject.model, training.dropout  # Megatron-DeepSpeed's own default is 0.1
+    words += ["--hidden-dropout", model.dropout if own is None else own]
+    words += ["--attention-dropout", model.attention_dropout if own is None else own]
     words += ["--cpu-optimizer"] * ("optimizer" in places_of(layout.offload))
     if policy == "full":
         method = "uniform" if count is None else "block"

@@ -231,8 +231,8 @@ class _Configuration:
         first = version == "1"
         found: dict[str, Any] = {"sharding": "fsdp"}
         own += [f"version={1 if first else 2}", f"root={'one' if first else 'split'}"]
-        reduced = "fp32" if precision in ("fp32", "tf32") else "bf16"
-        own.append(f"reduce_dtype={reduced}")
+        if precision in MIXED:  # else the weights' type, which is not said here
+            own.append("reduce_dtype=bf16")
         if is_on(self.value("fsdp_offload_params", "fsdp_config")):
             found["offload"] = "optimizer,parameters"
         kept = not is_on(

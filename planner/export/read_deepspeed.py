@@ -38,6 +38,8 @@ ARGUMENTS = {
 """What fills in ``auto``: one of TrainingArguments, a word of Megatron-DeepSpeed."""
 MARKS = frozenset((*BATCH, "zero_optimization"))
 """Keys of which a DeepSpeed configuration has one at least."""
+MEGATRON = frozenset(("tensor_model_parallel_size", "pipeline_model_parallel_size", "no_pipeline_parallel"))
+"""Words of Megatron-DeepSpeed's scripts."""
 READ = frozenset(
     (
         *(HEADER, *BATCH, "optimizer", "bf16", "bfloat16", "fp16", "data_types", "zero_optimization"),
@@ -144,7 +146,7 @@ class _Configuration:
         found["sharding"] = next(name for name, stage in STAGES.items() if stage == self.stage)
         found |= self._degrees()
         found |= self._batch(found)
-        own: list[str] = [*self._sizes(), *self.told.kernels()]
+        own: list[str] = [*self._sizes(), *self.told.kernels(), *self._of_megatron()]
         optimizer, step = self._optimizer()
         found |= optimizer
         moved = self._offload()
@@ -158,6 +160,7 @@ class _Configuration:
         own += step
         if (length := self.launch.seq_length) is not None:
             found["seq_length"] = length
+        found |= self._dropout()
         found |= self.told.lora()
         found["option"] = own
         self.findings += zero_findings(self.zero, self.stage)
@@ -318,6 +321,27 @@ class _Configuration:
             )
         return value
 
+    def _dropout(self) -> dict[str, Any]:
+        """Megatron-DeepSpeed's, where it is the same of layers and attention."""
+        words = self.launch.arguments
+        if not MEGATRON & words.keys():
+            return {}
+        layers, attention = (words.get(f"{name}_dropout", "0.1") for name in ("hidden", "attention"))
+        if layers != attention:
+            self.unread.append(
+                f"dropout {plain(layers)} and, of attention, {plain(attention)}: the model's is taken"
+            )
+            return {}
+        return {"dropout": number_of(layers, "--hidden-dropout", whole=False)}
+
+    def _of_megatron(self) -> Iterator[str]:
+        """Options of Megatron-DeepSpeed's kernels, where a script has its words."""
+        words = self.launch.arguments
+        if MEGATRON & words.keys():
+            yield "kernels=megatron"
+            flash = any(name.startswith("use_flash_attn") for name in words)
+            yield f"attention={'flash' if flash else 'eager'}"
+
     def _sizes(self) -> Iterator[str]:
         for name in SIZES:
             value = self.zero.get(name, self.zero.get(name.removeprefix("stage3_")))
@@ -330,6 +354,11 @@ class _Configuration:
 
     def _optimizer(self) -> tuple[dict[str, Any], list[str]]:
         section = section_of(self.found, "optimizer")
+        words = self.launch.arguments
+        if MEGATRON & words.keys() and "optimizer" in words:
+            still = words["optimizer"] == "sgd" and words.get("sgd_momentum") in ("0", "0.0")
+            names = {"adam": "adamw", "sgd": "sgd" if still else "momentum"}
+            return {"optimizer": names.get(words["optimizer"], "adamw")}, []
         kind = str(section.get("type", ""))
         if not kind:
             return self.told.optimizer(), []

@@ -36,6 +36,7 @@ COMMANDS = {
     "export": ("cli_launch", "EXPORT"),
     "audit": ("cli_audit", "EXAMPLE"),
     "preflight": ("cli_preflight", "EXAMPLE"),
+    "alternatives": ("cli_alternatives", "EXAMPLE"),
     "diff": ("cli_plans", "DIFF"),
     "check": ("cli_plans", "CHECK"),
     "infer": ("cli_infer", "EXAMPLE"),

@@ -106,6 +106,7 @@ def document_of(subject: Subject, made: Export) -> dict[str, Any]:
         "files": dict(made.files),
         "env": dict(made.env),
         "command": list(made.on_node(subject, Shell("$NODE_RANK"), Shell("$MASTER_ADDR"))),
+        "submit": list(made.submit),
         "notes": list(made.notes),
     }
 
@@ -121,7 +122,9 @@ def _show(subject: Subject, made: Export, output: str | None) -> None:
         if len(made.files) > 1:
             typer.echo(f"==> {name} <==")
         typer.echo(text, nl=not text.endswith("\n"))
-    if made.program:
+    if made.submit:
+        typer.echo(f"\nTo start it: {quoted(made.submit)}", err=True)
+    elif made.program:
         command = quoted(made.on_node(subject, Shell("$NODE_RANK"), Shell("$MASTER_ADDR")))
         each = "the node" if subject.nodes == 1 else f"each of {subject.nodes} nodes"
         env = " ".join(f"{name}={quoted([value])}" for name, value in made.env.items())

@@ -119,7 +119,7 @@ def config_values(model: str | Path | Mapping[str, Any] | ModelSpec) -> dict[str
     if isinstance(model, Mapping):
         return dict(model)
     if isinstance(model, ModelSpec):
-        from planner.truth.configs import config_of
+        from planner.export.hf_config import config_of
 
         return config_of(model)
     from planner.families import read_json

@@ -115,7 +115,8 @@ class Export:
 
     ``files`` by name; ``env`` of every process; ``program`` is what is started on every GPU (the script and
     its arguments) and ``launcher`` what starts it on a node: ``torchrun``, or ``accelerate`` with the file
-    that configures it. ``notes`` say what the files cannot: to be read before the job is queued.
+    that configures it; ``submit`` hands the files to a scheduler. ``notes`` say what the files cannot: to be
+    read before the job is queued.
     """
 
     target: str
@@ -126,7 +127,7 @@ class Export:
     launcher: str = "torchrun"
     launcher_options: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    expects: Mapping[str, Any] = field(default_factory=dict)  # what the framework reads beyond the plan
+    submit: tuple[str, ...] = ()  # what hands the files to a scheduler, which then starts the nodes
 
     def on_node(self, subject: Subject, node_rank: str, address: str, port: str = "29500") -> tuple[str, ...]:
         """The command that starts a node's processes, their ranks being ``node_rank`` times its GPUs and on.

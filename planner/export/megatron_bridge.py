@@ -188,8 +188,17 @@ def _value(flag: Flag, value: Any) -> Any:
     if flag.kind == "number":
         return float(words[1])
     if flag.kind == "words" and flag.name != "--cp-comm-type":
-        return [int(word) if word.isdigit() else word for word in words[1:]]
-    return words[1]
+        return [int(word) if word.isdigit() else _literal(word) for word in words[1:]]
+    return _literal(words[1])
+
+
+def _literal(word: str) -> str:
+    """A text that OmegaConf, which reads the file, takes as it is: without interpolation.
+
+    >>> _literal("run${oc.env:HOME}")
+    'run\\\\${oc.env:HOME}'
+    """
+    return word.replace("${", "\\${")
 
 
 def _apart(subject: Subject, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -25,6 +25,8 @@ def layout_values(subject: Subject) -> dict[str, Any]:
         if not flag.rule and flag.of.startswith("layout.")
     }
     found |= _stages(subject)
+    if layout.pipeline_parallel == 1:  # both orders are one, and Megatron-FSDP takes the usual only
+        found["--use-tp-pp-dp-mapping"] = "tp-dp-pp"
     if layout.context_parallel > 1:
         found["--cp-comm-type"] = layout.context_comm
         if layout.context_comm == "ulysses+ring":

@@ -52,6 +52,7 @@ def test_heavy_packages_have_a_home_each() -> None:
     renderers = {
         "planner/render.py",
         "planner/render_advice.py",
+        "planner/render_alternatives.py",
         "planner/render_audit.py",
         "planner/render_compare.py",
         "planner/render_explain.py",

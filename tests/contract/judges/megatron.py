@@ -31,6 +31,8 @@ if not hasattr(typing, "override"):  # Python 3.11 runs the wheel of 3.12
 class Anything:
     """Stands for whatever a kernel's module has."""
 
+    __name__ = "anything"
+
     def __init__(self, *_, **__):
         pass
 
@@ -103,6 +105,7 @@ with quiet():
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.training.training import get_megatron_optimizer_config
 
 
 class Duplicated(torch.nn.Module):
@@ -114,6 +117,18 @@ class Duplicated(torch.nn.Module):
 
 
 multi_latent_attention.TELinear = Duplicated
+
+
+class FusedAdam:
+    """Transformer Engine's, as far as the precision-aware optimizer looks at it."""
+
+    def __init__(self, master_weight_dtype, exp_avg_dtype, exp_avg_sq_dtype, use_decoupled_grad):
+        pass
+
+
+optimizers = types.ModuleType("transformer_engine.pytorch.optimizers")
+optimizers.FusedAdam = FusedAdam
+sys.modules[optimizers.__name__] = optimizers
 usual = DotProductAttention.__init__
 
 
@@ -133,7 +148,8 @@ READ = """
     sequence_parallel use_distributed_optimizer use_megatron_fsdp data_parallel_sharding_strategy
     num_distributed_optimizer_instances use_tp_pp_dp_mapping micro_batch_size global_batch_size
     seq_length recompute_granularity recompute_method recompute_num_layers recompute_modules
-    optimizer sgd_momentum optimizer_cpu_offload optimizer_offload_fraction cpu_offloading_num_layers
+    optimizer sgd_momentum use_precision_aware_optimizer optimizer_cpu_offload optimizer_offload_fraction
+    cpu_offloading_num_layers
     params_dtype fp8 fp8_recipe fp4 accumulate_allreduce_grads_in_fp32 exp_avg_dtype exp_avg_sq_dtype
     padded_vocab_size num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups
     kv_channels hidden_dropout attention_dropout cp_comm_type hierarchical_context_parallel_sizes
@@ -188,6 +204,8 @@ def judge(case):
             args = parsed(case, 0)
             stage = "TransformerConfig"
             config = arguments.core_transformer_config_from_args(args)
+            stage = "optimizer"
+            get_megatron_optimizer_config(args)
             stage = "micro-batches"
             init_num_microbatches_calculator(
                 0, None, args.global_batch_size, args.micro_batch_size, args.data_parallel_size

@@ -283,7 +283,8 @@ def _check_types(subject: Subject) -> None:
     if training.optimizer not in PARAMETERS or training.optimizer in apart:
         able = ", ".join(name for name in PARAMETERS if name not in apart)
         raise NotExpressible(
-            f"optimizer={training.optimizer} is not DeepSpeed's: it has {able}", {"optimizer": "adamw"}
+            f"optimizer={training.optimizer} is not {'Megatron-' * megatron}DeepSpeed's: it has {able}",
+            {"optimizer": "adamw"},
         )
     if options.get("offload_copy") == "tiled":
         raise NotExpressible(

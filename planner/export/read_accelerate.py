@@ -262,7 +262,7 @@ class _Configuration:
     def _first_version(self, found: dict[str, Any]) -> bool:
         """FSDP1's sharding: is a unit kept after its forward? Adds replicas that a hybrid one has."""
         name = self.value("fsdp_sharding_strategy", "fsdp_config") or "FULL_SHARD"
-        if str(name).isdigit() and 1 <= int(name) <= len(NUMBERED):
+        if str(name) in map(str, range(1, len(NUMBERED) + 1)):
             name = NUMBERED[int(name) - 1]
         name = str(name).upper()
         if name == "NO_SHARD":

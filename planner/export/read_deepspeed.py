@@ -248,7 +248,7 @@ class _Configuration:
             found |= {"context_parallel": context, "context_comm": "ulysses"}
         experts = section_of(self.found, "expert_parallel")
         if is_on(experts.get("enabled")):
-            found["expert_parallel"] = number_of(experts.get("autoep_size", 1), "autoep_size", 1)
+            found["expert_parallel"] = number_of(experts.get("autoep_size"), "autoep_size", 1) or 1
         return found
 
     def _batch(self, degrees: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ top-level key and accelerate any key of an inner section without a word, so that
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,8 @@ from planner.export.imported import Finding
 from planner.files import named, plain
 
 MOST_DEPTH = 30
+MOST_YAML = 200_000
+"""Characters of YAML that are read: its parser is slow."""
 HEADER = "_planner"
 """The key of a JSON file's header: JSON has no comments, and DeepSpeed reads past other top-level keys."""
 
@@ -91,6 +94,8 @@ def yaml_of(text: str, name: str) -> dict[str, Any]:
     import yaml
 
     shown = named(Path(name))
+    if len(text) > MOST_YAML:
+        raise InputError(f"{shown}: {len(text):,} characters; YAML is read up to {MOST_YAML:,}")
     try:
         for event in yaml.parse(text, yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
@@ -117,30 +122,29 @@ def _check_twice(node: Any, shown: str) -> None:
             _check_twice(pair[1], shown)
         else:
             _check_twice(pair, shown)
-    for one in names:
-        if names.count(one) > 1:
+    for one, count in Counter(names).items():
+        if count > 1:
             raise InputError(f"{shown}: {plain(one)} is given twice: keep one of them")
 
 
 def _once(pairs: list[tuple[str, Any]], shown: str) -> dict[str, Any]:
-    found = dict(pairs)
-    for name, _ in pairs if len(found) < len(pairs) else ():
-        if [one for one, _ in pairs].count(name) > 1:
+    for name, count in Counter(name for name, _ in pairs).items():
+        if count > 1:
             raise InputError(f"{shown}: {plain(name)} is given twice: keep one of them")
-    return found
+    return dict(pairs)
 
 
 def _checked(found: Any, shown: str) -> dict[str, Any]:
     if not isinstance(found, dict) or not found:
         raise InputError(f"{shown}: a configuration is a mapping of keys and values")
-    if _depth(found) > MOST_DEPTH:
+    if _deeper(found, MOST_DEPTH):
         raise InputError(f"{shown}: nested deeper than {MOST_DEPTH}")
     return {str(key): value for key, value in found.items()}
 
 
-def _depth(value: Any) -> int:
+def _deeper(value: Any, most: int) -> bool:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return 1 + max((_depth(one) for one in inner), default=0)
+    return most < 1 or any(_deeper(one, most - 1) for one in inner)
 
 
 def number_of(value: Any, name: str, least: float = 0, whole: bool = True) -> float | None:

@@ -13,7 +13,7 @@ from typing import Any
 from planner import __version__
 from planner.errors import InputError
 from planner.export.base import NotExpressible, Subject, setting_of
-from planner.export.structured import HEADER
+from planner.export.structured import HEADER, is_on, section_of
 from planner.files import plain
 
 ARGUMENTS = "training_args.json"
@@ -67,7 +67,7 @@ LLAMA = {
     "up": "up_proj",
     "down": "down_proj",
 }
-OPT = {**LLAMA, "o": "out_proj", "up": "fc1", "down": "fc2"}
+OPT = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj", "up": "fc1", "down": "fc2"}
 GPT2 = {**dict.fromkeys("qkv", "c_attn"), "o": "attn.c_proj", "up": "c_fc", "down": "mlp.c_proj"}
 NEOX = {
     **dict.fromkeys("qkv", "query_key_value"),
@@ -234,20 +234,28 @@ def peft_of(subject: Subject, flat: bool = False) -> dict[str, str]:
     return {PEFT: text_of(found)}
 
 
-def lora_text(found: Mapping[str, Any], model_type: str = "llama") -> tuple[str, str | None]:
-    """``--lora`` and ``--quantize`` of such a file."""
-    lora, quantization = found.get("lora") or {}, found.get("quantization") or {}
-    names = lora.get("target_modules", "all-linear")
+def lora_text(found: Mapping[str, Any]) -> tuple[str, str | None]:
+    """``--lora`` and ``--quantize`` of such a file, whose modules are of the family that has most of them.
+
+    Raises InputError for modules that no family here has.
+    """
+    lora, quantization = section_of(found, "lora"), section_of(found, "quantization")
+    names = lora.get("target_modules") or "all-linear"
     words = [f"rank={lora.get('r', 8)}"]
     if isinstance(names, list):
-        table = TARGETS.get(model_type, LLAMA)
-        known = [product for product, own in table.items() if own in names]
-        words.append("targets=" + "+".join(known))
+        given = [str(name) for name in names]
+        tables = [{one: own for one, own in table.items() if own in given} for table in TARGETS.values()]
+        most = max(tables, key=len)
+        if not most:
+            raise InputError(
+                f"target_modules: {plain(', '.join(given))}: give --lora with the products' names"
+            )
+        words.append("targets=" + "+".join(most))
     if lora.get("lora_dropout"):
         words.append(f"dropout={lora['lora_dropout']}")
-    words += ["dora=on"] * bool(lora.get("use_dora"))
-    words += ["double=on"] * bool(quantization.get("bnb_4bit_use_double_quant"))
-    return ",".join(words), "nf4" if quantization.get("load_in_4bit") else None
+    words += ["dora=on"] * is_on(lora.get("use_dora"))
+    words += ["double=on"] * is_on(quantization.get("bnb_4bit_use_double_quant"))
+    return ",".join(words), "nf4" if is_on(quantization.get("load_in_4bit")) else None
 
 
 def text_of(found: Mapping[str, Any]) -> str:

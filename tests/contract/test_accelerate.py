@@ -12,7 +12,7 @@ import yaml
 from planner.export.accelerate import CONFIG, MIXED, export
 from planner.export.base import Subject
 from planner.export.deepspeed import STAGES
-from planner.export.huggingface import ARGUMENTS, PEFT, optimizer_of
+from planner.export.huggingface import ARGUMENTS, PEFT, TARGETS, optimizer_of
 from planner.export.read_accelerate import read
 from planner.specs import ClusterSpec, ModelSpec
 from tests.contract import judged
@@ -181,3 +181,15 @@ def test_strings_of_users_come_back_as_they_are(plans: list[Subject]) -> None:
     assert answer["ok"], answer
     assert "\n" not in answer["arguments"]["run_name"]
     assert json.loads(made.files[ARGUMENTS])["run_name"] == answer["arguments"]["run_name"]
+
+
+def test_adapters_stand_beside_the_products_that_they_are_planned_beside() -> None:
+    answers = judged("frameworks", "modules.py", list(TARGETS))
+    for (kind, table), answer in zip(TARGETS.items(), answers, strict=True):
+        assert answer["ok"], (kind, answer)
+        names = answer["names"]
+        for product, name in table.items():
+            found = [one for one in names if one.endswith("." + name)]
+            assert len(found) == 1, (kind, product, name, names)
+        told = {one for one in names for name in table.values() if one.endswith("." + name)}
+        assert told == set(names), (kind, set(names) - told)

@@ -69,11 +69,14 @@ def read(files: Mapping[str, str], given: Mapping[str, str]) -> Imported:
     told = arguments_in(files, launch)
     every = structured(files, strict=True)
     configurations = {name: one for name, one in every.items() if is_configuration(one)}
+    own = told.given.get("deepspeed")
+    if isinstance(own, dict):  # TrainingArguments take the configuration itself, too
+        configurations = {"": own}
     if not configurations:
         raise InputError("no DeepSpeed configuration here: give its JSON, which has zero_optimization")
-    named = told.given.get("deepspeed_config") or told.given.get("deepspeed") or ""
-    name = next((one for one in configurations if named and Path(one).name == Path(named).name), None)
-    found = configurations[name or next(iter(configurations))]
+    named = Path(str(told.given.get("deepspeed_config") or own or "")).name
+    name = next((one for one in configurations if Path(one).name == named), next(iter(configurations)))
+    found = configurations[name]
     return imported(found, told, launch.world_size, launch.per_node, launch)
 
 

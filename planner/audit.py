@@ -109,18 +109,27 @@ def read_files(paths: Sequence[Path]) -> dict[str, str]:
 
 
 def read_configuration(
-    files: Mapping[str, str], framework: str | None = None, given: Mapping[str, str] | None = None
+    files: Mapping[str, str],
+    framework: str | None = None,
+    given: Mapping[str, str] | None = None,
+    gpus: str | None = None,
 ) -> Imported:
     """Files in the planner's words; ``given`` are values of variables that they leave open.
 
+    A reader that ``COUNTS_GPUS`` is told how many there are as ``WORLD_SIZE``, where ``gpus`` says so.
     Raises InputError for files that no reader knows.
     """
     if framework is not None and framework not in READERS:
         raise InputError(f"--as {plain(framework)}: {nearest_names(framework, READERS)}")
     for name, module in READERS.items():
+        if framework not in (None, name):
+            continue
         reader = import_module(module)
-        if framework == name or (framework is None and reader.recognises(files)):
-            imported: Imported = reader.read(files, dict(given or {}))
+        if framework == name or reader.recognises(files):
+            told = dict(given or {})
+            if getattr(reader, "COUNTS_GPUS", False) and not {"NGPU", "WORLD_SIZE"} & set(told):
+                told |= _processes(gpus)
+            imported: Imported = reader.read(files, told)
             return imported
     shown = ", ".join(named(Path(name)) for name in files)
     raise InputError(
@@ -141,6 +150,12 @@ def cluster_text(gpus: str | None, imported: Imported) -> str:
     if _counts(gpus):
         return gpus
     return f"{count // each}x{each}x{gpus}" if each and count and not count % each else f"{count}x{gpus}"
+
+
+def _processes(gpus: str | None) -> dict[str, str]:
+    if gpus is None or not _counts(gpus) or gpus.strip().lower().startswith("from-"):
+        return {}
+    return {"WORLD_SIZE": str(ClusterSpec.parse(gpus).num_gpus)}
 
 
 def _counts(gpus: str) -> bool:

@@ -46,9 +46,8 @@ def audit(given: dict[str, Any]) -> None:
         from planner.export.base import settings_of
 
         files = audits.read_files([Path(name) for name in given["files"]])
-        imported = audits.read_configuration(
-            files, given["framework_of"], settings_of(given["variables"] or [], keep_case=True)
-        )
+        variables = settings_of(given["variables"] or [], keep_case=True)
+        imported = audits.read_configuration(files, given["framework_of"], variables, given["gpus"])
         asked = given["asked"]
         merged = given | {k: v for k, v in imported.options.items() if k not in asked}
         if own := imported.options.get("option"):

@@ -82,8 +82,9 @@ def expressible(document: Document, number: int | None, make: Any) -> tuple[Subj
             except InputError:
                 continue
         if error.instead:
-            words = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in error.instead.items())
-            able.append(f"so can be planner estimate with {words}")
+            from planner.asked import options_text
+
+            able.append(f"so can be planner estimate with {options_text(error.instead)}")
         raise InputError("; ".join([str(error), *able])) from None
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,8 @@ from typing import Any
 from planner.errors import InputError
 from planner.export.base import Export, Subject
 from planner.files import plain
+from planner.rank_parameters import rank_parameters
 
-PROBES = ("megatron", "torchtitan", "deepspeed", "accelerate", "pytorch")
-"""Targets whose framework can be asked."""
 LIMIT_S = 600
 MOST_BYTES = 1_000_000
 
@@ -61,25 +61,6 @@ class Preflight:
         return {"schema": "planner.preflight/1", "holds": self.holds, **own}
 
 
-def planned(subject: Subject) -> dict[str, Any]:
-    """What a framework should read of any export, by the planner's names."""
-    layout, training = subject.layout, subject.job.training
-    return {
-        "world_size": subject.plan.num_gpus,
-        "tensor_parallel": layout.tensor_parallel,
-        "pipeline_parallel": layout.pipeline_parallel,
-        "data_parallel": layout.data_parallel,
-        "context_parallel": layout.context_parallel,
-        "expert_parallel": layout.expert_parallel,
-        "chunks": layout.chunks,
-        "micro_batch_size": layout.micro_batch_size,
-        "grad_accum": layout.grad_accum,
-        "global_batch_size": layout.global_batch_size,
-        "seq_length": training.seq_length,
-        "sequence_parallel": layout.sequence_parallel,
-    }
-
-
 def preflight(subject: Subject, made: Export, python: str) -> Preflight:
     """An export before the framework of an interpreter, ``python``.
 
@@ -87,38 +68,19 @@ def preflight(subject: Subject, made: Export, python: str) -> Preflight:
     """
     if made.target not in PROBES:
         raise InputError(f"preflight of {made.target}: it can be asked of {', '.join(PROBES)}")
-    from planner.rank_parameters import first_ranks, held_parameters
-
-    ranks = first_ranks(subject)
-    case = {
-        "files": dict(made.files),
-        "program": list(made.program),
-        "env": dict(made.env),
-        "world_size": subject.plan.num_gpus,
-        "per_node": subject.per_node,
-        "ranks": ranks,
-    }
-    answer = asked(made.target, case, python)
-    if missing := answer.get("missing"):
-        raise InputError(
-            f"{plain(python)} has no {plain(str(missing))}: run this where you train, or name its "
-            "interpreter with --python"
-        )
-    expected = planned(subject) | dict(made.expects)
-    read = answer.get("read", {})
-    checks = [Check(name, expected[name], read[name]) for name in expected if name in read]
-    counts = answer.get("parameters", {})
-    if counts:
-        for stage, rank in enumerate(ranks):
-            own = held_parameters(subject, made.target, stage)
-            checks.append(Check(f"parameters of rank {rank}", own, counts.get(str(rank))))
-    version, problem = plain(str(answer.get("version", "")), 100), plain(str(answer.get("error", "")), 2000)
-    return Preflight(made.target, version, problem, tuple(checks))
+    probe = PROBES[made.target]
+    case, answer = probe.case(subject, made), dict[str, Any]()
+    for script in probe.scripts(made.version):
+        answer |= asked(script, case, python)
+        version = plain(f"{made.target} {answer.get('version', made.version)}", 100)
+        if not answer["ok"]:
+            return Preflight(made.target, version, plain(str(answer["error"]), 600), ())
+    return Preflight(made.target, version, "", tuple(probe.checks(subject, answer)))
 
 
-def asked(target: str, case: Mapping[str, Any], python: str) -> dict[str, Any]:
+def asked(script: str, case: Mapping[str, Any], python: str) -> dict[str, Any]:
     """What a probe answers. Raises InputError where the interpreter cannot be run or gives no answer."""
-    probe = Path(__file__).parent / "probes" / f"{target}.py"
+    probe = Path(__file__).parent / "probes" / f"{script}.py"
     with tempfile.TemporaryDirectory() as folder:
         try:
             done = subprocess.run(
@@ -134,10 +96,113 @@ def asked(target: str, case: Mapping[str, Any], python: str) -> dict[str, Any]:
         except OSError as error:
             raise InputError(f"--python {plain(python)} cannot be run: {error.strerror}") from None
         except subprocess.TimeoutExpired:
-            raise InputError(f"{target} gave no answer within {LIMIT_S} s") from None
+            raise InputError(f"{plain(python)} gave no answer within {LIMIT_S} s") from None
     lines = [line for line in done.stdout[-MOST_BYTES:].splitlines() if line.startswith("{")]
     if not lines:
-        said = done.stderr.strip().splitlines()[-1:] or ["nothing"]
-        raise InputError(f"{target} gave no answer in {plain(python)}; it said: {plain(said[0], 300)}")
+        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        if missing := re.match(r"ModuleNotFoundError: No module named '([\w.]+)'", said):
+            raise InputError(
+                f"{plain(python)} has no {missing[1]}: run this where you train, or name its interpreter "
+                "with --python"
+            )
+        raise InputError(f"{plain(python)} gave no answer; it said: {plain(said, 300)}")
     answer: dict[str, Any] = json.loads(lines[-1])
     return answer
+
+
+def _layout_of(subject: Subject) -> dict[str, Any]:
+    """The plan's numbers, by the planner's names."""
+    layout = subject.layout
+    names = ("tensor_parallel", "pipeline_parallel", "data_parallel", "context_parallel", "expert_parallel")
+    numbers = {name: getattr(layout, name) for name in (*names, "micro_batch_size", "grad_accum")}
+    return numbers | {"global_batch_size": layout.global_batch_size, "seq_length": subject.job.seq_length}
+
+
+def _compared(subject: Subject, read: Mapping[str, Any]) -> Iterator[Check]:
+    """What was read of the plan's numbers beside them."""
+    for name, value in _layout_of(subject).items():
+        if name in read:
+            yield Check(name.replace("_", " "), value, read[name])
+
+
+def _first_ranks(subject: Subject) -> list[int]:
+    """The first rank of every pipeline stage."""
+    return [stage * int(subject.layout.stride("pp")) for stage in range(len(subject.plan.stages))]
+
+
+def _megatron_case(subject: Subject, made: Export) -> dict[str, Any]:
+    blackwell = (subject.cluster.gpu.compute_capability or 0) >= 10
+    return {
+        "words": list(made.program[1:]),
+        "env": dict(made.env),
+        "world": subject.plan.num_gpus,
+        "arch": 10 if blackwell else 9,
+        "ranks": _first_ranks(subject),
+    }
+
+
+def _of_megatron(subject: Subject, answer: Mapping[str, Any]) -> Iterator[Check]:
+    read = {
+        "tensor_parallel": answer["tensor_model_parallel_size"],
+        "pipeline_parallel": answer["pipeline_model_parallel_size"],
+        "data_parallel": answer["data_parallel_size"],
+        "context_parallel": answer["context_parallel_size"],
+        "expert_parallel": answer["expert_model_parallel_size"],
+        "micro_batch_size": answer["micro_batch_size"],
+        "grad_accum": answer["micro_batches"],
+        "global_batch_size": answer["global_batch_size"],
+        "seq_length": answer["seq_length"],
+    }
+    yield from _compared(subject, read)
+    for stage, rank in enumerate(_first_ranks(subject)):
+        chunks = answer["counts"][str(rank)]
+        layers = subject.plan.stages[stage].layers
+        yield Check(f"layers of rank {rank}", layers, sum(count for _, count in chunks))
+        own = rank_parameters(subject, stage)
+        yield Check(f"parameters of rank {rank}", own, sum(count for count, _ in chunks))
+
+
+def _torchtitan_case(subject: Subject, made: Export) -> dict[str, Any]:
+    text = next(iter(made.files.values()))
+    return {"toml": text, "recipe": text, "world": subject.plan.num_gpus, "ranks": _first_ranks(subject)}
+
+
+def _of_torchtitan(subject: Subject, answer: Mapping[str, Any]) -> Iterator[Check]:
+    dims = answer["dims"]
+    read = {
+        "tensor_parallel": dims["tp"],
+        "pipeline_parallel": dims["pp"],
+        "data_parallel": dims["dp_replicate"] * dims["dp_shard"],
+        "context_parallel": dims["cp"],
+        "expert_parallel": dims["ep"],
+        "micro_batch_size": answer["micro"],
+        "grad_accum": answer["accumulated"],
+        "global_batch_size": answer["batch"],
+        "seq_length": answer["seq"],
+    }
+    yield from _compared(subject, read)
+    if "local" in answer:
+        from planner.export.torchtitan_shards import local_parameters
+
+        for rank, count in zip(_first_ranks(subject), answer["local"], strict=True):
+            yield Check(f"parameters of rank {rank}", local_parameters(subject, rank), count)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How a framework is asked: the scripts for a version, the case, and what of the answer is compared."""
+
+    scripts: Callable[[str], Sequence[str]]
+    case: Callable[[Subject, Export], dict[str, Any]]
+    checks: Callable[[Subject, Mapping[str, Any]], Iterator[Check]]
+
+
+PROBES = {
+    "megatron": Probe(lambda version: ["megatron"], _megatron_case, _of_megatron),
+    "torchtitan": Probe(
+        lambda version: ["torchtitan02", "torchtitan_shards"] if version == "0.2" else ["torchtitan03"],
+        _torchtitan_case,
+        _of_torchtitan,
+    ),
+}
+"""Targets whose framework can be asked."""

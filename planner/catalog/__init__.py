@@ -73,6 +73,12 @@ def load_model(name: str) -> ModelSpec:
     return model_from_config(data["config"], f"{stem}.json", name=stem, source=data["source"])
 
 
+def config_of(name: str) -> dict[str, Any]:
+    """The configuration of the model of that name, in Hugging Face's keys. Raises InputError."""
+    config: dict[str, Any] = _read("models", _find("models", name, "model"))["config"]
+    return config
+
+
 @cache
 def load_gpu(name: str) -> Gpu:
     """The GPU kind of that name or alias. Raises InputError with the nearest names."""

@@ -90,7 +90,7 @@ APART = (
 """Flags that are several fields here, or none as the recipe has it so: :func:`_apart`."""
 DTYPES = {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16", "fp8": "torch.uint8"}
 LISTS = ("--moe-layer-freq", "--window-attn-skip-freq", "--window-size")
-USUAL = {
+USUAL: dict[str, dict[str, Any]] = {
     "model": {
         # Defaults of Megatron-LM's flags that the recipe does not have.
         "apply_rope_fusion": True,

@@ -83,9 +83,12 @@ def export(subject: Subject, made: Export, settings: Mapping[str, str]) -> Expor
         "resources": resources,
         **({"fleets": [fleet]} if fleet else {}),
     }
-    notes = (
-        "nodes lie together in a fleet with placement: cluster: --set fleet names one",
-        "dstack apply -f task.dstack.yml starts it",
-    )
+    note = "nodes lie together in a fleet with placement: cluster: --set fleet names one"
     files = {"task.dstack.yml": yaml_of([task], subject.header()), **files}
-    return replace(made, target=f"{made.target},dstack", files=files, notes=pods.notes(*notes))
+    return replace(
+        made,
+        target=f"{made.target},dstack",
+        files=files,
+        notes=pods.notes(note),
+        submit=("dstack", "apply", "-f", "task.dstack.yml"),
+    )

@@ -362,5 +362,6 @@ def finished(
         pods.made,
         target=f"{pods.made.target},{kind}",
         files={file: yaml_of(documents, pods.subject.header()), **also},
-        notes=pods.notes(*notes, f"kubectl apply -f {file} starts it"),
+        notes=pods.notes(*notes),
+        submit=("kubectl", "apply", "-f", file),
     )

@@ -88,9 +88,12 @@ def export(subject: Subject, made: Export, settings: Mapping[str, str]) -> Expor
         **place,
         "run": f"bash {folder}/{RUN}\n" if folder else f"bash {RUN}\n",
     }
-    notes = (
-        f"SkyPilot finds {gpu} of any make and anywhere: with --set infra it looks in one place",
-        "cd to the folder of these files; sky launch sky.yaml starts it",
-    )
+    note = f"SkyPilot finds {gpu} of any make and anywhere: with --set infra it looks in one place"
     files = {"sky.yaml": yaml_of([task], subject.header()), **files}
-    return replace(made, target=f"{made.target},skypilot", files=files, notes=pods.notes(*notes))
+    return replace(
+        made,
+        target=f"{made.target},skypilot",
+        files=files,
+        notes=pods.notes(note),
+        submit=("sky", "launch", "sky.yaml"),
+    )

@@ -12,6 +12,8 @@ import pytest
 
 HOME = Path(os.environ.get("PLANNER_CONTRACT", Path(__file__).parents[2] / ".contract"))
 JUDGES = Path(__file__).parent / "judges"
+PROBES = Path(__file__).parents[2] / "planner" / "probes"
+"""Judges that ``planner preflight`` asks too."""
 
 
 def python_of(environment: str) -> Path:
@@ -24,8 +26,9 @@ def python_of(environment: str) -> Path:
 
 def judged(environment: str, judge: str, cases: list[Any], timeout: float = 300, **env: str) -> list[Any]:
     """What a judge, a script beside this file, says of each case: JSON to its input, JSON lines back."""
+    script = PROBES / judge if (PROBES / judge).exists() else JUDGES / judge
     done = subprocess.run(
-        [str(python_of(environment)), str(JUDGES / judge)],
+        [str(python_of(environment)), str(script)],
         input=json.dumps(cases),
         capture_output=True,
         text=True,

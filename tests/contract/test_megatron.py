@@ -8,7 +8,6 @@ import subprocess
 import sysconfig
 from collections import Counter
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from planner.api import estimate
 from planner.export import Export, NotExpressible, Subject, export
 from planner.rank_parameters import rank_parameters
 from strategies.layout import Layout
-from tests.contract import HOME, judged
+from tests.contract import HOME, PROBES, judged
 from tests.contract.megatron_plans import random_plans
 
 pytestmark = pytest.mark.contract
@@ -149,7 +148,7 @@ def test_the_oldest_version_reads_the_same() -> None:
         pytest.skip("no megatron-core 0.17: scripts/contract megatron-0.17 makes it")
     site = sysconfig.get_path("purelib", vars={"base": str(folder)})
     made = expressible("0.17")[:60]
-    python, judge = HOME / "frameworks/bin/python", Path(__file__).parent / "judges/megatron.py"
+    python, judge = HOME / "frameworks/bin/python", PROBES / "megatron.py"
     done = subprocess.run(
         [str(python), str(judge), site],
         input=json.dumps([case_of(*one) for one in made]),

@@ -469,6 +469,7 @@ def test_a_framework_s_plan_goes_through_both_in_one_call(kind: str) -> None:
     assert both.target == f"megatron,{kind}"
     assert {name: files["data"][name] for name in alone.files} == alone.files
     assert set(alone.notes) <= set(both.notes)
+    assert both.submit == ("kubectl", "apply", "-f", f"{kind}.yaml")
     if kind in VARIABLES:
         place = job["spec"]["trainer"] if kind == "trainjob" else found(job, "containers")[0][0]
         words = [expanded(one, {}) for one in (*place["command"], *place.get("args", []))]

@@ -96,6 +96,7 @@ def test_a_task_of_skypilot_names_nodes_and_gpus() -> None:
         "network_tier": "best",
     }
     assert (task["workdir"], task["run"]) == (".", "bash run.sh\n")
+    assert export("skypilot").submit == ("sky", "launch", "sky.yaml")
     placed = yaml.safe_load(export("skypilot", workdir="/opt/m").files["sky.yaml"])
     assert "workdir" not in placed
     assert placed["file_mounts"]["/opt/m/plan.args"] == "./plan.args"
@@ -106,6 +107,7 @@ def test_a_task_of_dstack_names_nodes_and_gpus() -> None:
     assert (task["type"], task["nodes"], task["fleets"]) == ("task", 4, ["big"])
     assert task["resources"] == {"gpu": {"name": "H100", "memory": "80GB", "count": 8}, "shm_size": "64GB"}
     assert task["commands"] == ["bash /workspace/run.sh"]
+    assert export("dstack").submit == ("dstack", "apply", "-f", "task.dstack.yml")
 
 
 @pytest.mark.parametrize(

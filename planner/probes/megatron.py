@@ -9,6 +9,7 @@ with another megatron-core.
 import contextlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import io
 import json
 import logging
@@ -87,7 +88,8 @@ with quiet():
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.compile = lambda one=None, *_, **__: one if callable(one) else (lambda other: other)
-    sys.meta_path.insert(0, Triton())
+    if importlib.util.find_spec("triton") is None:
+        sys.meta_path.insert(0, Triton())
     import megatron.core.utils as core_utils
     from packaging.version import Version
 

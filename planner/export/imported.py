@@ -14,12 +14,13 @@ from typing import Any, Literal
 from planner.specs import ModelSpec
 
 READERS = {
-    "megatron": "planner.export.read_megatron",
     "deepspeed": "planner.export.read_deepspeed",
+    "megatron": "planner.export.read_megatron",
     "torchtitan": "planner.export.read_torchtitan",
     "accelerate": "planner.export.read_accelerate",
 }
-"""Frameworks, by name: the module that reads their configuration."""
+"""Frameworks, by name: the module that reads their configuration. The first that knows files has them:
+DeepSpeed's JSON may be beside a script with Megatron-LM's flags."""
 
 
 @dataclass(frozen=True)

@@ -184,8 +184,8 @@ def _of_precision(subject: Subject) -> list[NotExpressible]:
     if job.recipe.unit == "fp16" and subject.layout.offload:
         return [
             NotExpressible(
-                "precision=fp16 with offload: gradients on the host, of losses that were scaled on the GPU, were "
-                "not run",
+                "precision=fp16 with offload: gradients on the host, of losses that were scaled on the GPU, "
+                "were not run",
                 {"precision": "bf16"},
             )
         ]

@@ -181,6 +181,14 @@ def _of_precision(subject: Subject) -> list[NotExpressible]:
                 "precision=bf16-kahan: torch's optimizers keep no compensation", {"precision": "pure-bf16"}
             )
         ]
+    if job.recipe.unit == "fp16" and subject.layout.offload:
+        return [
+            NotExpressible(
+                "precision=fp16 with offload: gradients on the host, of losses that were scaled on the GPU, "
+                "were not run",
+                {"precision": "bf16"},
+            )
+        ]
     if job.recipe != usual:
         return [
             NotExpressible(

@@ -125,6 +125,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": "sgd"}, "optimizer_step=fused: torch 2.13 has no fused SGD"),
     ({"precision": "bf16-kahan"}, "precision=bf16-kahan: torch's optimizers keep no compensation"),
     ({"optimizer_dtype": "bf16"}, "change precision bf16"),
+    ({"precision": "fp16", "layout": {"offload": "optimizer,parameters"}}, "precision=fp16 with offload"),
     ({"gpus": 1}, "precision=bf16 on one GPU"),
     ({"layout": {"data_shards": 1}}, "data_shards=1: every GPU has the whole model"),
     ({"layout": {"data_parallel": 4, "context_parallel": 2, "grad_accum": 8}}, "context_parallel=2"),
@@ -154,10 +155,12 @@ def test_what_is_named_instead_can_be_said() -> None:
                     option, _, word = str(value).partition("=")
                     kept = {k: v for k, v in given.items() if k != option}  # attention has a name of its own
                     changed = kept | {"options": given.get("options", {}) | {option: word}}
-                elif name in ("context_parallel",):
+                elif name == "context_parallel":
                     changed.pop("layout")
-                else:
+                elif name == "framework":
                     changed = {k: v for k, v in changed.items() if k != "layout"} | {name: value}
+                else:
+                    changed |= {name: value}
             if problem.instead:
                 assert not problems(subject(**changed)), (given, problem.instead)
 

@@ -206,6 +206,7 @@ def find(
     the answers are those without it, sooner.
     """
     start = time.perf_counter()
+    told = job.stack.recomputes if choices.launchable else "each"
     ground = ground or Ground.of(job, choices, objective)
     ground.under(job)
     frontier = _Frontier(ground, objective)
@@ -224,7 +225,7 @@ def find(
             found.pruned += 1
             continue
         try:
-            solution = solve([candidate], objective, left)
+            solution = _solved(candidate, told, objective, left)
         except SolverError:  # out of time: this layout is left as it was
             found.optimal = False
             unproved = min(unproved, bound)
@@ -247,6 +248,12 @@ def find(
     found.pruned += len(frontier)
     found.seconds = time.perf_counter() - start
     return found
+
+
+def _solved(candidate: Candidate, told: str, objective: str, left: float) -> Solution | None:
+    """The best split of a layout, of those that its framework can be told."""
+    ways = (solve([way], objective, left) for way in candidate.as_told(told))
+    return min((one for one in ways if one is not None), key=lambda one: one.cost, default=None)
 
 
 def _beats(bound: float, worst: float) -> bool:
@@ -279,7 +286,8 @@ def exhaustive(job: Job, choices: Choices, objective: str, top: int) -> Sequence
     answers = []
     for prices in priced(job, choices, layouts_for(job, choices, objective)):
         for index in range(len(prices.layout.data_parallel)):
-            solution = solve([prices.take(index).spread()], objective)
+            told = job.stack.recomputes if choices.launchable else "each"
+            solution = _solved(prices.take(index).spread(), told, objective, 60.0)
             if solution:
                 answers.append(solution)
     return best_of(answers, top)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from planner.order import Order
 from strategies.layout import Layout
@@ -46,6 +46,7 @@ class Candidate:
     mirrored: bool = False  # stage j holds the same layers as stage p - 1 - j
     rooms: dict[str, float] = field(default_factory=dict)  # bytes that a GPU has in each place outside it
     not_all: tuple[bool, ...] = ()  # policies under which one row at least is not run
+    alike: bool = False  # every stage recomputes as many rows as the others
 
     @property
     def rows(self) -> int:
@@ -64,6 +65,43 @@ class Candidate:
             tuple(n * (r == policy) for n in kinds for r in range(several))
             for kinds in self.order.split(list(counts))
         ]
+
+    def under(self, policies: Sequence[str], alike: bool = False) -> Candidate:
+        """The same with some of its policies only; ``alike`` on every stage."""
+        several = len(self.policies)
+        chosen = [self.policies.index(policy) for policy in policies]
+        columns = [kind * several + r for kind in range(len(self.order.rows)) for r in chosen]
+
+        def of(values: tuple[float, ...]) -> tuple[float, ...]:
+            return tuple(values[column] for column in columns) if values else values
+
+        def restricted(stage: Stage) -> Stage:
+            moments = {name: (of(a), fixed, of(b)) for name, (a, fixed, b) in stage.moments.items()}
+            places = {name: (of(a), fixed) for name, (a, fixed) in stage.elsewhere.items()}
+            return replace(
+                stage,
+                moments=moments,
+                seconds=of(stage.seconds),
+                elsewhere=places,
+                updates=of(stage.updates),
+            )
+
+        never = tuple(self.not_all[r] for r in chosen) if self.not_all else ()
+        stages = tuple(map(restricted, self.stages))
+        return replace(self, policies=tuple(policies), stages=stages, not_all=never, alike=alike)
+
+    def as_told(self, recomputes: str) -> list[Candidate]:
+        """One for each way in which a framework can be told what to recompute (``Stack.recomputes``)."""
+        groups: dict[str, list[str]] = {}
+        for policy in self.policies:
+            groups.setdefault(policy.partition("+")[0], []).append(policy)
+        if recomputes == "each" or len(groups) == 1:
+            return [self]
+        ways = [self.under(own) for own in groups.values()]
+        if recomputes == "first" and "none" in groups:
+            pairs = [[*groups["none"], *own] for name, own in groups.items() if name != "none"]
+            ways += [self.under(own, alike=True) for own in pairs]
+        return ways
 
     def cost(self, rows: Sequence[Sequence[int]]) -> float:
         """Seconds of a step that hands ``rows[stage][column]`` rows to each stage."""

@@ -34,6 +34,7 @@ COMMANDS = {
     "report": ("cli_report", "EXAMPLE"),
     "serve": ("cli_serve", "EXAMPLE"),
     "export": ("cli_launch", "EXPORT"),
+    "audit": ("cli_audit", "EXAMPLE"),
     "diff": ("cli_plans", "DIFF"),
     "check": ("cli_plans", "CHECK"),
     "infer": ("cli_infer", "EXAMPLE"),

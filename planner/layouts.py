@@ -85,6 +85,7 @@ class Choices:
     offload: tuple[str, ...] = ()  # what may be offloaded, as in ("optimizer", "parameters:nvme")
     sequence_parallel: bool = True
     across_nodes: bool = False  # may a tensor-parallel group leave its node?
+    launchable: bool = False  # only splits that the framework can be told as they are
 
     def policies(self, job: Job) -> tuple[str, ...]:
         """The recompute policies to choose from, from the one that keeps most."""

@@ -200,6 +200,9 @@ MayOffload = Annotated[
 ]
 WithSP = Annotated[bool, option(SP, help="Sequence parallelism wherever there is TP.")]
 AcrossNodes = Annotated[bool, option("--across-nodes", help="Tensor-parallel groups may leave their node.")]
+Launchable = Annotated[
+    bool, option("--launchable", help="Only what the framework can be told as it is (docs/export.md).")
+]
 Objective = Annotated[str, option("--objective", help="time or headroom.")]
 Top = Annotated[int, option("--top", "-n", help="Layouts to show.")]
 TimeLimit = Annotated[float, option("--time-limit", help="Seconds to search at most.")]
@@ -313,6 +316,7 @@ CHOICES: Options = {
     "rank_order": (OnlyRankOrder, None),
     "sequence_parallel": (WithSP, True),
     "across_nodes": (AcrossNodes, False),
+    "launchable": (Launchable, False),
 }
 """What a search may choose from."""
 

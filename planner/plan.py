@@ -24,6 +24,7 @@ from planner.replay import StageReplay, chunk_blocks
 from planner.schedule import PassSeconds, step_seconds
 from planner.specs import TrainingSpec
 from planner.stages import Prices, price
+from planner.told import untold
 from planner.utilization import utilization
 from strategies.base import POLICIES
 from strategies.context_parallel import COMMS
@@ -433,7 +434,10 @@ def make_plan(job: Job, solution: Solution, proof: dict[str, Any]) -> Plan:
         days=job.training.tokens / tokens_per_s / 86400 if job.training.tokens else None,
         bubble_fraction=float(prices.pipeline.bubble),
         stages=tuple(stages),
-        warnings=tuple(warnings_for(job, layout, verdict)),
+        warnings=(
+            *warnings_for(job, layout, verdict),
+            *untold(job.stack, [stage.rows for stage in stages]),
+        ),
         assumptions=(
             *job.assumptions,
             *_of_layout(job, layout),

@@ -9,6 +9,7 @@ For candidates c with stages j and policies r:
     in_order         stages take rows as they come, where these are unlike
     moved_rows       moved[c,j,k] <= sum_r rows[c,j,k,r], rows whose optimizer states lie elsewhere
     no_empty_stage   sum_r rows[c,j,r] >= choose[c]
+    alike            sum_r rows[c,j,r] = sum_r rows[c,0,r] over what recomputes, where that is told but once
     mirrored         rows[c,j,r] = rows[c,p-1-j,r], where the stages from both ends hold the same layers
     working_set      rows[c,j,r] <= R[c] uses[c,j,r]
     memory           sum_r bytes rows + working uses + fixed choose <= capacity choose
@@ -100,6 +101,8 @@ class _Model:
         moved = [self.moved(index, j, candidate, rows[j], change) for j, change in enumerate(changes)]
         gone = list(zip(moved, changes, strict=True)) or [([], NOTHING_MOVED)] * len(rows)
         self.every_layer(index, candidate, choose, rows)
+        if candidate.alike:
+            self.alike(index, candidate, rows)
         self.memory(index, candidate, choose, rows, gone)
         self.elsewhere(index, candidate, choose, rows, gone)
         self.time(index, candidate, least, choose, rows, gone)
@@ -132,6 +135,16 @@ class _Model:
             for j, (stage, twin) in enumerate(zip(rows[: len(rows) // 2], reversed(rows), strict=False)):
                 for r, (x, y) in enumerate(zip(stage, twin, strict=True)):
                     self.require(f"mirrored_{index}_{j}_{r}", [(x, 1.0), (y, -1.0)], "==")
+
+    def alike(self, index: int, candidate: Candidate, rows: list[list[Any]]) -> None:
+        """``sum_{k,r} rows[j,k,r] = sum_{k,r} rows[0,k,r]``, r being the policies that recompute."""
+        several = len(candidate.policies)
+        again = [r for r, policy in enumerate(candidate.policies) if not policy.startswith("none")]
+        columns = [k + r for k in range(0, candidate.columns, several) for r in again]
+        first = [(rows[0][column], -1.0) for column in columns]
+        for j, stage in enumerate(rows[1:], 1):
+            own = [(stage[column], 1.0) for column in columns]
+            self.require(f"alike_{index}_{j}", [*own, *first], "==")
 
     def in_order(self, index: int, candidate: Candidate, rows: list[list[Any]]) -> None:
         """``sum_r rows[j,k] = sum_{q of kind k} (upto[j,q] - upto[j-1,q])``: stages take rows as they come.
@@ -278,7 +291,7 @@ def solve(
         together(candidate, *(tuple(round(x.varValue or 0.0) for x in own) for own in pair))
         for pair in zip(chosen, moved or [[]] * len(chosen), strict=True)
     )
-    if objective == "time":
+    if objective == "time" and not candidate.alike:
         rows = tuple(_kept(candidate, j, _spared(candidate, j, own)) for j, own in enumerate(rows))
     return Solution(candidate, rows, cost_of(candidate, rows, objective), outcome == "optimal")
 
@@ -302,8 +315,8 @@ def settle(solution: Solution) -> Solution:
     A slow last stage leaves the others slack, and the solver spends it anyhow; people do not.
     """
     candidate = solution.candidate
-    if candidate.mirrored or len(candidate.order.rows) > 1:  # rows leave a stage in pairs, or in order only
-        return solution
+    if candidate.mirrored or candidate.alike or len(candidate.order.rows) > 1:
+        return solution  # rows leave a stage in pairs, or as on the others, or in order only
     rows = [list(own) for own in solution.rows]
     slowest = max(candidate.stage_seconds(j, own) for j, own in enumerate(rows))
     update = max(candidate.update_seconds(j, own) for j, own in enumerate(rows))

@@ -178,7 +178,7 @@ def read_choices(given: dict[str, Any]) -> dict[str, Any]:
         text = given[name]
         only[name] = tuple(text.lower().replace(" ", "").split(",")) if text else None
     only["offload"] = tuple(read_offload(given.get("offload")).split(",")) if given.get("offload") else ()
-    return only | {name: given[name] for name in ("sequence_parallel", "across_nodes")}
+    return only | {name: given[name] for name in ("sequence_parallel", "across_nodes", "launchable")}
 
 
 def read_offload(text: str | None) -> str:

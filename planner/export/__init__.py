@@ -29,6 +29,7 @@ TARGETS = {
 """Frameworks, by name: the module that writes their configuration."""
 SCHEDULERS = {
     "slurm": "planner.schedulers.slurm",
+    "hostfile": "planner.schedulers.hostfile",
     "trainjob": "planner.schedulers.trainjob",
     "jobset": "planner.schedulers.jobset",
     "volcano": "planner.schedulers.volcano",

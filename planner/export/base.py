@@ -15,6 +15,7 @@ from planner.errors import InputError
 from planner.files import plain
 from planner.plan import Plan
 from planner.specs import ClusterSpec, ModelSpec
+from planner.told import one_way
 from planner.units import gib
 from strategies.layout import Layout
 
@@ -76,25 +77,13 @@ class Subject:
         Raises NotExpressible where stages differ or policies other than none are mixed: few frameworks can
         be told so.
         """
-        stages = [
-            {way: sum(own) for way, own in stage.rows.items() if sum(own)} for stage in self.plan.stages
-        ]
-        ways = {way.partition("+")[0] for own in stages for way in own}
-        if len(ways) == 1:
-            return ways.pop(), None
-        policy = next(iter(ways - {"none"}))
-        counts = [own.get(policy, 0) for own in stages]
-        rest = [own.get("none", 0) for own in stages]
-        most = max(counts)
-        if (
-            len(ways) == 2
-            and "none" in ways
-            and all(n == most or not left for n, left in zip(counts, rest, strict=True))
-        ):
-            return policy, most
-        told = f"{target} recomputes the same layers on every stage: the plan has " + ", ".join(
-            f"{n} of {n + left}" for n, left in zip(counts, rest, strict=True)
-        )
+        if (way := one_way([stage.rows for stage in self.plan.stages])) is not None:
+            return way
+        ways = {name.partition("+")[0] for stage in self.plan.stages for name in stage.recompute}
+        policy = "full" if "full" in ways else max(ways - {"none"})
+        most = max(sum(stage.rows.get(policy, ())) for stage in self.plan.stages)
+        counts = (f"{stage.recompute.get(policy, 0)} of {stage.layers}" for stage in self.plan.stages)
+        told = f"{target} recomputes the same layers on every stage: the plan has {', '.join(counts)}"
         raise NotExpressible(plain(told, 300), {"recompute": f"{policy}:{most}"})
 
     @property
@@ -178,8 +167,8 @@ def setting_of(settings: Mapping[str, str], name: str, default: str = "", most: 
     return value
 
 
-def settings_of(texts: Sequence[str]) -> dict[str, str]:
-    """Settings of ``["partition=h100"]``. Raises InputError.
+def settings_of(texts: Sequence[str], keep_case: bool = False) -> dict[str, str]:
+    """Settings of ``["partition=h100"]``; variables of a shell ``keep_case``. Raises InputError.
 
     >>> settings_of(["image=registry/train:1", "time=2-00:00:00"])
     {'image': 'registry/train:1', 'time': '2-00:00:00'}
@@ -191,5 +180,5 @@ def settings_of(texts: Sequence[str]) -> dict[str, str]:
             raise InputError(f"--set {plain(text)}: write NAME=VALUE, as in partition=h100")
         if name in found:
             raise InputError(f"--set {plain(name)} is given twice: keep one")
-        found[name.strip().lower()] = value
+        found[name.strip() if keep_case else name.strip().lower()] = value
     return found

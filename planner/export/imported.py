@@ -1,7 +1,8 @@
 """What a reader makes of a launch configuration that somebody already has.
 
-A reader is a module with ``FRAMEWORK``, ``recognises(files) -> bool`` and ``read(files) -> Imported``;
-``files`` are the texts of what was given, by name. Nothing in them is ever executed.
+A reader is a module with ``recognises(files) -> bool`` and ``read(files, given) -> Imported``: ``files`` are
+the texts of what was given, by name, ``given`` the values of variables that they leave open. Nothing in them
+is ever executed.
 """
 
 from __future__ import annotations

@@ -216,6 +216,8 @@ class Stack:
     expert_tensor_parallel: bool = False
     tensor_cuts_experts: bool = False  # where expert parallelism is off, the width of routed experts
     policies: tuple[str, ...] = POLICIES  # the recompute policies it knows
+    # What it can be told to recompute: of each layer apart, the first layers of every chunk, or all alike.
+    recomputes: str = "all"
     split_policies: tuple[str, ...] = POLICIES  # those it runs where a schedule splits the backward
     block_policies: tuple[str, ...] = ("full",)  # those that run a whole block again before its backward
     rerun: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

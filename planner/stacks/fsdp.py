@@ -22,6 +22,7 @@ is copied to the GPU before it is gathered, its reduced gradients to the host be
 the optimizer runs on the CPU."""
 
 FSDP = Stack(
+    recomputes="each",
     name="fsdp",
     version="torch 2.13 fully_shard, transformers 5.23 modules",
     rows=HF.rows,

@@ -226,6 +226,7 @@ def _quantized(unit: str, cast: float, cast_weight: float) -> Recipe:
 
 
 MEGATRON = Stack(
+    recomputes="first",
     name="megatron",
     version="Megatron-LM core 0.16, Transformer Engine kernels",
     rows={

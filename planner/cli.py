@@ -18,6 +18,7 @@ from planner import options as o
 
 if TYPE_CHECKING:
     from planner.advice import Advice
+    from planner.discovery.inventory import Pool
     from planner.explaining import Explanation
     from planner.plan import Plan
     from planner.specs import ClusterSpec, ModelSpec
@@ -37,6 +38,7 @@ COMMANDS = {
     "audit": ("cli_audit", "EXAMPLE"),
     "diff": ("cli_plans", "DIFF"),
     "check": ("cli_plans", "CHECK"),
+    "cluster": ("cli_cluster", "EXAMPLE"),
     "infer": ("cli_infer", "EXAMPLE"),
     "catalog": ("cli_catalog", "EXAMPLE"),
     "measure": ("cli_measure", "EXAMPLE"),
@@ -207,6 +209,7 @@ def progress(
 
 @o.takes(
     o.JOB,
+    o.INVENTORY,
     o.TRAINING,
     o.COST,
     o.CHOICES,
@@ -232,7 +235,7 @@ def search(given: dict[str, Any]) -> None:
             raise InputError("--quiet and --verbose contradict each other: use one")
         choices = Choices(**reading.read_choices(given))
         training = reading.read_training(given)
-        spec, cluster = reading.read_model(given["model"]), cluster_of(given)
+        spec, (cluster, pool) = reading.read_model(given["model"]), cluster_asked(given)
         if choices.micro_batch_size and len(choices.micro_batch_size) == 1:
             unit = cluster.num_gpus * choices.micro_batch_size[0]
             training = reading.with_batch(spec, cluster, training, unit)
@@ -262,6 +265,10 @@ def search(given: dict[str, Any]) -> None:
         from planner.render import console_for, show_search
 
         show_search(console_for(), plans, given["verbose"], given["quiet"])
+        if pool:
+            from planner.cli_cluster import show_where
+
+            show_where(pool, spec, cluster, plans[0])
 
 
 def cluster_of(given: dict[str, Any]) -> ClusterSpec:
@@ -279,6 +286,15 @@ def cluster_of(given: dict[str, Any]) -> ClusterSpec:
     return with_costs(cluster, given)
 
 
+def cluster_asked(given: dict[str, Any]) -> tuple[ClusterSpec, Pool | None]:
+    """The same, or what a scheduler lists, with the pool that it is of: for a command line alone."""
+    if "from-" not in given["gpus"] and all(given[name] is None for name in o.INVENTORY):
+        return cluster_of(given), None
+    from planner.cli_cluster import discovered
+
+    return discovered(given)
+
+
 def write_trace(model: ModelSpec, cluster: ClusterSpec, plan: Plan, path: str) -> None:
     """Writes a plan's step as a timeline."""
     from pathlib import Path
@@ -294,7 +310,7 @@ def one_layout(given: dict[str, Any]) -> tuple[Any, ...]:
     from planner import reading
 
     spec = reading.read_model(given["model"])
-    cluster = cluster_of(given)
+    cluster, _ = cluster_asked(given)
     training = reading.read_training(given)
     return spec, cluster, *reading.read_layout(spec, cluster, training, given)
 
@@ -323,6 +339,7 @@ def advice_on(job: tuple[Any, ...] | None, given: dict[str, Any], plan: Plan) ->
 
 @o.takes(
     o.JOB,
+    o.INVENTORY,
     o.LAYOUT,
     o.TRAINING,
     o.COST,
@@ -357,6 +374,7 @@ def estimate(given: dict[str, Any]) -> None:
 @o.takes(
     {"plan": (o.PlanFile, None)},
     o.JOB | {"model": (o.Model, None), "gpus": (o.Gpus, None)},
+    o.INVENTORY,
     o.LAYOUT,
     o.TRAINING,
     {
@@ -423,6 +441,7 @@ def explanation(given: dict[str, Any]) -> Explanation:
 
 @o.takes(
     o.JOB,
+    o.INVENTORY,
     {"micro_batch_size": (o.Micro, 1), "recompute": (o.Recompute, "auto")},
     o.TRAINING,
     o.COST,
@@ -434,7 +453,7 @@ def compare(given: dict[str, Any]) -> None:
         from planner import api, reading
         from planner.errors import InputError
 
-        spec, cluster = reading.read_model(given["model"]), cluster_of(given)
+        spec, (cluster, _) = reading.read_model(given["model"]), cluster_asked(given)
         training = reading.read_training(given)
         if (micro := given["micro_batch_size"]) > 0:
             training = reading.with_batch(spec, cluster, training, cluster.num_gpus * micro)

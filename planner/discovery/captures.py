@@ -116,11 +116,15 @@ def _run(command: Command, hint: str) -> Capture | None:
             return None
         raise InputError(f"{program} cannot be run here ({error.strerror}); {hint}") from None
     if status is None:
-        raise InputError(f"{command.shown}: no end within {LONGEST:.0f} seconds or {MOST_BYTES:,} bytes; {hint}")
+        raise InputError(
+            f"{command.shown}: no end within {LONGEST:.0f} seconds or {MOST_BYTES:,} bytes; {hint}"
+        )
     if status:
         if command.optional:
             return None
-        raise InputError(f"{command.shown} failed with {status}: {plain(said, 200) or 'it says nothing'}; {hint}")
+        raise InputError(
+            f"{command.shown} failed with {status}: {plain(said, 200) or 'it says nothing'}; {hint}"
+        )
     text = data.decode("utf-8", "replace")
     return Capture(command.shown, text) if text.strip() else None
 
@@ -174,7 +178,9 @@ def documents(capture: Capture) -> Iterator[dict[str, Any]]:
             while at < len(text) and text[at].isspace():
                 at += 1
     except (ValueError, RecursionError):
-        raise InputError(f"{capture.name}: not JSON, or not as it is printed: give the output unchanged") from None
+        raise InputError(
+            f"{capture.name}: not JSON, or not as it is printed: give the output unchanged"
+        ) from None
 
 
 def _no_number(text: str) -> float:

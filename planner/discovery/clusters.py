@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import gcd
 
 from pydantic import ValidationError
 
-from planner.discovery.inventory import Fits, Inventory, Pool
+from planner.discovery.inventory import FITS, Fits, Inventory, Pool
 from planner.errors import InputError
 from planner.files import plain
 from planner.specs import ClusterSpec, first_problem
@@ -14,6 +15,22 @@ from planner.specs import ClusterSpec, first_problem
 WORDS = {"total": "there", "healthy": "in service", "now": "free now"}
 MOST_TOLD = 5
 """Refusals that a plan's assumptions name."""
+
+
+def cluster_from(
+    gpus: str, pool: str | None = None, fits: str | None = None, gpu_type: Sequence[str] | None = None
+) -> tuple[ClusterSpec, Pool]:
+    """The cluster that ``--gpus from-...`` asks for, and the pool that it is of. Raises InputError."""
+    from planner.discovery import asked_of, discover, kinds_said
+
+    asked = asked_of(gpus)
+    word = fits.strip().lower() if fits else None
+    basis = next((one for one in FITS if one == word), None)
+    if word is not None and basis is None:
+        raise InputError(f"--fits {plain(word)}: use {', '.join(FITS)}")
+    inventory = discover(asked, kinds_said(gpu_type or []))
+    chosen = inventory.pool(pool)
+    return cluster_of(inventory, chosen, asked.count, basis), chosen
 
 
 def cluster_of(inventory: Inventory, pool: Pool, count: int | None, fits: Fits | None = None) -> ClusterSpec:
@@ -33,12 +50,16 @@ def cluster_of(inventory: Inventory, pool: Pool, count: int | None, fits: Fits |
     if count is None and not nodes:
         raise InputError(f"{pool.name}: no whole node is {WORDS[basis]}: use --fits {_weaker(basis)}")
     if count is not None and count > max(have, pool.gpus(basis) if count < each else 0):
-        raise InputError(f"{count} GPUs: {pool.name} has {have} on whole nodes {WORDS[basis]}: use {have} at most")
+        raise InputError(
+            f"{count} GPUs: {pool.name} has {have} on whole nodes {WORDS[basis]}: use {have} at most"
+        )
     number = have if count is None else count
     per_node = min(each, number)
     leaf, of_leaves = _leaves(pool)
     notes = (_counted(inventory, pool, number, basis if count is None else None), *pool.notes)
-    notes += (f"{per_node} GPUs per node, {pool.gpu.intra_node.kind} within, {pool.gpu.network.kind} between",)
+    notes += (
+        f"{per_node} GPUs per node, {pool.gpu.intra_node.kind} within, {pool.gpu.network.kind} between",
+    )
     if number % per_node:
         notes += (f"the last node holds {number % per_node} GPUs only",)
     notes += (*of_leaves, *_domains(pool), *inventory.notes, *_refused(inventory))
@@ -75,7 +96,7 @@ def _leaves(pool: Pool) -> tuple[int | None, tuple[str, ...]]:
     whole = _domain_nodes(pool)
     if least % whole:
         return None, (
-            f"leaf switches join {least} to {most} nodes, no whole NVLink domains of {whole}: they are left out",
+            f"leaf switches join {least} to {most} nodes, no whole NVLink domains of {whole}: left out",
         )
     uneven = "" if least == most else f", as the smallest: they join {least} to {most}"
     return least, (

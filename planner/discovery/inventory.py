@@ -142,8 +142,8 @@ class Inventory:
             shared = frozenset.intersection(*(node.partitions for node in pool.nodes))
             if pool.partitions and not shared:
                 raise InputError(
-                    f"{asked}the nodes of {pool.name} lie in partitions {_counted(pool.partitions, 'node')}, and "
-                    f"a job runs in one: choose it with --pool, as in --pool {next(iter(pool.partitions))}"
+                    f"{asked}the nodes of {pool.name} lie in partitions {_counted(pool.partitions, 'node')}, "
+                    f"and a job runs in one: use --pool, as in --pool {next(iter(pool.partitions))}"
                 )
             return pool
         listed = "; ".join(f"{one.name} ({_plural(len(one.nodes), 'node')})" for one in found)
@@ -163,7 +163,9 @@ class Inventory:
             return found
         known = [pool.name for pool in self.pools]
         known += sorted({partition for pool in self.pools for partition in pool.partitions})
-        raise InputError(f"--pool {plain(name)}: no pool or partition of that name: {nearest_names(name, known)}")
+        raise InputError(
+            f"--pool {plain(name)}: no pool or partition of that name: {nearest_names(name, known)}"
+        )
 
     def _has_partition(self, name: str) -> bool:
         return any(name.strip() in pool.partitions for pool in self.pools)
@@ -207,16 +209,22 @@ def inventory_of(collected: Collected, said: Mapping[str, str]) -> Inventory:
 
     pools: dict[tuple[str, int], list[Node]] = {}
     kinds: dict[str, Gpu] = {}
+    resolved: dict[tuple[str, int | None, tuple[str, ...]], tuple[Gpu | None, str]] = {}
     assumed: dict[str, list[str]] = {}
     refused: dict[tuple[str, str], list[Found]] = {}
     for one in collected.nodes:
         if one.refused:
             refused.setdefault((one.label, one.refused), []).append(one)
             continue
-        try:
-            gpu, note = kind_of(one.label, one.memory_mib, one.features, said)
-        except Unresolved as error:
-            refused.setdefault((one.label, str(error)), []).append(one)
+        key = (one.label, one.memory_mib, one.features)
+        if key not in resolved:
+            try:
+                resolved[key] = kind_of(*key, said)
+            except Unresolved as error:
+                resolved[key] = None, str(error)
+        gpu, note = resolved[key]
+        if gpu is None:
+            refused.setdefault((one.label, note), []).append(one)
             continue
         kinds[gpu.name] = gpu
         if note and note not in assumed.setdefault(gpu.name, []):
@@ -271,7 +279,7 @@ def check_counts(nodes: Sequence[Found]) -> list[Found]:
         numbers = (one.gpus, one.healthy, one.gpus if one.free is None else one.free)
         if not all(0 <= number <= MOST_GPUS for number in numbers) or max(numbers) > one.gpus:
             raise InputError(
-                f"node {plain(one.name)}: {one.gpus} GPUs, {one.healthy} in service, {one.free} free cannot be: "
-                f"a node has 1 to {MOST_GPUS}, and no more in service or free than that"
+                f"node {plain(one.name)}: {one.gpus} GPUs, {one.healthy} in service, {one.free} free: that "
+                f"cannot be: a node has 1 to {MOST_GPUS}, and no more in service or free than that"
             )
     return [one for one in nodes if one.gpus]

@@ -22,7 +22,7 @@ FORMS = {"sxm": "sxm", "sxm2": "sxm", "sxm3": "sxm", "sxm4": "sxm", "sxm5": "sxm
 IGNORED = {"nvl72", "gcd", "hbm2", "hbm2e"}
 MEMORY = re.compile(r"(\d{2,3})g(?:i?b)?")
 NEAR = 0.03
-"""Of its memory, by which a driver's figure may differ from the catalog's: what ECC and firmware hold back."""
+"""Of its memory, by which a driver's figure may differ from the catalog's: what firmware holds back."""
 
 
 class Unresolved(PlannerError):
@@ -72,10 +72,8 @@ def kind_of(
     if not family:
         of_features = {own for one in features if (own := _parts(one)[0]) in _families()}
         if len(of_features) > 1 or not of_features:
-            what = f"any of {', '.join(sorted(of_features))}" if of_features else "of no known kind"
-            raise Unresolved(
-                f"nobody says what they are: they may be {what}; {_say(label, ['h100'])}"
-            )
+            may = f": they may be {' or '.join(sorted(of_features))}" if of_features else ""
+            raise Unresolved(f"nobody says which kind they are{may}; {_say(label, ['h100'])}")
         family = of_features.pop()
     kinds = _families().get(family)
     if not kinds:
@@ -113,7 +111,9 @@ def _usual(label: str, family: str, left: Sequence[Gpu]) -> tuple[Gpu, str]:
         return usual[0], ""
     others = ", ".join(gpu.name for gpu in left if gpu is not usual[0])
     chosen = usual[0].name
-    return usual[0], f"GPU kind: {chosen} for {plain(label) or family}, which may be {others}: --gpu-type says"
+    return usual[
+        0
+    ], f"GPU kind: {chosen} for {plain(label) or family}, which may be {others}: --gpu-type says"
 
 
 def _say(label: str, kinds: Sequence[str]) -> str:
@@ -131,7 +131,9 @@ def _parts(label: str) -> tuple[str, str, set[int]]:
     form = next((FORMS[word] for word in words if word == "pcie" or word == "nvl"), "")
     form = form or next((FORMS[word] for word in words if word in FORMS), "")
     sizes = {int(match[1]) for word in words if (match := MEMORY.fullmatch(word))}
-    rest = [word for word in words if word not in FORMS and word not in IGNORED and not MEMORY.fullmatch(word)]
+    rest = [
+        word for word in words if word not in FORMS and word not in IGNORED and not MEMORY.fullmatch(word)
+    ]
     return _also().get("".join(rest), "".join(rest)), form, sizes
 
 

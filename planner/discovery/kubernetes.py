@@ -79,7 +79,9 @@ def collect(captures: Sequence[Capture]) -> Collected:
         for one in objects.nodes
         if (found := _found(one, objects.taken, devices.get(_name(one), []), every, objects.claimed))
     ]
-    notes = [f"every node with GPUs is tainted {taint}: the job has to tolerate it" for taint in sorted(every)]
+    notes = [
+        f"every node with GPUs is tainted {taint}: the job has to tolerate it" for taint in sorted(every)
+    ]
     if any(one.free is None for one in nodes):
         notes.append(
             "what is free is not known: give kubectl get pods -A -o json too"
@@ -94,7 +96,9 @@ def _objects(document: dict[str, Any], where: str) -> Iterator[tuple[str, dict[s
     kind = word(document.get("kind"))
     if not kind.endswith("List"):
         if not kind:
-            raise InputError(f"{where}: not an object of Kubernetes: give what kubectl get ... -o json prints")
+            raise InputError(
+                f"{where}: not an object of Kubernetes: give what kubectl get ... -o json prints"
+            )
         yield kind, document
         return
     for one in items(document.get("items")):
@@ -205,7 +209,9 @@ def _found(
             used = None
     if not gpus:
         resources = inner(one, "status", "capacity")
-        if not any(str(key).startswith(("nvidia.com/mig-", "nvidia.com/gpu.shared")) for key in resources or {}):
+        if not any(
+            str(key).startswith(("nvidia.com/mig-", "nvidia.com/gpu.shared")) for key in resources or {}
+        ):
             return None
         gpus, able = 1, 1
         refused = refused or "slices of GPUs (MIG): a process of a plan has a GPU to itself"
@@ -264,9 +270,16 @@ def _of_devices(devices: Sequence[Mapping[str, Any]]) -> tuple[int, str, int | N
         return len(devices), "gpu", None, "slices of GPUs (MIG): a process of a plan has a GPU to itself"
     names = sorted({text(one, "productName") for one in whole})
     if len(names) > 1:
-        return len(whole), "+".join(names), None, "GPUs of several kinds in one node: plan on nodes of one kind"
+        return (
+            len(whole),
+            "+".join(names),
+            None,
+            "GPUs of several kinds in one node: plan on nodes of one kind",
+        )
     value = inner(whole[0], "capacity", "memory")
-    amount = re.fullmatch(r"(\d{1,15})([A-Za-z]{0,2})", str(value.get("value") if isinstance(value, dict) else value))
+    amount = re.fullmatch(
+        r"(\d{1,15})([A-Za-z]{0,2})", str(value.get("value") if isinstance(value, dict) else value)
+    )
     scale = SCALES.get(amount[2]) if amount else None
     memory = int(amount[1]) * scale // 2**20 if amount and scale else None
     return len(whole), names[0] or "gpu", memory, slice_of(names[0])
@@ -309,7 +322,7 @@ def _quota(queues: Sequence[Mapping[str, Any]]) -> tuple[int | None, list[str]]:
             limits[name] = max(0, given)
     if len(limits) > 1:
         raise InputError(
-            f"several cluster queues give GPUs, {', '.join(sorted(limits)[:5])}: give the one that you submit to"
+            f"several cluster queues give GPUs, {', '.join(sorted(limits)[:5])}: give that which you use"
         )
     for name, left in limits.items():
         return left, [f"cluster queue {name} still gives {left} GPUs; what it may borrow is not counted"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,6 @@ from planner.files import plain
 COMMANDS = (Command(("ray", "status", "-v")),)
 ACCELERATOR = "accelerator_type:"
 LABEL = "ray.io/accelerator-type"
-LEAVES = ("ray.io/rack", "rack")
 USAGE = re.compile(
     r"([\d.]+)/([\d.]+) (GPU|accelerator_type:\S+)"
     r"(?: \(([\d.]+) used of ([\d.]+) reserved in placement groups\))?"
@@ -49,7 +49,7 @@ def _of_status(capture: Capture) -> list[Found]:
                 continue
             gpus = count_of(total, f"node {name}")
             used = _amount(used_text) + (_amount(reserved) - _amount(within) if reserved else 0)
-        found.append(_found(name, kind, gpus, gpus - used, "alive", ""))
+        found.append(_found(name, kind, gpus, gpus - used, "alive"))
     return found
 
 
@@ -66,7 +66,7 @@ def _of_json(capture: Capture) -> list[Found]:
             nodes.append(document)
         else:
             raise InputError(f"{capture.name}: no nodes of Ray: give ray status -v, or ray.nodes() as JSON")
-    found = []
+    made: list[tuple[str, str, str, int, float | None, bool]] = []
     for one in nodes:
         key = word(one.get("NodeID") or one.get("node_id"))
         host = word(one.get("NodeManagerHostname") or one.get("node_name") or one.get("node_ip"))
@@ -81,10 +81,12 @@ def _of_json(capture: Capture) -> list[Found]:
         free = None
         if available is not None:
             free = _amount(inner(available.get(key), "GPU") or 0)
-        leaf = next((word(labels[name]) for name in LEAVES if labels.get(name)), "")
-        name = host if sum(word(o.get("NodeManagerHostname")) == host for o in nodes) == 1 else key
-        found.append(_found(name or key, kind, gpus, free if alive else 0, "alive" if alive else "dead", leaf))
-    return found
+        made.append((host, key, kind, gpus, free if alive else 0, alive))
+    hosts = Counter(host for host, *_ in made)  # several nodes of Ray may run on one host
+    return [
+        _found(host if host and hosts[host] == 1 else key, kind, gpus, free, "alive" if alive else "dead")
+        for host, key, kind, gpus, free, alive in made
+    ]
 
 
 def _amount(value: Any) -> float:
@@ -98,7 +100,7 @@ def _amount(value: Any) -> float:
     return amount
 
 
-def _found(name: str, kind: str, gpus: int, free: float | None, state: str, leaf: str) -> Found:
+def _found(name: str, kind: str, gpus: int, free: float | None, state: str) -> Found:
     left = None if free is None else max(0, min(gpus, int(free)))
     dead = state == "dead"
     return Found(
@@ -109,6 +111,5 @@ def _found(name: str, kind: str, gpus: int, free: float | None, state: str, leaf
         free=left,
         state=state,
         why="dead" if dead else "in use" if left is not None and left < gpus else "",
-        leaf=leaf,
         refused=slice_of(kind),
     )

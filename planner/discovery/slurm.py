@@ -105,8 +105,10 @@ def collect(captures: Sequence[Capture]) -> Collected:
             rows[row.name] = _same_node(rows[row.name], row) if row.name in rows else row
     if not rows:
         raise InputError(f"{captures[0].name}: no nodes: give what this prints: {COMMANDS[0].shown}")
-    notes = () if leaves else ("nothing is said of switches: give scontrol show topology too",)
-    return Collected("Slurm", [_found(row) for row in rows.values()], leaves, None, notes)
+    notes = [] if leaves else ["nothing is said of switches: give scontrol show topology too"]
+    if any("MIXED" in row.states and row.used is None for row in rows.values()):
+        notes.append(f"whose GPUs are used is not said, none counts as free: {COMMANDS[0].shown} says it")
+    return Collected("Slurm", [_found(row) for row in rows.values()], leaves, None, tuple(notes))
 
 
 def _same_node(before: Row, row: Row) -> Row:
@@ -145,7 +147,9 @@ def _of_text(capture: Capture) -> tuple[list[Row], dict[str, str]]:
         elif line.startswith(("SwitchName=", "BlockName=")):
             leaves = leaves_of_line(line, where) | leaves
         elif "|" not in line:
-            raise InputError(f"{where}: {plain(line)} is not understood: give what {COMMANDS[0].shown} prints")
+            raise InputError(
+                f"{where}: {plain(line)} is not understood: give what {COMMANDS[0].shown} prints"
+            )
         elif line.split("|")[0].strip().upper() == "NODELIST":
             columns = [HEADINGS.get(one.strip().upper(), "") for one in line.rstrip("|").split("|")]
             if missing := {"name", "state", "gres"} - set(columns):
@@ -161,7 +165,9 @@ def _of_line(line: str, columns: Sequence[str], where: str) -> list[Row]:
     """A line of sinfo; a reason, the last, may hold a bar of its own."""
     cells = line.split("|", len(columns) - 1)
     if len(cells) < len(columns):
-        raise InputError(f"{where}: {len(cells)} columns in place of {len(columns)}: give the output unchanged")
+        raise InputError(
+            f"{where}: {len(cells)} columns in place of {len(columns)}: give the output unchanged"
+        )
     row = {name: cell.rstrip("|").strip() for name, cell in zip(columns, cells, strict=True)}
     partition = row.get("partition", "").rstrip("*")
     made = Row(
@@ -307,7 +313,10 @@ def _found(row: Row) -> Found:
     if not kinds and _number(row.gres, row.name, "shard", "mps"):
         gpus, refused = 1, "GPUs that are given out in parts (shard, MPS): a process has a GPU to itself"
     if len(kinds) > 1 and not refused:
-        label, refused = "+".join(sorted(kinds)), "GPUs of several kinds in one node: plan on nodes of one kind"
+        label, refused = (
+            "+".join(sorted(kinds)),
+            "GPUs of several kinds in one node: plan on nodes of one kind",
+        )
     state, out, held = _judged(row)
     used = None if row.used is None else sum(gres_of(row.used, row.name).values())
     shared = row.used is not None and bool(_number(row.used, row.name, "shard", "mps"))
@@ -340,13 +349,13 @@ def _judged(row: Row) -> tuple[str, str, str]:
     base = next((name for state, name in BUSY.items() if state in words), "idle")
     if not words & {"IDLE", *BUSY, *DRAIN, *OUT, *HELD}:
         return (", ".join(sorted(words)).lower() or "unknown",) * 2 + ("",)
+    if words & {"POWERING_UP", "POWERED_DOWN", "POWER_UP"}:
+        words = words - {"NOT_RESPONDING", "NO_RESPOND"}  # it is not there yet to respond
     out = next((name for state, name in OUT.items() if state in words), "")
     if words & DRAIN:
-        draining = words & {*BUSY, "DRAINING", "COMPLETING"}
-        out = "draining" if draining else out or "drained"
+        out = out or ("draining" if words & {*BUSY, "DRAINING", "COMPLETING"} else "drained")
         return out, out, ""
     held = next((name for state, name in HELD.items() if state in words), "")
     if strange := words - FINE - set(OUT) - set(HELD):
         out = out or ", ".join(sorted(strange)).lower()
     return out or held or base, out, held
-

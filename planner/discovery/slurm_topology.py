@@ -3,48 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from itertools import product
 from typing import Any
 
 from planner.discovery.captures import Capture
-from planner.discovery.inventory import MOST_NODES
 from planner.errors import InputError
 from planner.files import plain
+from planner.hostlist import names_of
 
 LONGEST = 5_000_000
 """Bytes of a topology.yaml at most."""
 
 
 def expand(text: str, where: str) -> list[str]:
-    """Names of a list as Slurm writes it. Raises InputError.
-
-    >>> expand("h100-[001-003,7],login,r[1-2]n[1-2]", "here")
-    ['h100-001', 'h100-002', 'h100-003', 'h100-7', 'login', 'r1n1', 'r1n2', 'r2n1', 'r2n2']
-    """
-    found: list[str] = []
-    for one in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text):
-        parts = [list(_numbers(part[1:-1], where)) if part.startswith("[") else [part]
-                 for part in re.findall(r"\[[^\]]*\]|[^\[\]]+", one)]  # fmt: skip
-        size = 1
-        for part in parts:
-            size *= len(part)
-        if len(found) + size > MOST_NODES:
-            raise InputError(f"{where}: {plain(text)} names more than {MOST_NODES:,} nodes")
-        found += map("".join, product(*parts))
-    return found
-
-
-def _numbers(text: str, where: str) -> Iterator[str]:
-    """Numbers of ``001-003,7``, as wide as they are written."""
-    total = 0
-    for one in text.split(","):
-        shape = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", one.strip(), re.ASCII)
-        first, last = (int(shape[1]), int(shape[2] or shape[1])) if shape else (1, 0)
-        total += last - first + 1
-        if not shape or last < first or total > MOST_NODES:
-            raise InputError(f"{where}: [{plain(text)}] is no list of up to {MOST_NODES:,} numbers")
-        yield from (f"{number:0{len(shape[1])}}" for number in range(first, last + 1))
+    """Names of a list as Slurm writes it. Raises InputError."""
+    try:
+        return names_of(text)
+    except RecursionError:
+        raise InputError(f"{where}: {plain(text)} has too many brackets to be a list of nodes") from None
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def leaves_of_line(line: str, where: str) -> dict[str, str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING
 
-from planner.discovery.inventory import FITS, Fits, Node, Pool
+from planner.discovery.inventory import FITS, Fits, Pool
 from planner.errors import InputError
 from planner.files import plain
 
@@ -27,9 +28,10 @@ class Place:
 class Verdict:
     """Do ``needed`` nodes fit the ``nodes`` that there are, are in service or are free now?
 
-    ``holds`` is None where nobody said what is free. ``where`` are nodes to run on, if it holds; ``stages``
-    of ``of_stages`` pipeline stages lie under one leaf switch each there (0 of 0 where stages are no blocks
-    of nodes or leaves are not known). ``leaves`` are the nodes that there are under each leaf switch.
+    ``holds`` is None where nobody said what is free, ``why`` what else than their number keeps the plan off.
+    ``where`` are nodes to run on, if it holds: ``together`` of ``blocks`` x ``block`` nodes that belong
+    together (:func:`planner.placement.block_nodes`) lie under one leaf switch each there; no blocks where the
+    switches are not known. ``leaves`` are the nodes that there are under each switch.
     """
 
     fits: Fits
@@ -37,8 +39,9 @@ class Verdict:
     needed: int
     nodes: int
     where: tuple[Place, ...] = ()
-    stages: int = 0
-    of_stages: int = 0
+    together: int = 0
+    blocks: int = 0
+    block: int = 0
     leaves: tuple[tuple[str, int], ...] = ()
     why: str = ""
 
@@ -50,84 +53,54 @@ def verdicts(pool: Pool, subject: Subject) -> tuple[Verdict, ...]:
     """
     if subject.cluster.gpu.name != pool.gpu.name:
         raise InputError(
-            f"the plan is of {subject.cluster.gpu.name}, the pool of {pool.gpu.name}: choose another with --pool, "
-            "or plan again on this one"
+            f"the plan is of {subject.cluster.gpu.name}, the pool of {pool.gpu.name}: choose with --pool, or "
+            "plan again on this one"
         )
     each = subject.per_node
     if each > pool.gpus_per_node:
         raise InputError(
             f"the plan has {each} GPUs on a node, {pool.name} has {pool.gpus_per_node}: plan again on it"
         )
-    block = stage_nodes(subject)
-    return tuple(_verdict(pool, fits, subject.nodes, each, block, subject.plan.num_gpus) for fits in FITS)
+    return tuple(_verdict(pool, fits, subject) for fits in FITS)
 
 
-def stage_nodes(subject: Subject) -> int | None:
-    """Nodes that a pipeline stage fills, one after the other; None where a stage is no block of nodes."""
-    layout, whole = subject.layout, subject.per_node * subject.layout.pipeline_parallel
-    outermost = layout.pipeline_parallel == 1 or layout.rank_order.endswith("-pp")
-    return subject.plan.num_gpus // whole if outermost and subject.plan.num_gpus % whole == 0 else None
+def _verdict(pool: Pool, fits: Fits, subject: Subject) -> Verdict:
+    from planner.placement import place
 
-
-def _verdict(pool: Pool, fits: Fits, needed: int, each: int, block: int | None, gpus: int) -> Verdict:
-    if each == pool.gpus_per_node:
-        able = pool.whole(fits)
-    else:
-        able = tuple(node for node in pool.nodes if node.count(fits) >= each)
+    able = pool.whole(fits)
+    if subject.per_node < pool.gpus_per_node:
+        able = tuple(node for node in pool.nodes if node.count(fits) >= subject.per_node)
+    needed, gpus = subject.nodes, subject.plan.num_gpus
     leaves = tuple(sorted(pool.leaves(able).items(), key=lambda item: (-item[1], item[0])))
-    short = fits == "now" and pool.quota is not None and pool.quota < gpus
-    why = f"the queue still gives {pool.quota} of {gpus} GPUs" if short else ""
-    if fits == "now" and not pool.known and (len(able) < needed or short):
-        return Verdict(fits, None, needed, len(able), leaves=leaves, why="what is free was not said")
-    if len(able) < needed or short:
-        return Verdict(fits, False, needed, len(able), leaves=leaves, why=why)
-    chosen = packed(able, needed, block or 1)
-    together, stages = _together(chosen, block) if block and leaves else (0, 0)
-    return Verdict(fits, True, needed, len(able), _places(chosen), together, stages, leaves)
+    made = Verdict(fits, False, needed, len(able), leaves=leaves)
+    if fits == "now" and pool.quota is not None and pool.quota < gpus:
+        return replace(made, why=f"the queue still gives {pool.quota} of {gpus} GPUs")
+    if len(able) < needed:
+        known = fits != "now" or pool.known
+        return made if known else replace(made, holds=None, why="what is free was not said")
+    names = [node.name for node in able]
+    above = {node.name: node.leaf for node in able} if leaves else None
+    joined = {node.name: node.domain for node in able}
+    try:
+        placed = place(subject, names, above, joined if all(joined.values()) else None)
+    except InputError as error:
+        return replace(made, why=str(error))
+    blocks = len(placed.nodes) // placed.block if leaves else 0
+    return replace(
+        made,
+        holds=True,
+        where=_places(placed.nodes, placed.leaves),
+        together=blocks - placed.parted if leaves else 0,
+        blocks=blocks,
+        block=placed.block,
+    )
 
 
-def packed(nodes: Sequence[Node], needed: int, block: int = 1) -> list[Node]:
-    """``needed`` of the nodes under as few leaf switches as can be, in blocks that lie under one each.
-
-    All under the leaf that they fill best, if there is one; else leaf by leaf, the fullest first, whole
-    blocks of each; what blocks are still missing then lies across leaves. Nodes without a leaf are each
-    other's neighbours as they are listed. Blocks stay together in the order that is returned.
-    """
-    leaves: dict[str, list[Node]] = {}
-    for node in nodes:
-        leaves.setdefault(node.leaf, []).append(node)
-    chosen: list[Node] = []
-    while len(chosen) < needed:
-        missing = needed - len(chosen)
-        enough = [leaf for leaf, own in leaves.items() if len(own) >= missing]
-        if enough:
-            best = min(enough, key=lambda leaf: (len(leaves[leaf]), leaf))
-            return chosen + leaves[best][:missing]
-        best = max(leaves, key=lambda leaf: (len(leaves[leaf]) // block, leaf))
-        taken = len(leaves[best]) // block * block
-        if not taken:  # no leaf has a whole block left
-            rest = sorted((own for own in leaves.values()), key=len, reverse=True)
-            return chosen + [node for own in rest for node in own][:missing]
-        chosen += leaves[best][:taken]
-        leaves[best] = leaves[best][taken:]
-    return chosen
-
-
-def _together(chosen: Sequence[Node], block: int) -> tuple[int, int]:
-    """Pipeline stages that lie under one leaf switch each, and all stages."""
-    stages = [chosen[at : at + block] for at in range(0, len(chosen), block)]
-    return sum(len({node.leaf for node in one}) == 1 for one in stages), len(stages)
-
-
-def _places(chosen: Iterable[Node]) -> tuple[Place, ...]:
+def _places(nodes: Sequence[str], leaves: Sequence[str]) -> tuple[Place, ...]:
     """Neighbours in the order of ranks under the same leaf together."""
-    places: list[Place] = []
-    for node in chosen:
-        if places and places[-1].leaf == node.leaf:
-            places[-1] = Place(node.leaf, (*places[-1].nodes, node.name))
-        else:
-            places.append(Place(node.leaf, (node.name,)))
-    return tuple(places)
+    pairs = zip(leaves, nodes, strict=True)
+    runs = groupby(pairs, key=lambda pair: pair[0])
+    return tuple(Place(leaf, tuple(name for _, name in run)) for leaf, run in runs)
 
 
 def short(names: Sequence[str], most: int = 200) -> str:

@@ -52,6 +52,7 @@ def test_heavy_packages_have_a_home_each() -> None:
     renderers = {
         "planner/render.py",
         "planner/render_advice.py",
+        "planner/render_cluster.py",
         "planner/render_audit.py",
         "planner/render_compare.py",
         "planner/render_explain.py",
@@ -67,6 +68,7 @@ def test_heavy_packages_have_a_home_each() -> None:
     assert who_imports("typer") == {
         "planner/cli.py",
         "planner/cli_audit.py",
+        "planner/cli_cluster.py",
         "planner/cli_launch.py",
         "planner/cli_plans.py",
         "planner/cli_report.py",

@@ -12,9 +12,12 @@ from planner.discovery.verdicts import Verdict, short
 from planner.files import plain
 from planner.render import grid
 
-WORDS = {"total": ("fits the cluster", "does not fit the cluster", ""),
-         "healthy": ("fits when healthy", "does not fit what is in service", " in service"),
-         "now": ("fits today", "does not fit today")}  # fmt: skip
+WORDS = {
+    "total": ("fits the cluster", "does not fit the cluster", "nodes"),
+    "healthy": ("fits when healthy", "does not fit when healthy", "in service"),
+    "now": ("fits today", "does not fit today", "free"),
+}
+"""Of each verdict: where it holds, where it does not, and what its nodes are."""
 MOST = 12
 """Nodes, leaves or refusals that are listed, each."""
 
@@ -100,9 +103,9 @@ def headline(found: Sequence[Verdict]) -> str:
         if one.holds is None:
             parts.append("fits today: not known")
         elif one.holds:
-            parts.append(f"{yes} ({one.needed} of {one.nodes} nodes{have})")
+            parts.append(f"{yes} ({one.needed} of {one.nodes} {have})")
         else:
-            parts.append(f"{no} ({one.needed} nodes needed, {one.nodes}{have or ' there'})")
+            parts.append(f"{no} ({one.needed} needed, {one.nodes} {have})")
     text = ", ".join(parts)
     return text[0].upper() + text[1:]
 
@@ -133,7 +136,8 @@ def _blocks(one: Verdict) -> str:
     """How much of what belongs together lies under one leaf switch."""
     if not one.blocks:
         return ":"
+    if one.blocks == 1:
+        return ", all under one leaf switch:" if one.together else ", under several leaf switches:"
     if one.together == one.blocks:
-        what = "all" if one.blocks == 1 else f"each block of {one.block} nodes"
-        return f", {what} under one leaf switch:"
+        return f", each block of {one.block} nodes under one leaf switch:"
     return f", {one.together} of {one.blocks} blocks of {one.block} nodes under one leaf switch each:"

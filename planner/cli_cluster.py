@@ -138,7 +138,7 @@ def document_of(
         "schema": "planner.cluster/1",
         "source": inventory.source,
         "pools": [_pool_document(one) for one in inventory.pools],
-        "refused": [asdict(one) for one in inventory.refused],
+        "refused": [{**asdict(one), "partitions": sorted(one.partitions)} for one in inventory.refused],
         "notes": list(inventory.notes),
     }
     if subject is not None:

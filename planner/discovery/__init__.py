@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 
-from planner.discovery.captures import Asked, captures, read_asked
+from planner.discovery.captures import Asked, gather, read_asked
 from planner.discovery.inventory import Inventory, check_counts, inventory_of
 from planner.discovery.inventory import Pool as Pool
 from planner.errors import InputError
@@ -39,7 +39,7 @@ def discover(asked: Asked, said: Mapping[str, str] | None = None) -> Inventory:
     Raises InputError for what cannot be read or run, and where nothing in it can be planned on.
     """
     source = import_module(SOURCES[asked.source])
-    collected = source.collect(captures(asked, source.COMMANDS))
+    collected = source.collect(gather(asked, source.COMMANDS))
     return inventory_of(replace(collected, nodes=check_counts(collected.nodes)), said or {})
 
 

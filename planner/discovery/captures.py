@@ -62,30 +62,30 @@ def read_asked(text: str, sources: Sequence[str]) -> Asked:
     shape = re.fullmatch(r"\s*(?:(\d{1,8})@)?from-([\w-]{1,20})(?::(.*\S))?\s*", text, re.I | re.S)
     if not shape or text.rstrip().endswith(":"):
         raise InputError(
-            f"--gpus {plain(text)}: write from-slurm, or from-slurm:FILE of what its commands printed, "
+            f"{plain(text)}: write from-slurm, or from-slurm:FILE of what its commands printed, "
             "several with commas between, - for standard input; 64@ before it for so many GPUs of them"
         )
     source = shape[2].lower()
     if source not in sources:
         known = [f"from-{one}" for one in sources]
-        raise InputError(f"--gpus {plain(text)}: {nearest_names(f'from-{source}', known)}")
+        raise InputError(f"{plain(text)}: {nearest_names(f'from-{source}', known)}")
     files = tuple(one.strip() for one in shape[3].split(",")) if shape[3] else ()
     if not all(files):
-        raise InputError(f"--gpus {plain(text)}: a file has no name: write from-{source}:nodes.txt")
+        raise InputError(f"{plain(text)}: a file has no name: write from-{source}:nodes.txt")
     if files.count("-") > 1:
-        raise InputError(f"--gpus {plain(text)}: standard input can be read once")
+        raise InputError(f"{plain(text)}: standard input can be read once")
     count = int(shape[1]) if shape[1] else None
     if count == 0:
-        raise InputError(f"--gpus {plain(text)}: a cluster needs at least 1 GPU")
+        raise InputError(f"{plain(text)}: a cluster needs at least 1 GPU")
     return Asked(count, source, files)
 
 
-def captures(asked: Asked, commands: Sequence[Command]) -> list[Capture]:
+def gather(asked: Asked, commands: Sequence[Command]) -> list[Capture]:
     """The files that are named, or else the output of the commands, run here. Raises InputError."""
     if asked.files:
         return [_read(name) for name in asked.files]
-    elsewhere = "; ".join(f"{one.shown} > {n}.out" for n, one in enumerate(commands, 1) if not one.optional)
-    hint = f"run elsewhere: {elsewhere}; then give from-{asked.source}:1.out"
+    elsewhere = "; ".join(f"{one.shown} > {n}.txt" for n, one in enumerate(commands, 1) if not one.optional)
+    hint = f"run elsewhere {elsewhere}; then give from-{asked.source}:1.txt"
     return [found for one in commands if (found := _run(one, hint)) is not None]
 
 
@@ -157,7 +157,7 @@ def _output(words: Sequence[str]) -> tuple[bytes, int | None, str]:
         finally:
             clock.cancel()
         errors.seek(0)
-        said = errors.read(1000).decode("utf-8", "replace")
+        said = errors.read(1000).decode("utf-8", "replace").strip().split("\n")[0]
     return data, None if stopped.is_set() else status, said
 
 

@@ -117,6 +117,7 @@ class Refusal:
     nodes: tuple[str, ...]
     gpus: int
     reason: str
+    partitions: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,11 @@ class Inventory:
                 return found
         if found := [part for pool in self.pools if (part := within(pool, name.strip()))]:
             return found
+        for one in self.refused:
+            if tidy == one.label.lower() or name.strip() in one.partitions:
+                raise InputError(
+                    f"--pool {plain(name)}: {plain(one.label)} cannot be planned on: {one.reason}"
+                )
         known = [pool.name for pool in self.pools]
         known += sorted({partition for pool in self.pools for partition in pool.partitions})
         raise InputError(
@@ -231,7 +237,13 @@ def inventory_of(collected: Collected, said: Mapping[str, str]) -> Inventory:
             assumed[gpu.name].append(note)
         pools.setdefault((gpu.name, one.gpus), []).append(_node(one, collected.leaves))
     refusals = tuple(
-        Refusal(label, tuple(one.name for one in nodes), sum(one.gpus for one in nodes), reason)
+        Refusal(
+            label,
+            tuple(one.name for one in nodes),
+            sum(one.gpus for one in nodes),
+            reason,
+            frozenset(name for one in nodes for name in one.partitions),
+        )
         for (label, reason), nodes in refused.items()
     )
     if unknown := [name for name in said if name not in _labels(collected.nodes)]:

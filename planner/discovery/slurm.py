@@ -321,7 +321,7 @@ def _found(row: Row) -> Found:
     used = None if row.used is None else sum(gres_of(row.used, row.name).values())
     shared = row.used is not None and bool(_number(row.used, row.name, "shard", "mps"))
     lost = min(gpus, sum(gres_of(row.drained, row.name).values())) if row.drained else 0
-    busy = shared or bool(row.states & set(BUSY))
+    busy = shared or bool(row.states & {*BUSY, "DRAINING"})
     free = 0 if out or held or shared or "ALLOCATED" in row.states else gpus - lost
     if free and "MIXED" in row.states:
         free = max(0, free - used) if used is not None else 0

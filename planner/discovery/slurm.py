@@ -356,6 +356,8 @@ def _judged(row: Row) -> tuple[str, str, str]:
         out = out or ("draining" if words & {*BUSY, "DRAINING", "COMPLETING"} else "drained")
         return out, out, ""
     held = next((name for state, name in HELD.items() if state in words), "")
+    if base == "idle" and words & {"POWERING_UP", "POWER_UP"}:
+        held = held or "powering up"  # jobs wait until it is there; to one that is off they are given at once
     if strange := words - FINE - set(OUT) - set(HELD):
         out = out or ", ".join(sorted(strange)).lower()
     return out or held or base, out, held

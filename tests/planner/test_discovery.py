@@ -81,8 +81,8 @@ def test_nodes_are_counted_in_all_in_service_and_free(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "in_service", "free"),
     [
-        *[(state, True, True) for state in ("idle", "idle~", "idle#", "IDLE+CLOUD+POWERED_DOWN")],
-        ("IDLE+CLOUD+NOT_RESPONDING+POWERING_UP", True, True),
+        *[(state, True, True) for state in ("idle", "idle~", "IDLE+CLOUD+POWERED_DOWN")],
+        *[(state, True, False) for state in ("idle#", "IDLE+CLOUD+NOT_RESPONDING+POWERING_UP")],
         *[
             (state, True, False)
             for state in ("allocated", "allocated#", "allocated+", "completing", "planned")

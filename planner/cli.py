@@ -18,7 +18,6 @@ from planner import options as o
 
 if TYPE_CHECKING:
     from planner.advice import Advice
-    from planner.discovery.inventory import Pool
     from planner.explaining import Explanation
     from planner.plan import Plan
     from planner.specs import ClusterSpec, ModelSpec
@@ -36,6 +35,8 @@ COMMANDS = {
     "serve": ("cli_serve", "EXAMPLE"),
     "export": ("cli_launch", "EXPORT"),
     "audit": ("cli_audit", "EXAMPLE"),
+    "preflight": ("cli_preflight", "EXAMPLE"),
+    "alternatives": ("cli_alternatives", "EXAMPLE"),
     "diff": ("cli_plans", "DIFF"),
     "check": ("cli_plans", "CHECK"),
     "cluster": ("cli_cluster", "EXAMPLE"),
@@ -286,7 +287,7 @@ def cluster_of(given: dict[str, Any]) -> ClusterSpec:
     return with_costs(cluster, given)
 
 
-def cluster_asked(given: dict[str, Any]) -> tuple[ClusterSpec, Pool | None]:
+def cluster_asked(given: dict[str, Any]) -> tuple[ClusterSpec, Any]:
     """The same, or what a scheduler lists, with the pool that it is of: for a command line alone."""
     if "from-" not in given["gpus"] and all(given[name] is None for name in o.INVENTORY):
         return cluster_of(given), None
@@ -309,8 +310,7 @@ def one_layout(given: dict[str, Any]) -> tuple[Any, ...]:
     """Model, cluster, training and layout of a command that plans one given layout."""
     from planner import reading
 
-    spec = reading.read_model(given["model"])
-    cluster, _ = cluster_asked(given)
+    spec, (cluster, _) = reading.read_model(given["model"]), cluster_asked(given)
     training = reading.read_training(given)
     return spec, cluster, *reading.read_layout(spec, cluster, training, given)
 

@@ -66,7 +66,7 @@ def cluster(
             console = console_for()
             show_inventory(console, _only(inventory, chosen))
             console.print()
-            show_verdicts(console, found)
+            show_verdicts(console, found, inventory.source == "Slurm")
         if not found[-1].holds:
             raise typer.Exit(1)
 

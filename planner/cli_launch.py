@@ -48,7 +48,7 @@ def export(
 
         document = read_document(Path(plan))
         given = to, framework_version, settings_of(settings or [])
-        subject, made = _expressible(document, number, lambda one: made_of(one, *given))
+        subject, made = expressible(document, number, lambda one: made_of(one, *given))
         if output:
             from planner.export.writing import write_folder
 
@@ -59,7 +59,7 @@ def export(
             _show(subject, made, output)
 
 
-def _expressible(document: Document, number: int | None, make: Any) -> tuple[Subject, Export]:
+def expressible(document: Document, number: int | None, make: Any) -> tuple[Subject, Export]:
     """The plan that was asked for, exported; where it cannot be, the message names one that can."""
     from planner.errors import InputError
     from planner.export import NotExpressible, Subject

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from planner.export.base import Subject
 
 SCHEMA = "planner.placement/1"
+MOST_RANKS = 200_000
+"""That are listed one by one."""
 LONGEST_NAME = 255
 """Characters of a node's name at most, as of a host's."""
 
@@ -141,19 +143,17 @@ class Placement:
             )
 
     def hostfile(self) -> str:
-        """Nodes and slots in order, as DeepSpeed's launcher and Open MPI's ``--hostfile`` read them."""
-        return self._head() + "".join(f"{node} slots={slots}\n" for node, slots in self.slots())
+        """Nodes and slots in order, as DeepSpeed's launcher and Open MPI's ``--hostfile`` read them.
 
-    def order(self) -> str:
-        """A node a line, as srun reads ``SLURM_HOSTFILE`` under ``--distribution=arbitrary``."""
-        return self._head() + "".join(f"{node}\n" for node in self.nodes)
-
-    def _head(self) -> str:
-        """Where it comes from; what the plan assumes is in the files that start it."""
-        return "".join(f"{line}\n" for line in self.subject.header().splitlines()[:2])
+        What the plan assumes is in the files that start it.
+        """
+        head = "".join(f"{line}\n" for line in self.subject.header().splitlines()[:2])
+        return head + "".join(f"{node} slots={slots}\n" for node, slots in self.slots())
 
     def document(self) -> dict[str, Any]:
-        """As JSON values: every node with its leaf and its ranks."""
+        """As JSON values: every node with its leaf and its ranks. Raises InputError for too many of them."""
+        if (count := self.subject.plan.num_gpus) > MOST_RANKS:
+            raise InputError(f"{count:,} ranks are not listed one by one: {MOST_RANKS:,} at most are")
         ranks = self.ranks()
         first, _, *axes = (name for name in Rank._fields if name != "node")
         return {

@@ -88,10 +88,10 @@ def _show_away(console: Console, pool: Pool) -> None:
         console.print(Text(f"and {len(groups) - MOST} more reasons", style="dim"))
 
 
-def show_verdicts(console: Console, found: Sequence[Verdict]) -> None:
-    """The three verdicts in a line, and where a plan can run or what is missing."""
+def show_verdicts(console: Console, found: Sequence[Verdict], slurm: bool = False) -> None:
+    """The three verdicts in a line, and where a plan can run or what is missing; how Slurm is told so."""
     console.print(Text(headline(found), style="bold" if found[-1].holds else "bold yellow"))
-    for line in _details(found):
+    for line in _details(found, slurm):
         console.print(Text(f"  {line}"))
 
 
@@ -110,7 +110,7 @@ def headline(found: Sequence[Verdict]) -> str:
     return text[0].upper() + text[1:]
 
 
-def _details(found: Sequence[Verdict]) -> Iterator[str]:
+def _details(found: Sequence[Verdict], slurm: bool) -> Iterator[str]:
     """Why not, of the verdicts that do not hold; where, of the last that does."""
     for one in found:
         if not one.holds and one.why:
@@ -130,6 +130,9 @@ def _details(found: Sequence[Verdict]) -> Iterator[str]:
         yield f"  {leaf}{short(place.nodes)}"
     if len(best.where) > MOST:
         yield f"  and under {len(best.where) - MOST} more"
+    elif today.holds and slurm:
+        nodes = "/".join(short(place.nodes, 4000) for place in best.where)
+        yield f"planner export --to slurm puts it there with --set nodes={nodes}"
 
 
 def _blocks(one: Verdict) -> str:

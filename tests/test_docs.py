@@ -2,7 +2,8 @@
 
 In a ``console`` block each ``$ planner ...`` line is run at 100 columns and the lines below it must
 be in its output, one after the other; a line ``...`` stands for lines left out. How long a search
-took is not compared. A ``python`` block is a doctest.
+took is not compared. A ``python`` block is a doctest. The commands of a page run one after the other
+in a folder of their own, where the repository's are too; ``> FILE`` writes what a command prints.
 """
 
 from __future__ import annotations
@@ -48,10 +49,32 @@ def examples() -> list[tuple[str, str, list[str]]]:
     return [one for one in found if one[1].startswith("planner ")]
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder for the files of each page, by name."""
+    made = {}
+    for page in PAGES:
+        made[page.name] = folder = tmp_path_factory.mktemp(page.stem)
+        for name in ("docs", "examples", "tests"):
+            (folder / name).symlink_to(ROOT / name)
+    return made
+
+
 @pytest.mark.parametrize(("page", "command", "expected"), examples())
-def test_console_example(page: str, command: str, expected: list[str]) -> None:
-    result = CliRunner().invoke(app, shlex.split(command)[1:], env={"COLUMNS": "100"})
+def test_console_example(
+    page: str,
+    command: str,
+    expected: list[str],
+    folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(folders[page])
+    words, _, file = command.partition(" > ")
+    result = CliRunner().invoke(app, shlex.split(words)[1:], env={"COLUMNS": "100"})
     assert result.exception is None or isinstance(result.exception, SystemExit)
+    if file:
+        Path(file).write_text(result.stdout)
+        assert not expected
     output, position, anywhere = tidy(result.output.splitlines()), 0, True
     for line in tidy(expected):
         if line == "...":

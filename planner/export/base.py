@@ -126,6 +126,7 @@ class Export:
     launcher: str = "torchrun"
     launcher_options: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    expects: Mapping[str, Any] = field(default_factory=dict)  # what the framework reads beyond the plan
 
     def on_node(self, subject: Subject, node_rank: str, address: str, port: str = "29500") -> tuple[str, ...]:
         """The command that starts a node's processes, their ranks being ``node_rank`` times its GPUs and on.

@@ -19,7 +19,6 @@ from planner.files import plain
 from planner.placement import Placement, block_nodes, place_on, unit_nodes
 
 SCRIPT = "job.sbatch"
-ORDER = "nodes.order"
 TIME = r"\d{1,6}(?::\d\d){0,2}|\d{1,4}-\d{1,2}(?::\d\d){0,2}"
 WORD = r"[A-Za-z0-9_.][A-Za-z0-9_.,:@+=/-]*"
 
@@ -64,7 +63,7 @@ KNOWN = {
     "requeue": Setting("Queued again after a node fails or the job is preempted? yes or no.", "yes|no"),
     "topology": Setting("tree: --switches, as many as the plan needs; block: --segment.", "tree|block"),
     "switches": Setting("Leaf switches at most, in place of those that the plan needs.", COUNT),
-    "max-switch-wait": Setting("How long to wait for so few, as in 12:00:00.", TIME),
+    "max-switch-wait": Setting("How long to wait for so few, as in 12:00:00, if the site lets it.", TIME),
     "segment": Setting("Nodes of a segment, in place of a pipeline stage.", COUNT),
     "nodes": Setting(
         "Nodes that are free, as in h100-[1-8]/h100-[9-16]: a slash between leaf switches.",
@@ -72,6 +71,7 @@ KNOWN = {
     ),
     "port": Setting("Of the rendezvous; 29500 by default.", r"[1-9]\d{0,4}"),
     "host-suffix": Setting("Behind the name of a node, for its fast network.", r"[A-Za-z0-9.-]+"),
+    "setup": Setting("Shell file to read first, for modules and environments.", r"[^-].*"),
     "container": Setting("Image to run in, with the Pyxis plug-in.", r"[^-].*"),
     "container-mounts": Setting("SOURCE:TARGET, further ones after commas.", r"[^-].*"),
 }
@@ -99,8 +99,8 @@ def export(subject: Subject, made: Export, settings: Mapping[str, str]) -> Expor
     script = _script(subject, made, given, options, placement)
     files = {**made.files, SCRIPT: script}
     if placement:
-        files |= {ORDER: placement.order(), "placement.json": placement.to_json()}
-    notes = (*made.notes, *_notes(subject, given, placement))
+        files |= {"placement.json": placement.to_json()}
+    notes = (*made.notes, *_notes(subject, made, given, placement))
     return replace(made, target=f"{made.target},slurm", files=files, notes=notes)
 
 
@@ -212,17 +212,26 @@ def _script(
         options=options,
         nodes=subject.nodes,
         each=subject.per_node,
-        files=quoted([*made.files, *([ORDER] if placement else [])]),
-        order=ORDER if placement else "",
+        files=quoted(_needed(made)),
+        order=quoted(placement.nodes) if placement else "",
         first=placement.nodes[0] if placement else "",
         suffix=given.get("host-suffix", ""),
         port=given.get("port", "29500"),
         env=[f"{name}={quoted([value])}" for name, value in made.env.items()],
+        setup=quoted([given["setup"]]) if "setup" in given else "",
         srun=" ".join(_srun(given, placement)),
         task=quoted([f'exec {quoted(task[: -len(made.program)])} "$@"']),
         launcher=quoted(task[:1]),
         program=quoted(made.program),
     )
+
+
+def _needed(made: Export) -> Iterator[str]:
+    """Files that are looked for where the job starts: the program, and those of the export that it names."""
+    words = (*made.launcher_options, *made.program)
+    yield from (name for name in made.files if any(name in word for word in words))
+    if (program := made.program[0]) not in made.files and not program.startswith(("/", "-")):
+        yield program
 
 
 def _srun(given: Mapping[str, str], placement: Placement | None) -> Iterator[str]:
@@ -237,10 +246,13 @@ def _srun(given: Mapping[str, str], placement: Placement | None) -> Iterator[str
         yield quoted([Shell("--container-workdir=$PWD")])
 
 
-def _notes(subject: Subject, given: Mapping[str, str], placement: Placement | None) -> Iterator[str]:
+def _notes(
+    subject: Subject, made: Export, given: Mapping[str, str], placement: Placement | None
+) -> Iterator[str]:
     """What the script leaves to others."""
-    if "chdir" not in given:
-        yield f"submit it from the folder of these files: cd FOLDER && sbatch {SCRIPT}"
+    if (needed := list(_needed(made))) and "chdir" not in given:
+        names = plain(", ".join(needed), 200)
+        yield f"{SCRIPT} runs where it is submitted from, and looks there for {names}: --set chdir=..."
     for name, whose in (("partition", "the site's"), ("time", "the partition's")):
         if name not in given:
             yield f"{name} is {whose} default: --set {name}=..."
@@ -249,6 +261,10 @@ def _notes(subject: Subject, given: Mapping[str, str], placement: Placement | No
         yield f"any kind of GPU is taken, the plan is for {kind}: --set gpu-type=..., or constraint=..."
     if "container" in given:
         yield "the container needs the Pyxis plug-in of Slurm; the folder of the files is mounted where it is"
+    if given.get("topology") == "block" or "segment" in given:
+        yield "--segment is of Slurm 24.05 and later, where the site has its block topology"
+    if "max-switch-wait" in given:
+        yield "Slurm waits no longer than its max_switch_wait, 5 minutes by default: ask the site"
     if not placement and subject.nodes > 1:
         yield (
             "ranks follow the order of nodes in slurm.conf, where those of a leaf switch mostly follow each "

@@ -52,8 +52,9 @@ def test_heavy_packages_have_a_home_each() -> None:
     renderers = {
         "planner/render.py",
         "planner/render_advice.py",
-        "planner/render_cluster.py",
+        "planner/render_alternatives.py",
         "planner/render_audit.py",
+        "planner/render_cluster.py",
         "planner/render_compare.py",
         "planner/render_explain.py",
         "planner/render_cost.py",
@@ -61,6 +62,7 @@ def test_heavy_packages_have_a_home_each() -> None:
         "planner/render_measure.py",
         "planner/render_offload.py",
         "planner/render_plans.py",
+        "planner/render_preflight.py",
         "planner/render_sweep.py",
         "planner/render_validate.py",
     }
@@ -71,6 +73,7 @@ def test_heavy_packages_have_a_home_each() -> None:
         "planner/cli_cluster.py",
         "planner/cli_launch.py",
         "planner/cli_plans.py",
+        "planner/cli_preflight.py",
         "planner/cli_report.py",
         "planner/cli_serve.py",
         "planner/options.py",

@@ -126,6 +126,8 @@ def _run(command: Command, hint: str) -> Capture | None:
             f"{command.shown} failed with {status}: {plain(said, 200) or 'it says nothing'}; {hint}"
         )
     text = data.decode("utf-8", "replace")
+    if not text.strip() and not command.optional:
+        raise InputError(f"{command.shown} says nothing: is this the cluster? Else {hint}")
     return Capture(command.shown, text) if text.strip() else None
 
 

@@ -194,9 +194,10 @@ def _plural(count: int, what: str) -> str:
 
 @dataclass(frozen=True)
 class Collected:
-    """What a parser makes of a capture: nodes, leaves and domains by node, limits, and what is to be known.
+    """What a parser makes of captures: nodes, the leaf switch of nodes by name, and what is to be known.
 
-    ``quota`` is how many GPUs a queue still gives, by what its nodes are labelled with.
+    ``quota`` is how many GPUs a queue still gives. ``blocks`` says that leaves are Slurm's blocks: an NVLink
+    domain each, where domains span nodes.
     """
 
     source: str
@@ -204,6 +205,7 @@ class Collected:
     leaves: Mapping[str, str] = field(default_factory=dict)
     quota: int | None = None
     notes: tuple[str, ...] = ()
+    blocks: bool = False
 
 
 def inventory_of(collected: Collected, said: Mapping[str, str]) -> Inventory:
@@ -235,7 +237,7 @@ def inventory_of(collected: Collected, said: Mapping[str, str]) -> Inventory:
         kinds[gpu.name] = gpu
         if note and note not in assumed.setdefault(gpu.name, []):
             assumed[gpu.name].append(note)
-        pools.setdefault((gpu.name, one.gpus), []).append(_node(one, collected.leaves))
+        pools.setdefault((gpu.name, one.gpus), []).append(_node(one, gpu, collected))
     refusals = tuple(
         Refusal(
             label,
@@ -260,9 +262,10 @@ def inventory_of(collected: Collected, said: Mapping[str, str]) -> Inventory:
     return Inventory(collected.source, made, refusals, collected.notes)
 
 
-def _node(one: Found, leaves: Mapping[str, str]) -> Node:
-    leaf = one.leaf or leaves.get(one.name, "")
-    more = (one.state, one.busy, one.why, leaf, one.domain, one.partitions)
+def _node(one: Found, gpu: Gpu, collected: Collected) -> Node:
+    leaf = one.leaf or collected.leaves.get(one.name, "")
+    joined = collected.blocks and gpu.intra_node.gpus > gpu.gpus_per_node
+    more = (one.state, one.busy, one.why, leaf, one.domain or (leaf if joined else ""), one.partitions)
     return Node(one.name, one.gpus, one.healthy, one.free, *more)
 
 

@@ -98,8 +98,10 @@ def collect(captures: Sequence[Capture]) -> Collected:
     """Nodes of the captures, with the switches or blocks that they lie under. Raises InputError."""
     rows: dict[str, Row] = {}
     leaves: dict[str, str] = {}
+    blocks = False
     for capture in captures:
         found, above = _read(capture)
+        blocks = blocks or bool(above and re.search(r"^BlockName=|^\s*block\s*:", capture.text, re.M))
         leaves |= above
         for row in found:
             rows[row.name] = _same_node(rows[row.name], row) if row.name in rows else row
@@ -108,7 +110,7 @@ def collect(captures: Sequence[Capture]) -> Collected:
     notes = [] if leaves else ["nothing is said of switches: give scontrol show topology too"]
     if any("MIXED" in row.states and row.used is None for row in rows.values()):
         notes.append(f"whose GPUs are used is not said, none counts as free: {COMMANDS[0].shown} says it")
-    return Collected("Slurm", [_found(row) for row in rows.values()], leaves, None, tuple(notes))
+    return Collected("Slurm", [_found(row) for row in rows.values()], leaves, None, tuple(notes), blocks)
 
 
 def _same_node(before: Row, row: Row) -> Row:

@@ -15,6 +15,7 @@ import pytest
 from planner.discovery import Pool, asked_of, discover, kinds_said
 from planner.discovery.clusters import cluster_from, cluster_of
 from planner.discovery.inventory import Inventory
+from planner.discovery.kinds import Unresolved, kind_of
 from planner.discovery.slurm import gres_of
 from planner.errors import InputError
 
@@ -222,6 +223,59 @@ def test_blocks_and_topology_yaml_are_leaves_too(tmp_path: Path) -> None:
     )
     for topology in (block, tree, blocks):
         assert read(tmp_path, nodes, topology).pools[0].leaves() == {"b1": 4, "b2": 4}
+
+
+def test_blocks_are_nvlink_domains_of_gpus_whose_domains_span_nodes(tmp_path: Path) -> None:
+    block = "".join(
+        f"BlockName=b{n} BlockIndex={n} Nodes=n[{18 * n}-{18 * n + 17}] BlockSize=18\n" for n in (0, 1)
+    )
+    nodes = f"{HEAD}\n{row('n[0-35]', gres='gpu:gb200:4', used='gpu:gb200:0', features='')}\n"
+    found = read(tmp_path, nodes, block)
+    assert {node.domain for node in found.pool().nodes} == {"b0", "b1"}
+    made = cluster_of(found, found.pool(), None)
+    assert (made.num_gpus, made.domain, made.nodes_per_leaf) == (144, 72, 18)
+    assert "2 NVLink domains of 18 nodes" in made.assumptions
+    tree = block.replace("BlockName", "SwitchName").replace("BlockIndex", "Level")[:60].split("Level=1")[0]
+    assert {node.domain for node in read(tmp_path, nodes, tree).pool().nodes} == {""}
+    assert {node.domain for node in read(tmp_path, f"{HEAD}\n{row('n[0-35]')}\n", block).pool().nodes} == {""}
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "features", "kind"),
+    [
+        ("NVIDIA-H100-80GB-HBM3", 81559, "", "H100-SXM-80GB"),
+        ("NVIDIA-H100-PCIe", 81559, "", "H100-PCIe-80GB"),
+        ("NVIDIA-H100-NVL", 95830, "", "H100-NVL-94GB"),
+        ("NVIDIA H200", 143771, "", "H200-SXM-141GB"),
+        ("NVIDIA-A100-SXM4-40GB", 40960, "", "A100-SXM-40GB"),
+        ("NVIDIA-A100-80GB-PCIe", 81920, "", "A100-PCIe-80GB"),
+        ("NVIDIA-A100-PCIE-40GB", 40960, "", "A100-PCIe-40GB"),
+        ("Tesla-V100-SXM2-32GB", 32768, "", "V100-SXM2-32GB"),
+        ("NVIDIA-GB200", 189471, "", "GB200-NVL72-186GB"),
+        ("NVIDIA-GeForce-RTX-4090", 24564, "", "RTX-4090-24GB"),
+        ("AMD_Instinct_MI300X_OAM", None, "", "MI300X-192GB"),
+        ("nvidia_a100-sxm4-80gb", None, "", "A100-SXM-80GB"),
+        ("h100_nvl", None, "", "H100-NVL-94GB"),
+        ("h100", None, "", "H100-SXM-80GB"),
+        ("h100", None, "pcie", "H100-PCIe-80GB"),
+        ("a100", None, "ib200,80g", "A100-SXM-80GB"),
+        ("a100", 40960, "pcie", "A100-PCIe-40GB"),
+        ("a100", None, "", "may be"),
+        ("v100", None, "ib400", "may be"),
+        ("NVIDIA-H100-80GB-HBM3", 95830, "", "no kind of the catalog"),
+        ("NVIDIA-H200-NVL", 143771, "", "no kind of the catalog"),
+        ("NVIDIA-GH200-480GB", 97871, "", "no kind of the catalog"),
+    ],
+)
+def test_names_of_drivers_and_schedulers_are_kinds_of_the_catalog(
+    name: str, memory: int | None, features: str, kind: str
+) -> None:
+    words = tuple(features.split(",")) if features else ()
+    if kind.startswith(("may", "no")):
+        with pytest.raises(Unresolved, match=kind):
+            kind_of(name, memory, words, {})
+    else:
+        assert kind_of(name, memory, words, {})[0].name == kind
 
 
 @pytest.mark.parametrize(

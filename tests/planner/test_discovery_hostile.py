@@ -179,6 +179,9 @@ def test_commands_run_only_where_no_file_is_named_without_a_shell_and_with_limit
     assert (tmp_path / "words").read_text().startswith("-N -O NodeList:|,")
     program("scontrol", "echo no topology >&2; exit 1")
     assert discover(asked_of("from-slurm")).pools[0].leaves() == {}
+    program("sinfo", "exit 0")
+    with pytest.raises(InputError, match="says nothing"):
+        discover(asked_of("from-slurm"))
     program("sinfo", "echo '\x1b[31mno controller' >&2; exit 3")
     with pytest.raises(
         InputError, match=r"failed with 3: .*no controller; run elsewhere sinfo -N -O .* > 1.txt"

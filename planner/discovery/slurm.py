@@ -291,7 +291,8 @@ def gres_of(text: str, where: str) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     for one in re.split(r",(?![^(]*\))", text):
-        name, *rest = re.sub(r"\((?!null\)).*", "", one.strip()).split(":")
+        plainly = re.sub(r"^gres[/:]|\((?!null\)).*", "", one.strip())  # newer versions may write gres/gpu
+        name, *rest = plainly.split(":")
         if name != "gpu":
             continue
         number = rest.pop() if rest and re.fullmatch(r"-?\d+", rest[-1]) else "1"

@@ -285,6 +285,7 @@ def test_names_of_drivers_and_schedulers_are_kinds_of_the_catalog(
         ("gpu:nvidia_h200:4(S:0-1)", {"nvidia_h200": 4}),
         ("gpu:8", {"gpu": 8}),
         ("gpu", {"gpu": 1}),
+        ("gres/gpu:h100:8", {"h100": 8}),
         ("gpu:h100:4(IDX:0-1,4-5)", {"h100": 4}),
         ("gpu:(null):4(IDX:0-3)", {"gpu": 4}),
         ("gpu:a100:4,gpu:v100:2", {"a100": 4, "v100": 2}),

@@ -39,6 +39,7 @@ COMMANDS = {
     "alternatives": ("cli_alternatives", "EXAMPLE"),
     "diff": ("cli_plans", "DIFF"),
     "check": ("cli_plans", "CHECK"),
+    "cluster": ("cli_cluster", "EXAMPLE"),
     "infer": ("cli_infer", "EXAMPLE"),
     "catalog": ("cli_catalog", "EXAMPLE"),
     "measure": ("cli_measure", "EXAMPLE"),
@@ -209,6 +210,7 @@ def progress(
 
 @o.takes(
     o.JOB,
+    o.INVENTORY,
     o.TRAINING,
     o.COST,
     o.CHOICES,
@@ -234,7 +236,7 @@ def search(given: dict[str, Any]) -> None:
             raise InputError("--quiet and --verbose contradict each other: use one")
         choices = Choices(**reading.read_choices(given))
         training = reading.read_training(given)
-        spec, cluster = reading.read_model(given["model"]), cluster_of(given)
+        spec, (cluster, pool) = reading.read_model(given["model"]), cluster_asked(given)
         if choices.micro_batch_size and len(choices.micro_batch_size) == 1:
             unit = cluster.num_gpus * choices.micro_batch_size[0]
             training = reading.with_batch(spec, cluster, training, unit)
@@ -264,6 +266,10 @@ def search(given: dict[str, Any]) -> None:
         from planner.render import console_for, show_search
 
         show_search(console_for(), plans, given["verbose"], given["quiet"])
+        if pool:
+            from planner.cli_cluster import show_where
+
+            show_where(pool, spec, cluster, plans[0])
 
 
 def cluster_of(given: dict[str, Any]) -> ClusterSpec:
@@ -281,6 +287,15 @@ def cluster_of(given: dict[str, Any]) -> ClusterSpec:
     return with_costs(cluster, given)
 
 
+def cluster_asked(given: dict[str, Any]) -> tuple[ClusterSpec, Any]:
+    """The same, or what a scheduler lists, with the pool that it is of: for a command line alone."""
+    if "from-" not in given["gpus"] and all(given[name] is None for name in o.INVENTORY):
+        return cluster_of(given), None
+    from planner.cli_cluster import discovered
+
+    return discovered(given)
+
+
 def write_trace(model: ModelSpec, cluster: ClusterSpec, plan: Plan, path: str) -> None:
     """Writes a plan's step as a timeline."""
     from pathlib import Path
@@ -295,8 +310,7 @@ def one_layout(given: dict[str, Any]) -> tuple[Any, ...]:
     """Model, cluster, training and layout of a command that plans one given layout."""
     from planner import reading
 
-    spec = reading.read_model(given["model"])
-    cluster = cluster_of(given)
+    spec, (cluster, _) = reading.read_model(given["model"]), cluster_asked(given)
     training = reading.read_training(given)
     return spec, cluster, *reading.read_layout(spec, cluster, training, given)
 
@@ -325,6 +339,7 @@ def advice_on(job: tuple[Any, ...] | None, given: dict[str, Any], plan: Plan) ->
 
 @o.takes(
     o.JOB,
+    o.INVENTORY,
     o.LAYOUT,
     o.TRAINING,
     o.COST,
@@ -359,6 +374,7 @@ def estimate(given: dict[str, Any]) -> None:
 @o.takes(
     {"plan": (o.PlanFile, None)},
     o.JOB | {"model": (o.Model, None), "gpus": (o.Gpus, None)},
+    o.INVENTORY,
     o.LAYOUT,
     o.TRAINING,
     {
@@ -425,6 +441,7 @@ def explanation(given: dict[str, Any]) -> Explanation:
 
 @o.takes(
     o.JOB,
+    o.INVENTORY,
     {"micro_batch_size": (o.Micro, 1), "recompute": (o.Recompute, "auto")},
     o.TRAINING,
     o.COST,
@@ -436,7 +453,7 @@ def compare(given: dict[str, Any]) -> None:
         from planner import api, reading
         from planner.errors import InputError
 
-        spec, cluster = reading.read_model(given["model"]), cluster_of(given)
+        spec, (cluster, _) = reading.read_model(given["model"]), cluster_asked(given)
         training = reading.read_training(given)
         if (micro := given["micro_batch_size"]) > 0:
             training = reading.with_batch(spec, cluster, training, cluster.num_gpus * micro)

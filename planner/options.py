@@ -43,7 +43,21 @@ Model = Annotated[
     option("--model", "-m", help="A catalog name, a config.json, its folder, or layers=32,hidden=4096,..."),
 ]
 Gpus = Annotated[
-    str, option("--gpus", "-g", help="64x80G, 64xH100 or 8x8xH100 (nodes x GPUs per node x kind).")
+    str,
+    option(
+        "--gpus",
+        "-g",
+        help="64x80G, 64xH100, 8x8xH100 (nodes x GPUs per node x kind), or from-slurm, from-k8s, from-ray.",
+    ),
+]
+PoolName = Annotated[
+    str | None, option("--pool", help="Of from-slurm and others: a pool, its kind of GPU or a partition.")
+]
+Fits = Annotated[
+    str | None, option("--fits", help="Of those, GPUs that are there: total, healthy (the default) or now.")
+]
+GpuType = Annotated[
+    list[str] | None, option("--gpu-type", help="What GPUs there are, as in a100=a100-80gb; repeatable.")
 ]
 Seq = Annotated[int | None, option("--seq-length", "-s", help="Tokens per sequence.")]
 Batch = Annotated[int | None, option("--global-batch-size", "-b", help="Sequences per step.")]
@@ -237,6 +251,8 @@ JOB: Options = {
     "gpus": (Gpus,),
 }
 """What is trained, and on what."""
+INVENTORY: Options = {"pool": (PoolName, None), "fits": (Fits, None), "gpu_type": (GpuType, None)}
+"""Which GPUs of a scheduler's inventory."""
 TRAINING: Options = {
     "seq_length": (Seq, None),
     "global_batch_size": (Batch, None),

@@ -51,7 +51,7 @@ def read_model(text: str) -> ModelSpec:
 
 
 def read_cluster(
-    gpus: str,
+    gpus: str | ClusterSpec,
     memory_budget: str | None = None,
     headroom: str | None = None,
     nodes_per_leaf: int | None = None,
@@ -62,7 +62,7 @@ def read_cluster(
     nvme_bandwidth: str | None = None,
 ) -> ClusterSpec:
     """A cluster with its memory budget and the switches above its nodes."""
-    cluster = ClusterSpec.parse(gpus)
+    cluster = gpus if isinstance(gpus, ClusterSpec) else ClusterSpec.parse(gpus)
     update: dict[str, Any] = {}
     if memory_budget is not None:
         update["budget_bytes"] = budget = parse_bytes(memory_budget, "--memory-budget ")

@@ -191,6 +191,11 @@ class ClusterSpec(BaseModel):
 
         text = text.replace("\u00d7", "x")
         shape = re.fullmatch(r"\s*(\d{1,9})\s*x\s*(?:(\d{1,6})\s*x\s*)?([\w. -]{1,60}?)\s*", text, re.I)
+        if re.match(r"\s*(?:\d+@)?from-", text, re.I):
+            raise InputError(
+                f"--gpus {text[:60]!r}: a scheduler is asked by search, estimate, explain, compare, "
+                "cluster: write count x kind here, as in 64xH100"
+            )
         if "," in text:
             raise InputError(f"--gpus {text!r}: several pools are not supported; plan one pool at a time")
         if not shape:

@@ -46,6 +46,7 @@ FIRST = ("seq_length", "global_batch_size", "tokens", "framework", "precision", 
 CONFIG, TITLE, NOTE = "config", "title", "note"
 HELP = {
     "model": "A name of the catalog, or a shape: layers=32,hidden=4096,heads=32,ffn=11008,vocab=32000.",
+    "gpus": "64x80G, 64xH100 or 8x8xH100 (nodes x GPUs per node x kind).",
     "option": "Kernels or buffers of the framework, as in loss=fused; one a line.",
     "time_limit": f"Seconds to search at most, up to {MOST_SECONDS:g}.",
 }

@@ -56,6 +56,7 @@ def test_heavy_packages_have_a_home_each() -> None:
         "planner/render_advice.py",
         "planner/render_alternatives.py",
         "planner/render_audit.py",
+        "planner/render_cluster.py",
         "planner/render_compare.py",
         "planner/render_explain.py",
         "planner/render_cost.py",
@@ -71,6 +72,7 @@ def test_heavy_packages_have_a_home_each() -> None:
     assert who_imports("typer") == {
         "planner/cli.py",
         "planner/cli_audit.py",
+        "planner/cli_cluster.py",
         "planner/cli_launch.py",
         "planner/cli_plans.py",
         "planner/cli_preflight.py",

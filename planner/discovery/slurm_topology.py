@@ -1,0 +1,67 @@
+"""Switches and blocks above Slurm's nodes: `scontrol show topology`, topology.conf, topology.yaml."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from planner.discovery.captures import Capture
+from planner.errors import InputError
+from planner.files import plain
+from planner.hostlist import names_of
+
+LONGEST = 5_000_000
+"""Bytes of a topology.yaml at most."""
+
+
+def expand(text: str, where: str) -> list[str]:
+    """Names of a list as Slurm writes it. Raises InputError."""
+    try:
+        return names_of(text)
+    except RecursionError:
+        raise InputError(f"{where}: {plain(text)} has too many brackets to be a list of nodes") from None
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def leaves_of_line(line: str, where: str) -> dict[str, str]:
+    """The leaf switch or block of nodes, of a line of scontrol or topology.conf.
+
+    Lines of switches above leaves and of blocks of blocks say nothing of nodes.
+    """
+    pairs = dict(re.findall(r"(\w+)=(\S*)", line))
+    name = pairs.get("SwitchName") or pairs.get("BlockName") or ""
+    if not name or "Switches" in pairs or pairs.get("Level", "0") != "0" or not pairs.get("Nodes"):
+        return {}
+    return dict.fromkeys(expand(pairs["Nodes"], where), plain(name))
+
+
+def leaves_of_yaml(capture: Capture) -> dict[str, str]:
+    """The leaf switch or block of nodes, of a topology.yaml (Slurm 25.05 and later).
+
+    Of several topologies the default one, or else the first. Raises InputError.
+    """
+    import yaml
+
+    if len(capture.text) > LONGEST:
+        raise InputError(f"{capture.name}: a topology is read up to {LONGEST:,} bytes")
+    try:
+        for event in yaml.parse(capture.text, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise InputError(f"{capture.name}: anchors and aliases are not read: write the value out")
+        found = yaml.safe_load(capture.text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        why = getattr(error, "problem", None) or "it is nested too deep"
+        raise InputError(f"{capture.name}: not YAML: {plain(str(why))}") from None
+    topologies = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+    if not topologies:
+        raise InputError(f"{capture.name}: no topology.yaml: a list of topologies is expected")
+    chosen = next((one for one in topologies if one.get("cluster_default")), topologies[0])
+    leaves: dict[str, str] = {}
+    for kind, rows, name in (("tree", "switches", "switch"), ("block", "blocks", "block")):
+        held: Any = chosen.get(kind)
+        for row in (held.get(rows) or []) if isinstance(held, dict) else []:
+            if isinstance(row, dict) and isinstance(row.get("nodes"), str):
+                leaf = plain(str(row.get(name, "")))
+                leaves |= dict.fromkeys(expand(row["nodes"], capture.name), leaf)
+    return leaves

@@ -84,7 +84,7 @@ def expressible(document: Document, number: int | None, make: Any) -> tuple[Subj
         if error.instead:
             from planner.asked import options_text
 
-            able.append(f"so can be planner estimate with {options_text(error.instead)}")
+            able.append(f"or plan it with {options_text(error.instead)}")
         raise InputError("; ".join([str(error), *able])) from None
 
 
@@ -95,8 +95,6 @@ def _beside(other: Subject, first: Subject) -> str:
 
 def document_of(subject: Subject, made: Export) -> dict[str, Any]:
     """An export as JSON values; ``command`` starts one node."""
-    from planner.export.base import Shell
-
     return {
         "schema": "planner.export/1",
         "plan": subject.digest,
@@ -106,7 +104,7 @@ def document_of(subject: Subject, made: Export) -> dict[str, Any]:
         "processes_per_node": subject.per_node,
         "files": dict(made.files),
         "env": dict(made.env),
-        "command": list(made.on_node(subject, Shell("$NODE_RANK"), Shell("$MASTER_ADDR"))),
+        "command": list(made.on_node(subject, *_place(subject))),
         "submit": list(made.submit),
         "notes": list(made.notes),
     }
@@ -114,7 +112,7 @@ def document_of(subject: Subject, made: Export) -> dict[str, Any]:
 
 def _show(subject: Subject, made: Export, output: str | None) -> None:
     """The files, or where they are; how they are started and what is to be known on standard error."""
-    from planner.export.base import Shell, quoted
+    from planner.export.base import quoted
 
     for name, text in made.files.items():
         if output:
@@ -126,9 +124,16 @@ def _show(subject: Subject, made: Export, output: str | None) -> None:
     if made.submit:
         typer.echo(f"\nTo start it: {quoted(made.submit)}", err=True)
     elif made.program:
-        command = quoted(made.on_node(subject, Shell("$NODE_RANK"), Shell("$MASTER_ADDR")))
+        command = quoted(made.on_node(subject, *_place(subject)))
         each = "the node" if subject.nodes == 1 else f"each of {subject.nodes} nodes"
         env = " ".join(f"{name}={quoted([value])}" for name, value in made.env.items())
         typer.echo(f"\nOn {each}: {env + ' ' if env else ''}{command}", err=True)
     for note in made.notes:
         typer.echo(f"Note: {note}", err=True)
+
+
+def _place(subject: Subject) -> tuple[str, str]:
+    """A node's number and the address of the first, as a shell has them; of one node they are known."""
+    from planner.export.base import Shell
+
+    return ("0", "127.0.0.1") if subject.nodes == 1 else (Shell("$NODE_RANK"), Shell("$MASTER_ADDR"))

@@ -188,6 +188,36 @@ def _of_torchtitan(subject: Subject, answer: Mapping[str, Any]) -> Iterator[Chec
             yield Check(f"parameters of rank {rank}", local_parameters(subject, rank), count)
 
 
+def _deepspeed_case(subject: Subject, made: Export) -> dict[str, Any]:
+    layout = subject.layout
+    config = json.loads(made.files["ds_config.json"])
+    parts = layout.tensor_parallel * layout.pipeline_parallel * layout.context_parallel
+    return {"config": config, "world": subject.plan.num_gpus, "parts": parts}
+
+
+def _of_deepspeed(subject: Subject, answer: Mapping[str, Any]) -> Iterator[Check]:
+    names = ("global_batch_size", "micro_batch_size", "grad_accum")
+    yield from _compared(subject, dict(zip(names, answer["batch"], strict=True)))
+    stages = {"ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3}
+    yield Check("ZeRO stage", stages.get(subject.layout.sharding), answer["stage"])
+
+
+def _accelerate_case(subject: Subject, made: Export) -> dict[str, Any]:
+    return {"files": dict(made.files), "world": subject.layout.data_parallel}
+
+
+def _of_accelerate(subject: Subject, answer: Mapping[str, Any]) -> Iterator[Check]:
+    yield Check("processes", subject.plan.num_gpus, answer["processes"])
+    yield Check("machines", subject.nodes, answer["machines"])
+    arguments, mesh = answer["arguments"], answer["mesh"]
+    read = {
+        "tensor_parallel": mesh.get("tp", 1),
+        "micro_batch_size": arguments["per_device_train_batch_size"],
+        "grad_accum": arguments["gradient_accumulation_steps"],
+    }
+    yield from _compared(subject, read)
+
+
 @dataclass(frozen=True)
 class Probe:
     """How a framework is asked: the scripts for a version, the case, and what of the answer is compared."""
@@ -204,5 +234,7 @@ PROBES = {
         _torchtitan_case,
         _of_torchtitan,
     ),
+    "deepspeed": Probe(lambda version: ["deepspeed"], _deepspeed_case, _of_deepspeed),
+    "accelerate": Probe(lambda version: ["accelerate"], _accelerate_case, _of_accelerate),
 }
 """Targets whose framework can be asked."""

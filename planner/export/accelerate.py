@@ -109,12 +109,12 @@ def _ddp(subject: Subject) -> dict[str, Any]:
         raise NotExpressible(
             "gradient_view=on is DistributedDataParallelKwargs(gradient_as_bucket_view=True) in your code: "
             "TrainingArguments have no such switch",
-            {"option": "gradient_view=off"},
+            {"option": {"gradient_view": "off"}},
         )
     if subject.options().get("optimizer_step") == "in_backward" and subject.job.training.optimizer != "lomo":
         raise NotExpressible(
             "optimizer_step=in_backward is hooks in your code: the Trainer steps after the backward",
-            {"option": "optimizer_step=fused"},
+            {"option": {"optimizer_step": "fused"}},
         )
     kind = "MULTI_GPU" if subject.plan.num_gpus > 1 else "NO"
     return {
@@ -174,12 +174,12 @@ def _fsdp_refused(subject: Subject, precision: str, first: bool) -> Iterator[tup
         yield (
             f"root={options.get('root')}: accelerate makes embedding, and norm and head, units of their own "
             f"under FSDP2 and not under FSDP1: use root={root}",
-            {"option": f"root={root}"},
+            {"option": {"root": root}},
         )
     if options.get("mixed_precision") == "autocast":
         yield (
             "mixed_precision=autocast: accelerate gives FSDP a mixed precision policy: use fsdp",
-            {"option": "mixed_precision=fsdp"},
+            {"option": {"mixed_precision": "fsdp"}},
         )
     # utils/dataclasses.py, set_mixed_precision: gradients are reduced in the type of the products.
     reduced = "fp32" if precision in ("fp32", "tf32") else "bf16"
@@ -187,7 +187,7 @@ def _fsdp_refused(subject: Subject, precision: str, first: bool) -> Iterator[tup
         yield (
             f"reduce_dtype={options.get('reduce_dtype')} with precision={precision}: accelerate reduces "
             f"gradients in the type of the products: use reduce_dtype={reduced}",
-            {"option": f"reduce_dtype={reduced}"},
+            {"option": {"reduce_dtype": reduced}},
         )
     if options.get("compile") == "on" and layout.context_parallel > 1:
         yield ("compile=on with context parallelism is not known to run: use compile=off", {})

@@ -21,7 +21,10 @@ from strategies.layout import Layout
 
 
 class NotExpressible(InputError):
-    """What a target cannot be told. ``instead`` are options of ``planner estimate`` that it could be."""
+    """What a target cannot be told. ``instead`` are options of ``planner estimate`` that it could be.
+
+    They are as :func:`planner.asked.options_text` has them: ``option`` maps names to values.
+    """
 
     def __init__(self, message: str, instead: Mapping[str, Any] | None = None) -> None:
         super().__init__(message)

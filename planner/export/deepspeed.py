@@ -289,12 +289,12 @@ def _check_types(subject: Subject) -> None:
     if options.get("offload_copy") == "tiled":
         raise NotExpressible(
             "offload_copy=tiled: DeepSpeed brings updated weights back as a whole",
-            {"option": "offload_copy=whole"},
+            {"option": {"offload_copy": "whole"}},
         )
     for name, only in (("loss", "parallel"), ("swiglu", "unfused"), ("optimizer_step", "fused")):
         if megatron and subject.job.stack.concerned(name, subject.model) and options.get(name, only) != only:
             raise NotExpressible(
-                f"{name}={options[name]}: Megatron-DeepSpeed's {name} is {only}", {"option": f"{name}={only}"}
+                f"{name}={options[name]}: Megatron-DeepSpeed's {name} is {only}", {"option": {name: only}}
             )
     if not megatron:
         huggingface.recomputed(subject, "DeepSpeed")

@@ -135,7 +135,7 @@ def optimizer_of(subject: Subject) -> str:
         raise NotExpressible(
             f"optimizer_step={step} of {training.optimizer} is not to be said in TrainingArguments, whose "
             f"optim={OPTIMIZERS[training.optimizer, others[0]]} is {others[0]}",
-            {"option": f"optimizer_step={others[0]}"},
+            {"option": {"optimizer_step": others[0]}},
         )
     near = NEAREST.get(training.optimizer, "adamw")
     raise NotExpressible(

@@ -155,7 +155,7 @@ def _check(subject: Subject) -> None:
     if subject.options()["attention"] == "eager":
         raise NotExpressible(
             "attention=eager: Megatron-Bridge's models are Transformer Engine's",
-            {"option": "attention=flash"},
+            {"option": {"attention": "flash"}},
         )
 
 

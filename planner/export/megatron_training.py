@@ -61,7 +61,7 @@ def _precision(subject: Subject) -> Iterator[tuple[str, Any]]:
     if precision == "fp32" and job.training.options["attention"] != "eager":
         raise NotExpressible(
             "precision=fp32 with attention=flash: no fused attention takes fp32",
-            {"option": "attention=eager"},
+            {"option": {"attention": "eager"}},
         )
     if precision != "fp32":
         yield f"--{half}", precision if half == "fp16" else True
@@ -108,7 +108,7 @@ def _recompute(subject: Subject) -> Iterator[tuple[str, Any]]:
     if options.get("swiglu") == "recomputed" and subject.model.gated_mlp:
         raise NotExpressible(
             "swiglu=recomputed: Megatron-LM runs a dense MLP's activation again with the whole MLP only",
-            {"option": "mlp=recomputed"},
+            {"option": {"mlp": "recomputed"}},
         )
     policy, count = subject.recompute("Megatron-LM")
     policy = Way.of(policy).recompute
@@ -183,8 +183,8 @@ def _offload(subject: Subject) -> Iterator[tuple[str, Any]]:
     if "optimizer" in counted or "optimizer" in whole:
         if plan.training.optimizer not in ("adam", "adamw"):
             raise NotExpressible(
-                f"offload of the states of optimizer={plan.training.optimizer}: --optimizer-cpu-offload is of "
-                "Adam, as the precision-aware optimizer is that it needs",
+                f"offload of the states of optimizer={plan.training.optimizer}: --optimizer-cpu-offload is "
+                "of Adam, as the precision-aware optimizer is that it needs",
                 {"optimizer": "adamw"},
             )
         yield "--optimizer-cpu-offload", True
@@ -232,14 +232,14 @@ def _kernels(subject: Subject, version: str) -> Iterator[tuple[str, Any]]:
             raise NotExpressible(
                 "attention=eager with RMSNorm and sequence_parallel: PyTorch's norms, which Megatron-LM "
                 "takes without Transformer Engine, refuse it (core/transformer/torch_norm.py)",
-                {"option": "attention=flash"},
+                {"option": {"attention": "flash"}},
             )
         yield "--no-persist-layer-norm", True
     if options.get("loss") == "fused":
         if version not in ("0.17", "0.18"):
             raise NotExpressible(
                 f"loss=fused: Megatron-LM {version} refuses Transformer Engine's cross entropy",
-                {"option": "loss=parallel"},
+                {"option": {"loss": "parallel"}},
             )
         yield "--cross-entropy-fusion-impl", "te"
     if options.get("overlap") == "on" and layout.sharding != "ddp":
@@ -249,7 +249,7 @@ def _kernels(subject: Subject, version: str) -> Iterator[tuple[str, Any]]:
     elif options.get("tp_comm_overlap") == "on" and not layout.sequence_parallel:
         raise NotExpressible(
             "tp_comm_overlap=on without sequence_parallel: Megatron-LM overlaps the one with the other only",
-            {"option": "tp_comm_overlap=off"},
+            {"option": {"tp_comm_overlap": "off"}},
         )
     if model.experts:
         yield "--moe-grouped-gemm", not eager

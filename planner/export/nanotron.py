@@ -272,7 +272,7 @@ def _refused(subject: Subject) -> Iterator[tuple[str, dict[str, Any]]]:
         if options.get(name, value) != value:
             yield (
                 f"{name}={options[name]} is not nanotron's: use {name}={value}",
-                {"option": f"{name}={value}"},
+                {"option": {name: value}},
             )
     if options.get("swiglu") == "recomputed":
         yield ("swiglu=recomputed is not nanotron's: use swiglu=fused", {"swiglu": "fused"})

@@ -114,7 +114,7 @@ def problems(subject: Subject) -> list[NotExpressible]:
     for name, value in subject.options().items():
         if (name, value) in REFUSED:
             other, why = REFUSED[name, value]
-            found.append(NotExpressible(f"{name}={value}: {why}", {"option": f"{name}={other}"}))
+            found.append(NotExpressible(f"{name}={value}: {why}", {"option": {name: other}}))
     found += _of_loss(subject)
     if training.optimizer not in OPTIMIZERS:
         found.append(
@@ -129,7 +129,7 @@ def problems(subject: Subject) -> list[NotExpressible]:
             NotExpressible(
                 f"optimizer={training.optimizer}, optimizer_step=fused: torch 2.13 has no fused SGD of "
                 "sharded tensors (NotImplementedError: aten._fused_sgd_)",
-                {"option": "optimizer_step=foreach"},
+                {"option": {"optimizer_step": "foreach"}},
             )
         )
     if training.adapters:
@@ -168,7 +168,7 @@ def _of_loss(subject: Subject) -> list[NotExpressible]:
         )
     if options["loss"] != "chunked" or not why:
         return []
-    return [NotExpressible(f"loss=chunked: {why}", {"option": "loss=eager"})]
+    return [NotExpressible(f"loss=chunked: {why}", {"option": {"loss": "eager"}})]
 
 
 def _of_precision(subject: Subject) -> list[NotExpressible]:

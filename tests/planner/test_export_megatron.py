@@ -224,15 +224,15 @@ def test_offloading() -> None:
         ({"name": "opt-1.3b"}, "position_offset", {}),
         ({"name": "deepseek-v2-lite"}, "q_lora_rank=None", {}),
         ({"precision": "tf32"}, "tf32", {"precision": "bf16"}),
-        ({"precision": "fp32"}, "attention=flash", {"option": "attention=eager"}),
+        ({"precision": "fp32"}, "attention=flash", {"option": {"attention": "eager"}}),
         ({"master_weights": False}, "master_weights", {"master_weights": ""}),
         (
             {"layout": Layout(8, sharding="zero1", offload="optimizer"), "optimizer": "momentum"},
             "offload of the states",
             {"optimizer": "adamw"},
         ),
-        ({"options": {"swiglu": "recomputed"}}, "swiglu", {"option": "mlp=recomputed"}),
-        ({"options": {"loss": "fused"}}, "loss=fused", {"option": "loss=parallel"}),
+        ({"options": {"swiglu": "recomputed"}}, "swiglu", {"option": {"mlp": "recomputed"}}),
+        ({"options": {"loss": "fused"}}, "loss=fused", {"option": {"loss": "parallel"}}),
         ({"options": {"norm": "recomputed"}, "recompute": "full"}, "norm=recomputed", {"recompute": "none"}),
         (
             {"layout": Layout(8, sharding="fsdp", reshard_after_forward=False)},
@@ -252,7 +252,7 @@ def test_offloading() -> None:
         (
             {"layout": Layout(4, 2, sequence_parallel=True), "options": {"attention": "eager"}},
             "torch_norm",
-            {"option": "attention=flash"},
+            {"option": {"attention": "flash"}},
         ),
     ],
 )

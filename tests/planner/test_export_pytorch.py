@@ -152,9 +152,8 @@ def test_what_is_named_instead_can_be_said() -> None:
             changed = dict(given)
             for name, value in problem.instead.items():
                 if name == "option":
-                    option, _, word = str(value).partition("=")
-                    kept = {k: v for k, v in given.items() if k != option}  # attention has a name of its own
-                    changed = kept | {"options": given.get("options", {}) | {option: word}}
+                    kept = {k: v for k, v in given.items() if k not in value}  # attention's name is its own
+                    changed = kept | {"options": given.get("options", {}) | value}
                 elif name == "context_parallel":
                     changed.pop("layout")
                 elif name == "framework":

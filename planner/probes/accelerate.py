@@ -28,7 +28,6 @@ with contextlib.redirect_stdout(io.StringIO()):
     from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
     from accelerate.utils import dataclasses as plugins
     from accelerate.utils import launch as launching
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from transformers import HfArgumentParser, TrainingArguments
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
@@ -72,6 +71,8 @@ def mesh_of(args: Any, kind: Any) -> dict[str, int]:
 
 def deepspeed_of(arguments: TrainingArguments, world: int) -> dict[str, Any]:
     """The file with what the Trainer fills in, for so many processes that have data of their own."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
     plugin = DeepSpeedPlugin()
     found = HfTrainerDeepSpeedConfig(plugin.hf_ds_config.config)
     names = (

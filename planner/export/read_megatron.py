@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from planner.errors import InputError
@@ -40,6 +40,8 @@ SIGNS = (
 """Flags that no other program has together."""
 OWN = ("", "pretrain_gpt.py", "pretrain_mamba.py", "pretrain_hybrid.py")
 """Scripts that add no flags of their own."""
+COUNTS_GPUS = True
+"""``WORLD_SIZE`` is how many GPUs there are, whatever a script starts as it stands."""
 OTHERS = (".json", ".toml", ".yaml", ".yml", ".py")
 
 
@@ -89,6 +91,11 @@ def read(files: Mapping[str, str], given: Mapping[str, str] | None = None) -> Im
         found.add(
             "warning", shown(f"\ue000{name}\ue001"), text, f"give --set {name}=..., empty if there are none"
         )
+    if (counted := _whole(given.get("WORLD_SIZE", ""))) and counted != launch.world_size:
+        if launch.world_size:
+            text = f"it starts {launch.world_size} processes as it stands, and is judged as if of {counted}"
+            found.add("warning", "world size", text, "see that it starts as many")
+        launch = replace(launch, world_size=counted, per_node=None)
     model = model_of(found, launch.script)
     options = options_of(found, model, launch.world_size)
     if all((launch.env or {}).get(name) == "0" for name in UNFUSED):

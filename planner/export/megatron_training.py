@@ -183,8 +183,8 @@ def _offload(subject: Subject) -> Iterator[tuple[str, Any]]:
     if "optimizer" in counted or "optimizer" in whole:
         if plan.training.optimizer not in ("adam", "adamw"):
             raise NotExpressible(
-                f"offload of the states of optimizer={plan.training.optimizer}: --optimizer-cpu-offload is of "
-                "Adam, as the precision-aware optimizer is that it needs",
+                f"offload of the states of optimizer={plan.training.optimizer}: --optimizer-cpu-offload is "
+                "of Adam, as the precision-aware optimizer is that it needs",
                 {"optimizer": "adamw"},
             )
         yield "--optimizer-cpu-offload", True

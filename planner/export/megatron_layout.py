@@ -36,6 +36,7 @@ def layout_values(subject: Subject) -> dict[str, Any]:
     if layout.sharding in ("zero2", "fsdp"):
         found |= {
             "--use-megatron-fsdp": True,
+            "--use-distributed-optimizer": "zero1",  # its optimizer; 0.17 does not say so itself
             "--data-parallel-sharding-strategy": layout.sharding,
             "--ckpt-format": "fsdp_dtensor",
         }

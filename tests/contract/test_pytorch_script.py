@@ -154,7 +154,7 @@ def ran() -> dict[str, tuple[Plan, dict[str, Any]]]:
 def test_every_layout_has_the_losses_of_one_process(ran: dict[str, Any]) -> None:
     for name, case in CASES.items():
         losses = ran[name][1]["report"]["losses"]
-        assert losses[-1] < losses[0] - 0.05, name
+        assert min(losses) < losses[0] - 0.1, name
         if case.like:
             near = 1e-4 if case.training.get("precision", "fp32") == "fp32" else 0.03
             assert losses == pytest.approx(ran[case.like][1]["report"]["losses"], abs=near), name

@@ -137,6 +137,35 @@ def read_configuration(
     )
 
 
+SHAPE = (
+    "kind",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "num_parameters",
+)
+
+
+def named_as_known(model: ModelSpec) -> ModelSpec:
+    """A model that a configuration describes, by the catalog's name where it has one of that shape.
+
+    >>> shape = ModelSpec.from_catalog("llama-3.1-8b").model_copy(update={"name": "flags"})
+    >>> named_as_known(shape).name
+    'llama-3-8b'
+    """
+    from planner.catalog import load_model, names
+
+    for name in names("models"):
+        known = load_model(name)
+        if all(getattr(known, one) == getattr(model, one) for one in SHAPE):
+            return model.model_copy(update={"name": known.name})
+    return model
+
+
 def cluster_text(gpus: str | None, imported: Imported) -> str:
     """What ``--gpus`` stands for: a kind alone is of as many as the configuration starts processes.
 

@@ -10,6 +10,8 @@ from planner import options as o
 from planner.options import option
 
 EXAMPLE = "Example: planner audit train.sh --gpus H100"
+DEGREES = {"tensor_parallel", "pipeline_parallel", "context_parallel"}
+"""Where one of them is given on the command line, the replicas follow."""
 Files = Annotated[
     list[str],
     typer.Argument(
@@ -49,12 +51,15 @@ def audit(given: dict[str, Any]) -> None:
         variables = settings_of(given["variables"] or [], keep_case=True)
         imported = audits.read_configuration(files, given["framework_of"], variables, given["gpus"])
         asked = given["asked"]
-        merged = given | {k: v for k, v in imported.options.items() if k not in asked}
+        left_out = {*asked, *(["data_parallel"] if DEGREES & set(asked) else [])}
+        merged = given | {k: v for k, v in imported.options.items() if k not in left_out}
         if own := imported.options.get("option"):
             merged["option"] = _options(own, asked.get("option"))
-        model = reading.read_model(given["model"]) if given["model"] else imported.model
-        if model is None:
+        if imported.model is None and not given["model"]:
             raise InputError("the configuration does not say which model it trains: give --model")
+        model = reading.read_model(given["model"] or "") if given["model"] else imported.model
+        assert model is not None
+        model = model if given["model"] else audits.named_as_known(model)
         cluster = cluster_of(merged | {"gpus": audits.cluster_text(given["gpus"], imported)})
         with progress(given["as_json"], "looking for changes: {} tried, {} fit") as report:
             found = audits.audit(imported, model, cluster, merged, report)

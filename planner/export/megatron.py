@@ -1,8 +1,7 @@
 """Plans for Megatron-LM: a file of flags, and a script that starts a node's processes with them.
 
 Written for Megatron-LM with megatron-core 0.17 to 0.19, of which each knows every flag of the table in
-planner/export/megatron_flags.py. What the flags mean together is checked here before they are written, where
-Megatron-LM itself would say nothing (:func:`problems`).
+planner/export/megatron_flags.py.
 """
 
 from __future__ import annotations

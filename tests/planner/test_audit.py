@@ -1,0 +1,164 @@
+"""An audit: files to a verdict, findings, changes that pay, a better layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from planner import ClusterSpec, InputError, ModelSpec, estimate
+from planner.audit import cluster_text, named_as_known, read_configuration, read_files
+from planner.cli import app
+from planner.export import Subject, export
+from planner.export.imported import Imported
+
+FLAGS = (
+    "--num-layers 32 --hidden-size 4096 --ffn-hidden-size 11008 --num-attention-heads 32 --seq-length 4096 "
+    "--max-position-embeddings 4096 --position-embedding-type rope --swiglu --normalization RMSNorm "
+    "--disable-bias-linear --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 "
+    "--vocab-size 32000 --bf16 --micro-batch-size 1 --global-batch-size 64 --overlap-grad-reduce "
+    "--overlap-param-gather --no-create-attention-mask-in-dataloader "
+)
+GOOD = FLAGS + "--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer"
+
+
+def run(*words: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["audit", *words], env={"COLUMNS": "100"})
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def audited(tmp_path: Path, flags: str, *more: str) -> tuple[int, dict[str, Any]]:
+    path = tmp_path / "plan.args"
+    path.write_text(flags)
+    status, output = run(str(path), "--gpus", "8xA100", *more, "--json")
+    return status, json.loads(output)
+
+
+def test_a_sound_configuration_holds(tmp_path: Path) -> None:
+    status, found = audited(tmp_path, GOOD)
+    assert status == 0
+    assert found["holds"] is True
+    assert found["framework"] == "megatron"
+    assert not [one for one in found["findings"] if one["severity"] == "error"]
+    assert found["document"]["model"]["name"] == "llama-2-7b"
+
+
+def test_the_plan_is_that_of_the_same_options(tmp_path: Path) -> None:
+    _, found = audited(tmp_path, GOOD)
+    words = "estimate --model llama-2-7b --gpus 8xA100 -tp 2 -s 4096 -b 64 --sharding zero1 --json"
+    told = json.loads(CliRunner().invoke(app, words.split()).output)
+    here, there = found["document"]["plans"][0], told["plans"][0]
+    assert (here["peak_bytes"], here["step_time_s"]) == (there["peak_bytes"], there["step_time_s"])
+
+
+def test_changes_that_pay_are_true(tmp_path: Path) -> None:
+    """Each is an option of estimate: applied, it gives the step and the peak that were named."""
+    _, found = audited(
+        tmp_path, GOOD + " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    )
+    plan = found["document"]["plans"][0]
+    gains = {one["option"]: one for one in found["gains"]}
+    assert "--recompute none" in gains
+    base = "estimate --model llama-2-7b --gpus 8xA100 -tp 2 -s 4096 -b 64 --sharding zero1 --recompute full"
+    for option, gain in gains.items():
+        if ", no " in option:
+            continue
+        words = [*base.split(), *option.split(), "--json"]
+        told = json.loads(CliRunner().invoke(app, words).output)["plans"][0]
+        assert told["peak_bytes"] == gain["peak_bytes"], option
+        assert told["step_time_s"] / plan["step_time_s"] == pytest.approx(gain["step_time_ratio"]), option
+
+
+def test_what_does_not_fit_is_advised_on(tmp_path: Path) -> None:
+    status, found = audited(tmp_path, FLAGS + " --micro-batch-size 8")
+    assert status == 1
+    assert found["holds"] is False
+    assert found["better"]["plan"]["fits"] is True
+    assert found["document"]["binding"]
+    assert found["document"]["changes"]
+
+
+def test_a_better_layout_is_the_best_that_can_be_told(tmp_path: Path) -> None:
+    _, found = audited(tmp_path, FLAGS + " --tensor-model-parallel-size 8 --sequence-parallel")
+    better = found["better"]
+    assert better["step_time_ratio"] < 0.9
+    assert not any("--launchable" in note for note in better["plan"]["warnings"])
+
+
+def test_what_cannot_be_planned_says_why(tmp_path: Path) -> None:
+    status, found = audited(tmp_path, FLAGS + " --tensor-model-parallel-size 3")
+    assert status == 2
+    assert "tensor_parallel" in found["problem"]
+    assert any(one["severity"] == "error" for one in found["findings"])
+
+
+def test_the_command_line_wins(tmp_path: Path) -> None:
+    _, found = audited(tmp_path, GOOD, "-tp", "4", "--model", "llama-2-13b")
+    assert found["document"]["plans"][0]["layout"]["tensor_parallel"] == 4
+    assert found["document"]["model"]["name"] == "llama-2-13b"
+
+
+def test_reading_executes_nothing(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    script = tmp_path / "train.sh"
+    script.write_text(
+        f"X=$(touch {mark})\n`touch {mark}`\ntorchrun --nproc-per-node 8 pretrain_gpt.py {GOOD}\n"
+    )
+    run(str(script), "--gpus", "A100")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("hello: world\n", "no configuration of"), ("\0\0", "not text"), ("", "empty")],
+)
+def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text(text)
+    status, output = run(str(path), "--gpus", "8xA100")
+    assert status == 2
+    assert message in " ".join(output.split())
+
+
+def test_unknown_frameworks_are_named() -> None:
+    with pytest.raises(InputError, match="did you mean megatron"):
+        read_configuration({"x": "y"}, "megatro")
+
+
+def test_gpus_are_a_kind_or_a_number_of_them() -> None:
+    known, unknown = Imported("megatron", {}, world_size=64, per_node=8), Imported("deepspeed", {})
+    assert cluster_text("h100", known) == "8x8xh100"
+    assert cluster_text("16xh100", known) == "16xh100"
+    with pytest.raises(InputError, match="COUNTxKIND"):
+        cluster_text("h100", unknown)
+    with pytest.raises(InputError, match="KIND, as in H100"):
+        cluster_text(None, known)
+
+
+def test_a_shape_that_is_known_has_its_name() -> None:
+    shape = ModelSpec.from_catalog("mixtral-8x7b").model_copy(update={"name": "flags"})
+    assert named_as_known(shape).name == "mixtral-8x7b"
+    other = shape.model_copy(update={"hidden_size": 4000})
+    assert named_as_known(other).name == "flags"
+
+
+def test_an_export_is_read_back_as_the_plan(tmp_path: Path) -> None:
+    """What was exported is audited without a finding that is an error, and fits as planned."""
+    from planner import Layout, TrainingSpec
+
+    model, cluster = ModelSpec.from_catalog("llama-2-7b"), ClusterSpec.parse("8xA100")
+    training = TrainingSpec(seq_length=4096, global_batch_size=64)
+    layout = Layout(2, 2, 2, grad_accum=32, sharding="zero1", sequence_parallel=True)
+    plan = estimate(model, cluster, training, layout, recompute="full:2")
+    for name, text in export(Subject(model, cluster, plan), "megatron").files.items():
+        (tmp_path / name).write_text(text)
+    assert set(read_files([tmp_path / "plan.args"]))
+    status, output = run(str(tmp_path / "plan.args"), "--gpus", "8xA100", "--json")
+    found = json.loads(output)
+    assert status == 0
+    assert found["document"]["plans"][0]["peak_bytes"] == plan.peak_bytes
+    assert not [one for one in found["findings"] if one["severity"] == "error"]

@@ -105,9 +105,8 @@ def test_the_command_line_wins(tmp_path: Path) -> None:
 def test_reading_executes_nothing(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     script = tmp_path / "train.sh"
-    script.write_text(
-        f"X=$(touch {mark})\n`touch {mark}`\ntorchrun --nproc-per-node 8 pretrain_gpt.py {GOOD}\n"
-    )
+    command = f"torchrun --nproc-per-node 8 pretrain_gpt.py {GOOD}"
+    script.write_text(f"X=$(touch {mark})\n`touch {mark}`\n{command}\n")
     run(str(script), "--gpus", "A100")
     assert not mark.exists()
 

@@ -289,7 +289,7 @@ def cluster_of(given: dict[str, Any]) -> ClusterSpec:
 
 def cluster_asked(given: dict[str, Any]) -> tuple[ClusterSpec, Any]:
     """The same, or what a scheduler lists, with the pool that it is of: for a command line alone."""
-    if "from-" not in given["gpus"] and all(given[name] is None for name in o.INVENTORY):
+    if "from-" not in given["gpus"] and all(given.get(name) is None for name in o.INVENTORY):
         return cluster_of(given), None
     from planner.cli_cluster import discovered
 

@@ -87,7 +87,7 @@ def own_split(layers: int, stages: int, first: int = 1, last: int = 1) -> list[i
     Embedding and head count as ``first`` and ``last`` layers, and what is left over goes to the first stages
     (0.2.2, distributed/pipeline_parallel.py, ``generate_llm_fqn_per_model_part``).
 
-    >>> own_split(80, 4), own_split(32, 4, 0, 0), own_split(6, 8)
+    >>> own_split(80, 4), own_split(32, 4, 0, 0), own_split(5, 8)
     ([20, 21, 20, 19], [8, 8, 8, 8], None)
     """
     if stages == 1:

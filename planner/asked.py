@@ -179,7 +179,10 @@ def _of_layout(before: Asked, after: Asked) -> Iterator[tuple[str, Any]]:
     assert old is not None
     assert new is not None
     moved = before.training.framework != after.training.framework
+    alone = {"context_comm", "ulysses_degree"} if new.context_parallel == 1 else set()
     for name in OF_LAYOUT:
+        if name in alone:
+            continue
         if getattr(old, name) != getattr(new, name) or (moved and name == "sharding"):
             yield name, getattr(new, name)
     shards = [(one.data_parallel, one.data_shards, one.sharding) for one in (old, new)]

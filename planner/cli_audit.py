@@ -55,11 +55,14 @@ def audit(given: dict[str, Any]) -> None:
         merged = given | {k: v for k, v in imported.options.items() if k not in left_out}
         if own := imported.options.get("option"):
             merged["option"] = _options(own, asked.get("option"))
-        if imported.model is None and not given["model"]:
-            raise InputError("the configuration does not say which model it trains: give --model")
-        model = reading.read_model(given["model"] or "") if given["model"] else imported.model
-        assert model is not None
-        model = model if given["model"] else audits.named_as_known(model)
+        if given["model"]:
+            model = reading.read_model(given["model"])
+        elif imported.model:
+            model = audits.named_as_known(imported.model)
+        else:
+            wrong = [f"{one.setting}: {one.text}" for one in imported.findings if one.severity == "error"]
+            unknown = "the configuration does not say which model it trains: give --model"
+            raise InputError("; ".join(wrong) or unknown)
         cluster = cluster_of(merged | {"gpus": audits.cluster_text(given["gpus"], imported)})
         with progress(given["as_json"], "looking for changes: {} tried, {} fit") as report:
             found = audits.audit(imported, model, cluster, merged, report)

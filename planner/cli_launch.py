@@ -22,6 +22,7 @@ To = Annotated[
 Version = Annotated[str | None, option("--framework-version", help="Of the framework, as in 0.19.")]
 Number = Annotated[int | None, option("--plan", help="Which of the plans, counted from 1, the best.")]
 Folder = Annotated[str | None, option("--output", "-o", help="A folder to write the files to.")]
+Force = Annotated[bool, option("--force", help="Replace exports that are in the folder.")]
 Set = Annotated[
     list[str] | None, option("--set", help="NAME=VALUE of the target, as in partition=h100; repeatable.")
 ]
@@ -33,6 +34,7 @@ def export(
     framework_version: Version = None,
     number: Number = None,
     output: Folder = None,
+    force: Force = False,
     settings: Set = None,
     as_json: o.Json = False,
 ) -> None:
@@ -52,7 +54,7 @@ def export(
         if output:
             from planner.export.writing import write_folder
 
-            write_folder(Path(output), made.files)
+            write_folder(Path(output), made.files, force)
         if as_json:
             print_json(document_of(subject, made))
         else:
@@ -121,11 +123,16 @@ def _show(subject: Subject, made: Export, output: str | None) -> None:
         if len(made.files) > 1:
             typer.echo(f"==> {name} <==")
         typer.echo(text, nl=not text.endswith("\n"))
+    folder = f"{output.rstrip('/')}/" if output else ""
+    each = "the node" if subject.nodes == 1 else f"each of {subject.nodes} nodes"
     if made.submit:
-        typer.echo(f"\nTo start it: {quoted(made.submit)}", err=True)
+        words = (folder + word if word in made.files else word for word in made.submit)
+        typer.echo(f"\nTo start it: {quoted(words)}", err=True)
+    elif "launch.sh" in made.files:
+        rank = "0" if subject.nodes == 1 else f"0..{subject.nodes - 1}"
+        typer.echo(f"\nOn {each}: NODE_RANK={rank} MASTER_ADDR=host {folder or './'}launch.sh", err=True)
     elif made.program:
         command = quoted(made.on_node(subject, *_place(subject)))
-        each = "the node" if subject.nodes == 1 else f"each of {subject.nodes} nodes"
         env = " ".join(f"{name}={quoted([value])}" for name, value in made.env.items())
         typer.echo(f"\nOn {each}: {env + ' ' if env else ''}{command}", err=True)
     for note in made.notes:

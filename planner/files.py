@@ -27,7 +27,7 @@ def sized(path: Path, most: int, what: str) -> int:
         if not path.exists():
             raise InputError(f"{path}: no such file")
         if not path.is_file():
-            raise InputError(f"{path}: not a regular file; give the {what} itself")
+            raise InputError(f"{path}: not a regular file; give {what}, as a file")
         size = path.stat().st_size
     except (OSError, ValueError) as error:
         raise InputError(f"{plain(str(path))}: cannot be read: {reason_of(error)}") from None

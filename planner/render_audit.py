@@ -72,7 +72,7 @@ def _show_better(console: Console, audit: Audit) -> None:
     console.print()
     console.print(
         Text(
-            f"Better on the same GPUs: {plan.layout.to_layout().describe()}, {gain}: "
+            f"Best launchable layout on the same GPUs: {plan.layout.to_layout().describe()}, {gain}: "
             f"{human_seconds(plan.step_time_s)} a step, peak {gib(plan.peak_bytes)} GiB",
             style="bold",
         )

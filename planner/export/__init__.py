@@ -52,6 +52,8 @@ USUAL = {
 def module_of(name: str) -> Any:
     """The module of a framework or scheduler. Raises InputError with the nearest names."""
     known = {**TARGETS, **SCHEDULERS}
+    if name in USUAL and name not in known:
+        raise InputError(f"--to {plain(name)}: plans of --framework {name} go to {USUAL[name]}")
     if name not in known:
         raise InputError(f"--to {plain(name)}: {nearest_names(name, known)}")
     return import_module(known[name])
@@ -100,5 +102,5 @@ def _check_settings(given: Mapping[str, str], *names: str) -> None:
     known = {one: words for name in names for one, words in module_of(name).SETTINGS.items()}
     for name in given:
         if name not in known:
-            has = f"they have {', '.join(known)}" if known else "there are none"
+            has = f"{nearest_names(name, known)} They are {', '.join(known)}" if known else "it has none"
             raise InputError(f"--set {plain(name)}: no setting of {' and '.join(names)}: {has}")

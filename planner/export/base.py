@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -85,8 +86,9 @@ class Subject:
         ways = {name.partition("+")[0] for stage in self.plan.stages for name in stage.recompute}
         policy = "full" if "full" in ways else max(ways - {"none"})
         most = max(sum(stage.rows.get(policy, ())) for stage in self.plan.stages)
-        counts = (f"{stage.recompute.get(policy, 0)} of {stage.layers}" for stage in self.plan.stages)
-        told = f"{target} recomputes the same layers on every stage: the plan has {', '.join(counts)}"
+        counts = Counter(stage.recompute.get(policy, 0) for stage in self.plan.stages)
+        shown = ", ".join(f"{n} on {stages} stages" for n, stages in sorted(counts.items()))
+        told = f"{target} recomputes the same layers on every stage: the plan has {shown}"
         raise NotExpressible(plain(told, 300), {"recompute": f"{policy}:{most}"})
 
     @property

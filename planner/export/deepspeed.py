@@ -75,7 +75,7 @@ def export(subject: Subject, version: str, settings: Mapping[str, str]) -> Expor
         )
     script = script_of(settings, MEGATRON_SCRIPT if megatron else SCRIPT)
     found = configuration(subject, version, settings)
-    env, notes = {}, [*_notes(subject, megatron, batch == "auto")]
+    env, notes = {}, [*_notes(subject, megatron, batch == "auto", settings.get("lr", ""))]
     if megatron:
         words = _megatron_words(subject)
         if subject.options().get("launch_blocking") == "on":
@@ -353,7 +353,7 @@ def _megatron_words(subject: Subject) -> tuple[str, ...]:
     return tuple(map(str, words))
 
 
-def _notes(subject: Subject, megatron: bool, auto: bool) -> Iterator[str]:
+def _notes(subject: Subject, megatron: bool, auto: bool, lr: str) -> Iterator[str]:
     layout, training = subject.layout, subject.job.training
     if megatron:
         yield (
@@ -382,3 +382,5 @@ def _notes(subject: Subject, megatron: bool, auto: bool) -> Iterator[str]:
     if "nvme" in layout.offload:
         yield "nvme_path must be a folder on the NVMe of every node"
     yield "gradient_clipping is left to DeepSpeed's default"
+    if not (lr or auto):
+        yield "the learning rate is DeepSpeed's own, 1e-3 for Adam: give --set lr=..."

@@ -28,9 +28,12 @@ SETTINGS = {
     "tokenizer-model": "its file or name",
     "save": "a folder for checkpoints",
     "save-interval": "steps between them, 1000 unless given",
-    "load": "a folder of checkpoints to go on from",
+    "load": "a folder of checkpoints to go on from; that of save unless given",
     "lr": "the learning rate, 1e-4 unless given",
     "train-iters": "steps; else those of the plan's tokens, or 100",
+    "log-interval": "steps between lines of the log, 1 unless given",
+    "eval-interval": "steps between evaluations, 1000 unless given",
+    "eval-iters": "batches of an evaluation, 0 unless given: none is made",
     "rotary-base": "of rotary positions, 10000 unless given",
     "norm-epsilon": "of norms, 1e-5 unless given",
 }
@@ -111,12 +114,17 @@ def _run(subject: Subject, version: str, settings: Mapping[str, str]) -> dict[st
         "--mock-data": setting_of(settings, "data-path"),
         "--data-path": tuple(_path(word, "data-path") for word in _split(settings, "data-path")) or "",
         "--no-create-attention-mask-in-dataloader": True,
+        # Without an interval 0.17 to 0.19 divide by None (training.py, get_train_valid_test_num_samples).
+        "--log-interval": _whole(settings, "log-interval", "1"),
+        "--eval-interval": _whole(settings, "eval-interval", "1000"),
+        "--eval-iters": _whole(settings, "eval-iters", "0", least=0),
     }
     for name in ("tokenizer-model", "save", "load"):
         if value := setting_of(settings, name):
             found[f"--{name}"] = _path(value, name)
     if "--save" in found:
         found["--save-interval"] = _whole(settings, "save-interval", "1000")
+        found.setdefault("--load", found["--save"])  # a job that is queued again goes on
     elif "save-interval" in settings:
         raise InputError("--set save-interval: nothing is saved: give --set save=FOLDER too")
     if "rotary-base" in settings:
@@ -144,10 +152,10 @@ def _path(word: str, name: str) -> str:
     return word
 
 
-def _whole(settings: Mapping[str, str], name: str, default: str) -> int:
+def _whole(settings: Mapping[str, str], name: str, default: str, least: int = 1) -> int:
     value = setting_of(settings, name, default)
-    if not (value.isascii() and value.isdigit() and 1 <= int(value[:20]) <= 10**12):
-        raise InputError(f"--set {name}={plain(value)}: use a whole number, 1 or more")
+    if not (value.isascii() and value.isdigit() and least <= int(value[:20]) <= 10**12):
+        raise InputError(f"--set {name}={plain(value)}: use a whole number, {least} or more")
     return int(value)
 
 
@@ -192,6 +200,10 @@ def notes(subject: Subject, settings: Mapping[str, str]) -> Iterator[str]:
         yield "it trains on data that Megatron-LM makes up: give --set data-path=... and a tokenizer"
     if not settings.get("train-iters") and not training.tokens:
         yield "it stops after 100 steps: give --set train-iters=N, or plan with --tokens"
+    if settings.get("data-path") and not settings.get("tokenizer-type"):
+        yield "the tokenizer is NullTokenizer: give --set tokenizer-type and tokenizer-model of the data's"
+    if not settings.get("save"):
+        yield "nothing is saved: give --set save=FOLDER, from which it goes on too, and save-interval"
     if "lr" not in settings:
         yield "the learning rate is 1e-4 and falls to 0: give --set lr=..."
     if training.optimizer == "adam":

@@ -58,6 +58,10 @@ def recognises(files: Mapping[str, str]) -> bool:
     return own and not any("distributed_type" in one for one in found.values())
 
 
+COUNTS_GPUS = True
+"""``WORLD_SIZE`` says how many processes there are, where no launcher's words do."""
+
+
 def is_configuration(found: Mapping[str, Any]) -> bool:
     """Has a mapping a DeepSpeed configuration's keys?"""
     return bool(MARKS & found.keys()) and not {"distributed_type", "compute_environment"} & found.keys()
@@ -77,7 +81,9 @@ def read(files: Mapping[str, str], given: Mapping[str, str]) -> Imported:
     named = Path(str(told.given.get("deepspeed_config") or own or "")).name
     name = next((one for one in configurations if Path(one).name == named), next(iter(configurations)))
     found = configurations[name]
-    return imported(found, told, launch.world_size, launch.per_node, launch)
+    counted = given.get("WORLD_SIZE", "")
+    world = launch.world_size or (int(counted) if counted.isdigit() and len(counted) < 9 else None)
+    return imported(found, told, world, launch.per_node, launch)
 
 
 def imported(

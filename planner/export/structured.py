@@ -38,6 +38,17 @@ def removed_of(tool: str) -> tuple[frozenset[str], frozenset[str]]:
     return frozenset(found["removed"]), frozenset(found["removed_zero"])
 
 
+SILENT = {
+    ("deepspeed", ""),
+    ("deepspeed", "activation_checkpointing"),
+    ("deepspeed", "pipeline"),
+    ("deepspeed", "data_types"),
+    ("accelerate", "fsdp_config"),
+    ("accelerate", "deepspeed_config"),
+}
+"""Tools and sections whose own parser says nothing of a key that it does not know."""
+
+
 def source_of(tool: str) -> str:
     """Where the keys of a tool were read."""
     return str(_known()[tool]["source"])
@@ -63,7 +74,7 @@ def unknown_keys(
             yield Finding(
                 severity,
                 plain(name),
-                f"{plain(str(key))} is no key of {where}, which reads past it",
+                f"is no key of {where}" + ", which reads past it" * ((tool, section) in SILENT),
                 nearest_names(str(key), known[section]),
             )
         elif isinstance(value, Mapping) and name in known:

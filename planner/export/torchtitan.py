@@ -59,7 +59,6 @@ def export(subject: Subject, version: str, settings: Mapping[str, str]) -> Expor
     else:
         files = {f"{MODULE}.py": _recipe(subject, flavor, told, settings)}
         program = ("-m", "torchtitan.train", "--module", MODULE, "--config", FUNCTION)
-        env["PYTHONPATH"] = "."
     notes = tuple(_notes(subject, version, settings, told))
     return Export("torchtitan", version, files, env, program, notes=notes)
 
@@ -298,7 +297,7 @@ def _notes(
         yield f"the model is built in the recipe, rotary angles of base {theta}: --set rope_theta=NUMBER"
     if version == "0.3":
         yield "CUDA graphs are off: their pools are not planned, and 0.3.0 refuses them with a pipeline"
-        yield f"{MODULE}.py must be importable: start it from its folder, or add that to PYTHONPATH"
+        yield f"{MODULE}.py is imported from where the job starts, or from PYTHONPATH: add its folder"
     if subject.plan.training.expert_imbalance != 1:
         yield (
             f"expert_imbalance {subject.plan.training.expert_imbalance:g} is what the plan expects of the "

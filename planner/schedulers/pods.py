@@ -81,14 +81,17 @@ def count_of(settings: Mapping[str, str], name: str, default: str) -> int:
 def name_of(subject: Subject, settings: Mapping[str, str]) -> str:
     """The job's name: that set, or the model's made one: a DNS label that begins with a letter.
 
-    Services have such names (RFC 1035), and hosts are named after jobs. Raises InputError.
+    The plan's digest ends it: another plan's job must not take the place of one that runs. Services have such
+    names (RFC 1035), and hosts are named after jobs. Raises InputError.
     """
     use = f"2 to {MOST_NAME} lower-case letters, digits and -, first a letter, last no -"
     if given := checked(settings, "name", JOB, use):
         return given
     words = re.sub(r"[^a-z0-9]+", "-", subject.model.name.lower()).strip("-")
     named = words[:1].isalpha() and len(words) > 1
-    return (words if named else f"train-{words}")[:MOST_NAME].strip("-")
+    digest = subject.digest[:8]
+    shortened = (words if named else f"train-{words}")[: MOST_NAME - 1 - len(digest)].strip("-")
+    return f"{shortened}-{digest}"
 
 
 def whole_nodes(subject: Subject) -> int:
@@ -340,6 +343,9 @@ class Pods:
     def notes(self, *more: str) -> tuple[str, ...]:
         """The framework's notes, those of a kind of job, and what the node must have beside GPUs."""
         found = [*self.made.notes, *more]
+        script = next(iter(self.made.program), "")
+        if not script.startswith(("-", "/")) and script not in self.made.files:
+            found.append(f"{script} is looked for where the job starts: it must be in the image there")
         for place in ("host", "nvme"):
             stages = [
                 stage.elsewhere[place] for stage in self.subject.plan.stages if place in stage.elsewhere
@@ -358,10 +364,19 @@ def finished(
     from planner.schedulers.manifests import yaml_of
 
     file = f"{kind}.yaml"
+    cluster = pods.subject.cluster
+    missing = {
+        "gpu-product": f"any GPU is taken, the plan is for {cluster.gpu.name}",
+        "pvc": "nothing outlives the pods",
+        "rdma": f"times are of {cluster.gpu.network.kind}, which pods use where it is asked for",
+    }
+    if pods.nodes == 1:
+        del missing["rdma"]
+    told = (f"{why}: --set {name}=..." for name, why in missing.items() if not pods.settings.get(name))
     return replace(
         pods.made,
         target=f"{pods.made.target},{kind}",
         files={file: yaml_of(documents, pods.subject.header()), **also},
-        notes=pods.notes(*notes),
+        notes=pods.notes(*notes, *told),
         submit=("kubectl", "apply", "-f", file),
     )

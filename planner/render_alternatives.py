@@ -16,7 +16,7 @@ from planner.units import about, gib
 def show_alternatives(console: Console, document: Document, found: Sequence[Alternative]) -> None:
     """A row for each number of GPUs, and why there is none on others."""
     training = document.best.training
-    job = f"{training.global_batch_size:,} sequences of {training.seq_length:,} tokens a step; the best that can be launched as it is"
+    job = f"{training.global_batch_size:,} sequences of {training.seq_length:,} tokens a step, launchable"
     console.print(Text(f"{document.model.name}, {job}", style="bold"))
     plans = [(one.cluster, one.plan) for one in found if one.plan]
     if plans:

@@ -58,8 +58,8 @@ class Subject:
 
     @property
     def digest(self) -> str:
-        """The first 12 hexadecimal digits of the SHA-256 of the plan's JSON."""
-        return hashlib.sha256(self.plan.model_dump_json().encode()).hexdigest()[:12]
+        """The first 12 hexadecimal digits of the SHA-256 of the plan's JSON, but for how it was found."""
+        return hashlib.sha256(self.plan.model_dump_json(exclude={"proof"}).encode()).hexdigest()[:12]
 
     @property
     def nodes(self) -> int:

@@ -12,6 +12,9 @@ from planner.files import plain, reason_of, write_whole
 HEADER = re.compile(rb"planner \d[\w.]*, plan [0-9a-f]{12}")
 """What the first lines of an export's files have (:meth:`planner.export.base.Subject.header`)."""
 
+PLANS = re.compile(rb'"schema": "planner\.plans/1"')
+"""What plans begin with. One of the same name is replaced; others may lie in the folder."""
+
 
 def write_folder(folder: Path, files: Mapping[str, str], force: bool = False) -> None:
     """Writes files of an export, each whole or not at all; those that start something may be executed.
@@ -27,7 +30,7 @@ def write_folder(folder: Path, files: Mapping[str, str], force: bool = False) ->
         raise InputError(f"{shown} cannot be made: {reason_of(error)}") from None
     for name in files:
         path = folder / name
-        if (path.exists() or path.is_symlink()) and not (_ours(path) or _same(path, files)):
+        if (path.exists() or path.is_symlink()) and not (_ours(path, PLANS) or _same(path, files)):
             raise InputError(f"{shown}: {name} is there and not an export: choose another folder")
     stale = [path for path in sorted(folder.iterdir()) if _ours(path) and not _same(path, files)]
     if stale and not force:
@@ -49,9 +52,10 @@ def _same(path: Path, files: Mapping[str, str]) -> bool:
     return text is not None and path.is_file() and path.read_bytes() == text.encode()
 
 
-def _ours(path: Path) -> bool:
-    """Was a file written by an export? Its first lines name the planner and the plan."""
+def _ours(path: Path, also: re.Pattern[bytes] = HEADER) -> bool:
+    """Was a file written by an export, or as ``also`` has it?"""
     if path.is_symlink() or not path.is_file():
         return False
     with path.open("rb") as file:
-        return HEADER.search(file.read(1000)) is not None
+        first = file.read(1000)
+    return (HEADER.search(first) or also.search(first)) is not None

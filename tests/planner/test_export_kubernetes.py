@@ -26,8 +26,8 @@ VARIABLES = {
 }
 ADDRESS = {
     "trainjob": "first",
-    "jobset": "llama-test-worker-0-0.llama-test",
-    "volcano": "llama-test-worker-0.llama-test",
+    "jobset": "{name}-worker-0-0.{name}",
+    "volcano": "{name}-worker-0.{name}",
     "pytorchjob": "first",
 }
 
@@ -66,7 +66,8 @@ def test_ranks_are_where_the_plan_has_them_and_the_rest_is_as_it_was_written(kin
         assert words[:2] == ["env", "--chdir=/workspace"]
         words = words[2:]
     port = {"pytorchjob": "23456"}.get(kind, "29500")
-    place = ["--node-rank", "2", "--master-addr", ADDRESS[kind], "--master-port", port]
+    address = ADDRESS[kind].format(name=f"llama-test-{subject().digest[:8]}")
+    place = ["--node-rank", "2", "--master-addr", address, "--master-port", port]
     assert words == ["torchrun", "--nnodes", "4", "--nproc-per-node", "8", *place, *made().program]
     assert env == made().env
 
@@ -84,7 +85,11 @@ def test_files_travel_as_they_are_and_lie_where_the_program_starts(kind: str) ->
         } in mounts
     claimed = found(found(job, "volumes"), "configMap")
     assert claimed
-    assert {one["name"] for one in claimed} == {files["metadata"]["name"]} == {"llama-test-files"}
+    assert (
+        {one["name"] for one in claimed}
+        == {files["metadata"]["name"]}
+        == {f"llama-test-{subject().digest[:8]}-files"}
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -264,12 +269,13 @@ def test_accelerate_starts_in_pods_as_torchrun_does() -> None:
         ("7b", "train-7b"),
         ("X", "train-x"),
         ("日本語", "train"),
-        (NASTY, "a-b-c-home-x-y-id-z-run-args-python-obje"),
-        ("x" * 90, "x" * 40),
+        (NASTY, "a-b-c-home-x-y-id-z-run-args-py"),
+        ("x" * 90, "x" * 31),
     ],
 )
 def test_names_are_made_of_models_names(name: str, shown: str) -> None:
-    assert documents(export("jobset", subject(name=name)))[1]["metadata"]["name"] == shown
+    one = subject(name=name)
+    assert documents(export("jobset", one))[1]["metadata"]["name"] == f"{shown}-{one.digest[:8]}"
 
 
 @pytest.mark.parametrize(

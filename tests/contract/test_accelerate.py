@@ -15,7 +15,7 @@ from planner.export.deepspeed import STAGES
 from planner.export.huggingface import ARGUMENTS, PEFT, TARGETS, optimizer_of
 from planner.export.read_accelerate import read
 from planner.specs import ClusterSpec, ModelSpec
-from tests.contract import judged
+from tests.contract import WANTED, judged
 from tests.contract.plans import degrees, expressed, layout_of, random_plans, training_of
 
 pytestmark = pytest.mark.contract
@@ -66,7 +66,7 @@ def drawn(dice: random.Random, model: ModelSpec, cluster: ClusterSpec) -> dict[s
 
 @pytest.fixture(scope="module")
 def plans() -> list[Subject]:
-    return list(random_plans(200, 11, drawn))
+    return list(random_plans(5 * WANTED // 3, 11, drawn))
 
 
 def data_of(subject: Subject) -> int:

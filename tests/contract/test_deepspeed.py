@@ -13,7 +13,7 @@ from planner.export.deepspeed import CONFIG, DEVICES, STAGES, accumulated, expor
 from planner.export.read_deepspeed import read
 from planner.specs import ClusterSpec, ModelSpec
 from strategies.offload import places_of
-from tests.contract import judged
+from tests.contract import WANTED, judged
 from tests.contract.plans import degrees, expressed, layout_of, random_plans, training_of
 
 pytestmark = pytest.mark.contract
@@ -53,7 +53,7 @@ def drawn(dice: random.Random, model: ModelSpec, cluster: ClusterSpec) -> dict[s
 
 @pytest.fixture(scope="module")
 def plans() -> list[Subject]:
-    return list(random_plans(200, 7, drawn))
+    return list(random_plans(5 * WANTED // 3, 7, drawn))
 
 
 def case_of(subject: Subject, made: Export) -> dict[str, Any]:

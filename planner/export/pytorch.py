@@ -1,4 +1,5 @@
-"""A plan as a training script in plain PyTorch: FSDP2's ``fully_shard`` or DDP around transformers' modules.
+"""A plan as a training script in plain PyTorch: FSDP2, DDP, tensor and pipeline parallelism of transformers'
+modules.
 
 The script is made from templates/pytorch_train.py.jinja. What somebody wrote of a plan goes into it
 as a literal that ``repr`` made, or into comments in printable characters: none of it becomes code. The calls
@@ -77,7 +78,7 @@ def export(subject: Subject, version: str, settings: Mapping[str, str]) -> Expor
     plan, layout = _plan(subject), subject.layout
     several = layout.data_parallel > 1
     script = template.render(
-        header=subject.header(also=[f"started by: torchrun ... {SCRIPT}, {layout.world_size} processes"]),
+        header=subject.header(also=_also(subject)),
         plan=_literal(plan),
         model=_literal(_model(subject)),
         world=layout.world_size,
@@ -228,6 +229,13 @@ def _of_precision(subject: Subject) -> list[NotExpressible]:
     return []
 
 
+def _also(subject: Subject) -> list[str]:
+    """Lines of the header that only this script has."""
+    started = f"started by: torchrun ... {SCRIPT}, {subject.layout.world_size} processes"
+    titan = subject.plan.training.framework == "torchtitan"
+    return [started, *([f"assumed: {stages.NOTE}"] if titan else [])]
+
+
 def _model(subject: Subject) -> dict[str, Any]:
     """The configuration of the model, with the dropout of the plan."""
     model, dropout = subject.model, subject.plan.training.dropout
@@ -333,7 +341,9 @@ def _notes(subject: Subject, settings: Mapping[str, str]) -> list[str]:
         notes.append(
             "the base of rotary positions and norms' epsilon are transformers' own: no bytes depend on them"
         )
-    if subject.options()["attention"] == "flash":
+    if subject.plan.training.framework == "torchtitan":
+        notes.append(stages.NOTE)
+    elif subject.options()["attention"] == "flash":
         notes.append("attention=flash needs the flash-attn package; on a CPU the script takes sdpa")
     if subject.plan.training.optimizer in ("adamw", "adam"):
         notes.append(

@@ -30,15 +30,14 @@ SCHEDULES = {
 """Schedules of torch.distributed.pipelining, by the planner's names."""
 SINGLE = ("1f1b", "gpipe")
 """Those that take one stage on a GPU; the others take a list."""
-OWN = {
-    "qkv": "separate",
-    "norm": "eager",
-    "rotary_table": "model",
-    "loss": "eager",
-    "compile": "off",
-    "async_tp": "off",
-}
-"""Options of torchtitan's blocks as transformers' modules in the script are."""
+OWN = {"qkv": ("separate",), "norm": ("eager",), "rotary_table": ("model",), "loss": ("eager", "chunked")}
+"""Options of torchtitan's blocks as transformers' modules can be, the nearest first."""
+OWN_STAGES = OWN | {"loss": ("eager",), "compile": ("off",), "async_tp": ("off",)}
+"""The same where the model is cut."""
+NOTE = (
+    "activations, peaks and times are predicted of torchtitan's blocks, transformers' keep others; parameters "
+    "and optimizer states are the same to the byte"
+)
 SINCE = 10
 """The minor of torch 2 whose schedules need not keep the logits of all micro-batches: ``return_outputs``
 (pytorch/pytorch#165822)."""
@@ -59,7 +58,8 @@ def problems(subject: Subject) -> Iterator[NotExpressible]:
 
 def _of_options(subject: Subject) -> Iterator[NotExpressible]:
     options, training = subject.options(), subject.plan.training
-    wrong = {name: value for name, value in OWN.items() if options.get(name, value) != value}
+    able = OWN_STAGES if staged(subject) else OWN
+    wrong = {name: one[0] for name, one in able.items() if options.get(name, one[0]) not in one}
     if wrong:
         planned = ", ".join(f"{name}={plain(options[name], 40)}" for name in wrong)
         runs = ", ".join(f"{name}={value}" for name, value in wrong.items())
@@ -170,6 +170,13 @@ def _of_pipeline(subject: Subject) -> Iterator[NotExpressible]:
         yield NotExpressible(
             f"grad_accum={micro}: ScheduleInterleaved1F1B goes in {micro // pipeline} rounds of as many: "
             f"use a multiple of {pipeline}"
+        )
+    if layout.schedule == "zb-v" and layout.data_shards > 1 and layout.reshard_after_forward:
+        yield NotExpressible(
+            "reshard_after_forward with zb-v: torch looks for the weights of a split backward where FSDP has "
+            "put them away, and loses their gradients (torch 2.13.0, pipelining/_backward.py, "
+            "stage_backward_input): keep them gathered",
+            {"reshard_after_forward": False},
         )
     if not all(stage_layers(subject)):
         yield NotExpressible("a stage would have no layers: use fewer stages", {"pipeline_parallel": 1})

@@ -30,6 +30,8 @@ TINY: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 2},
     "qwen2": {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 2, "qkv_bias": True}
     | {"tie_word_embeddings": True},
+    "qwen3": {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 2, "qk_norm": True},
+    "mistral": {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 2, "sliding_window": 32},
     "gpt2": {"hidden_size": 64, "intermediate_size": 256, "num_key_value_heads": 4, "gated_mlp": False}
     | {"norm": "layernorm", "position_embedding": "learned", "hidden_act": "gelu_new"}
     | {"qkv_bias": True, "attention_output_bias": True, "mlp_bias": True, "tie_word_embeddings": True}

@@ -96,6 +96,7 @@ def export(subject: Subject, version: str, settings: Mapping[str, str]) -> Expor
         autocast=plan["autocast"],
         scaler=plan["compute"] == "fp16",
         tf32=subject.job.recipe.unit == "tf32",
+        since=f"2.{stages.SINCE}" if layout.pipeline_parallel > 1 else VERSIONS[-1],
         staged=stages.staged(subject),
         tensor=layout.tensor_parallel > 1,
         pipeline=plan.get("schedule", ""),

@@ -35,8 +35,8 @@ OWN = {"qkv": ("separate",), "norm": ("eager",), "rotary_table": ("model",), "lo
 OWN_STAGES = OWN | {"loss": ("eager",), "compile": ("off",), "async_tp": ("off",)}
 """The same where the model is cut."""
 NOTE = (
-    "activations, peaks and times are predicted of torchtitan's blocks, transformers' keep others; parameters "
-    "and optimizer states are the same to the byte"
+    "activations, peaks and times are predicted of torchtitan's blocks, transformers' keep others; "
+    "parameters and optimizer states are the same to the byte"
 )
 SINCE = 10
 """The minor of torch 2 whose schedules need not keep the logits of all micro-batches: ``return_outputs``
@@ -134,6 +134,13 @@ def _of_layout(subject: Subject) -> Iterator[NotExpressible]:
         yield NotExpressible(
             f"seq_length={subject.job.seq_length} is not cut into {tensor} equal parts: use {fits}",
             {"seq_length": fits},
+        )
+    if tensor > 1 and layout.data_shards == 1 and subject.plan.training.optimizer == "momentum":
+        yield NotExpressible(
+            "optimizer=momentum without shards: the momentum is the gradient's copy, and that of a cut "
+            "embedding is whole on every GPU (torch 2.13.0, aten.embedding_dense_backward of DTensors): "
+            "use adamw, or data_shards 2 or more",
+            {"optimizer": "adamw"},
         )
     ways = {way.partition("+")[0] for stage in subject.plan.stages for way in stage.recompute}
     if ways - {"none", "full"}:

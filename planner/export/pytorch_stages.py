@@ -50,8 +50,13 @@ def staged(subject: Subject) -> bool:
 
 def problems(subject: Subject) -> Iterator[NotExpressible]:
     """What of a plan of torchtitan the script would not do as planned."""
+    if subject.model.model_type not in FAMILIES:
+        yield NotExpressible(
+            f"model_type={plain(subject.model.model_type, 40)}: in torchtitan's place the script knows the "
+            f"modules of {', '.join(FAMILIES)}; --to torchtitan has its own"
+        )
+        return
     yield from _of_options(subject)
-    yield from _of_model(subject)
     yield from _of_layout(subject)
     yield from _of_pipeline(subject)
 
@@ -92,25 +97,15 @@ def _of_options(subject: Subject) -> Iterator[NotExpressible]:
         )
 
 
-def _of_model(subject: Subject) -> Iterator[NotExpressible]:
-    model, window = subject.model, subject.model.sliding_window
-    if not staged(subject):
-        return
-    if model.model_type not in FAMILIES:
-        yield NotExpressible(
-            f"model_type={plain(model.model_type, 40)}: the script knows the modules of "
-            f"{', '.join(FAMILIES)}; --to torchtitan has its own"
-        )
-    if window and window < subject.job.seq_length:
+def _of_layout(subject: Subject) -> Iterator[NotExpressible]:
+    layout, model = subject.layout, subject.model
+    window = model.sliding_window
+    if staged(subject) and window and window < subject.job.seq_length:
         yield NotExpressible(
             f"sliding_window={window}: the script's attention sees whole sequences, of seq_length "
             f"{subject.job.seq_length}: use at most {window}",
             {"seq_length": window},
         )
-
-
-def _of_layout(subject: Subject) -> Iterator[NotExpressible]:
-    layout, model = subject.layout, subject.model
     if layout.rank_order != "tp-dp-pp":
         yield NotExpressible(
             f"rank_order={layout.rank_order}: the script's mesh is pp, dp, tp, the outermost first",

@@ -106,6 +106,11 @@ def _of_layout(subject: Subject) -> Iterator[NotExpressible]:
             f"{subject.job.seq_length}: use at most {window}",
             {"seq_length": window},
         )
+    if layout.sharding == "fsdp" and layout.data_parallel == 1:
+        yield NotExpressible(
+            "sharding=fsdp of one shard: the script wraps nothing with FSDP that is not cut by it: use ddp",
+            {"sharding": "ddp"},
+        )
     if layout.rank_order != "tp-dp-pp":
         yield NotExpressible(
             f"rank_order={layout.rank_order}: the script's mesh is pp, dp, tp, the outermost first",

@@ -138,6 +138,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"precision": "fp8-rowwise"}, "precision=fp8-rowwise: the script has torch's products alone"),
     ({"layout": TENSOR | ALONE}, "precision=bf16 without shards: weights are cast where"),
     ({"layout": ALONE}, "precision=bf16 without shards"),
+    ({"layout": TENSOR | {"data_parallel": 1}, "precision": "fp32"}, "sharding=fsdp of one shard"),
     ({"layout": TENSOR | {"offload": "optimizer,parameters"}}, "offload=optimizer,parameters: not run"),
     (
         {"model": "deepseek-v2-lite", "options": {"norm": "fused"}},

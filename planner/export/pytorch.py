@@ -1,4 +1,5 @@
-"""A plan as a training script in plain PyTorch: FSDP2's ``fully_shard`` or DDP around transformers' modules.
+"""A plan as a training script in plain PyTorch: FSDP2, DDP, tensor and pipeline parallelism of transformers'
+modules.
 
 The script is made from templates/pytorch_train.py.jinja. What somebody wrote of a plan goes into it
 as a literal that ``repr`` made, or into comments in printable characters: none of it becomes code. The calls
@@ -14,15 +15,14 @@ from typing import Any
 
 from planner import __version__
 from planner.errors import InputError
+from planner.export import pytorch_stages as stages
 from planner.export.base import Export, NotExpressible, Subject, setting_of
 from planner.export.hf_config import config_of
 from planner.files import plain
-from planner.plan import StagePlan, priced_again
-from planner.replay import chunk_blocks
-from strategies.base import POLICIES
+from planner.plan import StagePlan
 
 VERSIONS = tuple(f"2.{minor}" for minor in range(13, 5, -1))
-FRAMEWORKS = ("fsdp", "hf")
+FRAMEWORKS = ("fsdp", "hf", "torchtitan")
 SETTINGS = {
     "data": "a file of token ids, one after the other; random tokens without it",
     "data-dtype": "of these ids: uint16, uint32, int32 or int64",
@@ -49,6 +49,13 @@ OPTIMIZERS = {
     "adafactor": "torch.optim.Adafactor(trained, lr=rate)",
 }
 """Optimizers as expressions of the script, by the planner's names."""
+CUTS = ("tensor_parallel", "pipeline_parallel")
+AXES = {
+    **dict.fromkeys(CUTS, "plans of --framework torchtitan do"),
+    "context_parallel": "--to accelerate has it for plans of --framework fsdp",
+    "expert_parallel": "--to torchtitan has it",
+}
+"""Degrees that not every plan's script has, and where they are had."""
 TYPES = {4.0: "fp32", 2.0: "bf16"}
 """Types of weights, by their bytes."""
 
@@ -57,19 +64,21 @@ def export(subject: Subject, version: str, settings: Mapping[str, str]) -> Expor
     """The script of a plan. Raises NotExpressible for what it cannot do as planned."""
     for problem in problems(subject):
         raise problem
-    from importlib.resources import files
-
-    from jinja2 import Environment, StrictUndefined
+    if old := stages.too_old(subject, version):
+        raise old
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
     # Not HTML: what is put in are literals, made by repr.
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
-    template = environment.from_string(
-        files("planner.export").joinpath("templates", TEMPLATE).read_text("utf-8")
-    )
+    template = Environment(
+        loader=PackageLoader("planner.export"),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        autoescape=False,
+    ).get_template(TEMPLATE)
     plan, layout = _plan(subject), subject.layout
     several = layout.data_parallel > 1
     script = template.render(
-        header=subject.header(also=[f"started by: torchrun ... {SCRIPT}, {layout.world_size} processes"]),
+        header=subject.header(also=_also(subject)),
         plan=_literal(plan),
         model=_literal(_model(subject)),
         world=layout.world_size,
@@ -87,6 +96,14 @@ def export(subject: Subject, version: str, settings: Mapping[str, str]) -> Expor
         autocast=plan["autocast"],
         scaler=plan["compute"] == "fp16",
         tf32=subject.job.recipe.unit == "tf32",
+        since=f"2.{stages.SINCE}" if layout.pipeline_parallel > 1 else VERSIONS[-1],
+        staged=stages.staged(subject),
+        tensor=layout.tensor_parallel > 1,
+        pipeline=plan.get("schedule", ""),
+        single=layout.schedule in stages.SINGLE,
+        sequence=bool(layout.sequence_parallel) and layout.tensor_parallel > 1,
+        tied=subject.model.tie_word_embeddings,
+        head_norms=subject.model.qk_norm,
         optimizer=OPTIMIZERS[subject.plan.training.optimizer].format(
             step=subject.options().get("optimizer_step", "fused")
         ),
@@ -103,12 +120,12 @@ def export(subject: Subject, version: str, settings: Mapping[str, str]) -> Expor
 def problems(subject: Subject) -> list[NotExpressible]:
     """What of a plan the script would not do as planned, each with what would be in its place."""
     layout, training, found = subject.layout, subject.plan.training, []
-    for name in ("tensor_parallel", "pipeline_parallel", "context_parallel", "expert_parallel"):
-        if (degree := getattr(layout, name)) > 1:
-            how = "--to accelerate has it" if name == "context_parallel" else "use --framework torchtitan"
-            found.append(
-                NotExpressible(f"{name}={degree}: the script is data parallel only; {how}", {name: 1})
-            )
+    titan = training.framework == "torchtitan"
+    for name, how in AXES.items():
+        if (degree := getattr(layout, name)) > 1 and not (titan and name in CUTS):
+            found.append(NotExpressible(f"{name}={degree}: the script does not have it; {how}", {name: 1}))
+    if titan:
+        found += stages.problems(subject)
     if layout.sharding not in ("ddp", "fsdp"):
         found.append(NotExpressible(f"sharding={plain(layout.sharding, 20)}: the script has ddp and fsdp"))
     for name, value in subject.options().items():
@@ -124,7 +141,8 @@ def problems(subject: Subject) -> list[NotExpressible]:
             )
         )
     step = subject.options().get("optimizer_step")
-    if training.optimizer in ("sgd", "momentum") and step == "fused" and layout.sharding == "fsdp":
+    sharded = layout.sharding == "fsdp" or layout.tensor_parallel > 1
+    if training.optimizer in ("sgd", "momentum") and step == "fused" and sharded:
         found.append(
             NotExpressible(
                 f"optimizer={training.optimizer}, optimizer_step=fused: torch 2.13 has no fused SGD of "
@@ -147,7 +165,7 @@ def problems(subject: Subject) -> list[NotExpressible]:
         found.append(
             NotExpressible(
                 "data_shards=1: every GPU has the whole model, which FSDP gathers all the same: use DDP",
-                {"framework": "hf"},
+                {"data_shards": layout.data_parallel} if titan else {"framework": "hf"},
             )
         )
     try:
@@ -198,6 +216,7 @@ def _of_precision(subject: Subject) -> list[NotExpressible]:
         ]
     if (
         subject.layout.data_parallel == 1
+        and training.framework == "fsdp"
         and job.stack.casts_weights
         and job.recipe.weight > job.recipe.compute
     ):
@@ -209,6 +228,13 @@ def _of_precision(subject: Subject) -> list[NotExpressible]:
             )
         ]
     return []
+
+
+def _also(subject: Subject) -> list[str]:
+    """Lines of the header that only this script has."""
+    started = f"started by: torchrun ... {SCRIPT}, {subject.layout.world_size} processes"
+    titan = subject.plan.training.framework == "torchtitan"
+    return [started, *([f"assumed: {stages.NOTE}"] if titan else [])]
 
 
 def _model(subject: Subject) -> dict[str, Any]:
@@ -223,6 +249,7 @@ def _plan(subject: Subject) -> dict[str, Any]:
     """What the script goes by, as plain values."""
     plan, layout, job, options = subject.plan, subject.layout, subject.job, subject.options()
     recipe, training = job.recipe, plan.training
+    titan = training.framework == "torchtitan"
     half = "fp16" if recipe.unit == "fp16" else "bf16"
     autocast = training.precision in job.stack.autocast
     return {
@@ -239,9 +266,9 @@ def _plan(subject: Subject) -> dict[str, Any]:
         "global_batch_size": layout.global_batch_size,
         "seq_length": job.seq_length,
         "num_layers": subject.model.num_hidden_layers,
-        "recompute": recomputed(subject),
+        "recompute": stages.recomputed(subject),
         "frozen_blocks": training.frozen.blocks,
-        "attention": ATTENTION[options["attention"]],
+        "attention": "sdpa" if titan else ATTENTION[options["attention"]],
         "precision": training.precision,
         "weights": TYPES[recipe.weight],
         "compute": half if recipe.compute == 2 else "fp32",
@@ -250,17 +277,12 @@ def _plan(subject: Subject) -> dict[str, Any]:
         "autocast": autocast,
         "gradient_as_bucket_view": options.get("gradient_view") == "on",
         "num_parameters": plan.num_parameters,
-        "predicted": predicted(plan.stages[0]),
+        **(stages.plan_of(subject) if stages.staged(subject) else {}),
+        "predicted": [predicted(one) for one in plan.stages]
+        if layout.pipeline_parallel > 1
+        else predicted(plan.stages[0]),
         "step_time_s": plan.step_time_s,
     }
-
-
-def recomputed(subject: Subject) -> list[int]:
-    """The blocks that are run again in the backward, by their number."""
-    prices, rows = priced_again(subject.job, subject.plan)
-    (blocks,) = chunk_blocks(prices, rows, 0)
-    ways = [prices.policies[block % len(prices.policies)].partition("+")[0] for block in blocks]
-    return [index for index, way in enumerate(ways) if way != POLICIES[0]]
 
 
 def predicted(stage: StagePlan) -> dict[str, int]:
@@ -320,7 +342,9 @@ def _notes(subject: Subject, settings: Mapping[str, str]) -> list[str]:
         notes.append(
             "the base of rotary positions and norms' epsilon are transformers' own: no bytes depend on them"
         )
-    if subject.options()["attention"] == "flash":
+    if subject.plan.training.framework == "torchtitan":
+        notes.append(stages.NOTE)
+    elif subject.options()["attention"] == "flash":
         notes.append("attention=flash needs the flash-attn package; on a CPU the script takes sdpa")
     if subject.plan.training.optimizer in ("adamw", "adam"):
         notes.append(

@@ -30,6 +30,10 @@ TINY: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 2},
     "qwen2": {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 2, "qkv_bias": True}
     | {"tie_word_embeddings": True},
+    "qwen3": {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 2, "qk_norm": True},
+    "mistral": {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 2, "sliding_window": 32},
+    "llama, heads alike": {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
+    | {"model_type": "llama"},
     "gpt2": {"hidden_size": 64, "intermediate_size": 256, "num_key_value_heads": 4, "gated_mlp": False}
     | {"norm": "layernorm", "position_embedding": "learned", "hidden_act": "gelu_new"}
     | {"qkv_bias": True, "attention_output_bias": True, "mlp_bias": True, "tie_word_embeddings": True}
@@ -40,7 +44,7 @@ TINY: dict[str, dict[str, Any]] = {
 def tiny(family: str) -> ModelSpec:
     lengths = {"num_attention_heads": 4, "head_dim": 16, "vocab_size": 256, "num_hidden_layers": 4}
     own = {"name": f"tiny-{family}", "model_type": family, "max_position_embeddings": 64}
-    return ModelSpec(**lengths, **own, **TINY[family])
+    return ModelSpec(**lengths | own | TINY[family])
 
 
 class Case(NamedTuple):

@@ -166,10 +166,9 @@ def test_what_is_named_instead_can_be_said() -> None:
 
 def test_plans_of_other_frameworks_go_elsewhere() -> None:
     spec, cluster = ModelSpec.from_catalog("llama-3.2-1b"), ClusterSpec.parse("8xH100")
-    training = TrainingSpec(framework="torchtitan", seq_length=1024, global_batch_size=32)
-    layout = Layout(data_parallel=4, tensor_parallel=2, grad_accum=8, sharding="fsdp", sequence_parallel=True)
-    plan = estimate(spec, cluster, training, layout)
-    with pytest.raises(NotExpressible, match="pytorch runs plans of --framework fsdp or hf"):
+    training = TrainingSpec(framework="megatron", seq_length=1024, global_batch_size=32)
+    plan = estimate(spec, cluster, training, Layout(data_parallel=8, grad_accum=4, sharding="zero1"))
+    with pytest.raises(NotExpressible, match="pytorch runs plans of --framework fsdp or hf or torchtitan"):
         any_export(Subject(spec, cluster, plan), "pytorch")
 
 

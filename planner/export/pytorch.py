@@ -25,7 +25,7 @@ VERSIONS = tuple(f"2.{minor}" for minor in range(13, 5, -1))
 FRAMEWORKS = ("fsdp", "hf", "torchtitan")
 SETTINGS = {
     "data": "a file of token ids, one after the other; random tokens without it",
-    "data-dtype": "of these ids: uint16, uint32, int32 or int64",
+    "data-dtype": "of these ids: uint16 (where they fit), uint32, int32 or int64",
     "model-path": "a folder with a model's weights; random weights without it",
     "steps": "how many steps are run",
     "lr": "the learning rate",
@@ -81,6 +81,7 @@ def export(subject: Subject, version: str, settings: Mapping[str, str]) -> Expor
         header=subject.header(also=_also(subject)),
         plan=_literal(plan),
         model=_literal(_model(subject)),
+        ids="uint16" if subject.model.vocab_size <= 2**16 else "uint32",
         world=layout.world_size,
         nodes=subject.nodes,
         per_node=subject.per_node,

@@ -98,15 +98,16 @@ def asked(script: str, case: Mapping[str, Any], python: str) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             raise InputError(f"{plain(python)} gave no answer within {LIMIT_S} s") from None
     lines = [line for line in done.stdout[-MOST_BYTES:].splitlines() if line.startswith("{")]
-    if not lines:
+    try:
+        answer: dict[str, Any] = json.loads(lines[-1])
+    except (IndexError, ValueError):
         said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
         if missing := re.match(r"ModuleNotFoundError: No module named '([\w.]+)'", said):
             raise InputError(
                 f"{plain(python)} has no {missing[1]}: run this where you train, or name its interpreter "
                 "with --python"
-            )
-        raise InputError(f"{plain(python)} gave no answer; it said: {plain(said, 300)}")
-    answer: dict[str, Any] = json.loads(lines[-1])
+            ) from None
+        raise InputError(f"{plain(python)} gave no answer; it said: {plain(said, 300)}") from None
     return answer
 
 

@@ -34,6 +34,8 @@ TINY: dict[str, dict[str, Any]] = {
     "mistral": {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 2, "sliding_window": 32},
     "llama, heads alike": {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
     | {"model_type": "llama"},
+    "llama, seven blocks": {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 2}
+    | {"model_type": "llama", "num_hidden_layers": 7},
     "gpt2": {"hidden_size": 64, "intermediate_size": 256, "num_key_value_heads": 4, "gated_mlp": False}
     | {"norm": "layernorm", "position_embedding": "learned", "hidden_act": "gelu_new"}
     | {"qkv_bias": True, "attention_output_bias": True, "mlp_bias": True, "tie_word_embeddings": True}

@@ -78,6 +78,7 @@ MOMENTUM = {"optimizer": "momentum"}
 CASES: dict[str, Case] = {
     "llama": Case(**ONE),
     "heads alike": Case("llama, heads alike", **ONE),
+    "seven blocks": Case("llama, seven blocks", **ONE),
     "qwen2": Case("qwen2", **ONE),
     "qwen3": Case("qwen3", **ONE),
     "mistral": Case("mistral", **ONE),
@@ -113,6 +114,14 @@ CASES: dict[str, Case] = {
     "pp4, gpipe": Case(like="llama", pipeline=4, schedule="gpipe"),
     "pp2, interleaved": Case(like="llama", pipeline=2, schedule="interleaved", chunks=2, recompute="full:1"),
     "pp2, zb-v": Case(like="llama", pipeline=2, schedule="zb-v", chunks=2),
+    "pp2, interleaved, the last chunk short": Case(
+        "llama, seven blocks",
+        "seven blocks",
+        pipeline=2,
+        schedule="interleaved",
+        chunks=2,
+        recompute="full:1",
+    ),
     "pp2 fsdp2": Case(like="llama", pipeline=2, data=2, recompute="full:1"),
     "pp2 hsdp2x2": Case(like="llama", pipeline=2, data=4, shards=2, schedule="gpipe"),
     "pp2 fsdp2, interleaved, gathered once": Case(

@@ -292,6 +292,11 @@ def _notes(
             "fsdp_reshard_after_forward is always: the head's unit is resharded too, which the plan keeps "
             "gathered through the loss"
         )
+        if layout.schedule == "zb-v":
+            yield (
+                "with torch 2.13 losses of zb-v and weights that are put away after the forward were not those "
+                "of one process: see that yours fall, or plan with --keep-gathered"
+            )
     if told["model"]["flavor"] == OWN:
         theta = setting_of(settings, "rope_theta", "500000")
         yield f"the model is built in the recipe, rotary angles of base {theta}: --set rope_theta=NUMBER"

@@ -294,7 +294,7 @@ def _notes(
         )
         if layout.schedule == "zb-v":
             yield (
-                "with torch 2.13 losses of zb-v and weights that are put away after the forward were not those "
+                "with torch 2.13, losses of zb-v and weights put away after the forward were not those "
                 "of one process: see that yours fall, or plan with --keep-gathered"
             )
     if told["model"]["flavor"] == OWN:

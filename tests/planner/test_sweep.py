@@ -62,7 +62,9 @@ def run(arguments: str, columns: int = 100) -> Any:
 
 
 def started(*arguments: str) -> subprocess.Popen[str]:
-    code = "from planner.cli import app; app()"
+    # Where the tests run behind a shell's &, interrupts are ignored, and that is inherited.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from planner.cli import app; app()"
     command = [sys.executable, "-c", code, "sweep", *OPTIONS.split(), *arguments]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

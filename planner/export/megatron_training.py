@@ -113,6 +113,12 @@ def _recompute(subject: Subject) -> Iterator[tuple[str, Any]]:
     policy, count = subject.recompute("Megatron-LM")
     policy = Way.of(policy).recompute
     modules = [name for name, (option, value) in MODULES.items() if options.get(option) == value]
+    if "moe_act" in modules and options["attention"] == "eager":
+        raise NotExpressible(
+            "moe_act=recomputed with attention=eager: it takes --moe-grouped-gemm, which is Transformer "
+            "Engine's",
+            {"option": {"attention": "flash"}},
+        )
     if policy == "selective":
         if count is not None:
             raise NotExpressible(

@@ -233,6 +233,11 @@ def test_offloading() -> None:
         ),
         ({"options": {"swiglu": "recomputed"}}, "swiglu", {"option": {"mlp": "recomputed"}}),
         ({"options": {"loss": "fused"}}, "loss=fused", {"option": {"loss": "parallel"}}),
+        (
+            {"name": "mixtral-8x7b", "options": {"attention": "eager", "moe_act": "recomputed"}},
+            "--moe-grouped-gemm",
+            {"option": {"attention": "flash"}},
+        ),
         ({"options": {"norm": "recomputed"}, "recompute": "full"}, "norm=recomputed", {"recompute": "none"}),
         (
             {"layout": Layout(8, sharding="fsdp", reshard_after_forward=False)},

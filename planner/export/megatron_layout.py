@@ -57,6 +57,19 @@ def _check(subject: Subject) -> None:
             f"rank_order={layout.rank_order}: Megatron-LM runs {' and '.join(stack.rank_orders)}",
             {"rank_order": next(iter(stack.rank_orders))},
         )
+    # Groups of experts that nobody has are made as well, as wide as tensor parallelism.
+    cut = layout.expert_tensor_parallel if subject.model.experts else layout.tensor_parallel
+    if (
+        layout.rank_order == "tp-pp-dp"
+        and layout.pipeline_parallel > 1
+        and cut * layout.expert_parallel != layout.tensor_parallel * layout.context_parallel
+    ):
+        raise NotExpressible(
+            f"rank_order=tp-pp-dp with expert tensor {cut} x expert {layout.expert_parallel} and tensor "
+            f"{layout.tensor_parallel} x context {layout.context_parallel}: Megatron-LM takes it where these "
+            "products are equal (parallel_state.py)",
+            {"rank_order": "tp-dp-pp"},
+        )
     if layout.sharding not in (*stack.shardings, "ddp"):
         raise NotExpressible(
             f"sharding={layout.sharding}: Megatron-LM runs {', '.join(stack.shardings)}",

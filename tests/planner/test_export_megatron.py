@@ -250,6 +250,11 @@ def test_offloading() -> None:
             {"schedule": "1f1b"},
         ),
         (
+            {"layout": Layout(2, 1, 2, 1, 1, 2, rank_order="tp-pp-dp", context_parallel=2)},
+            "where these products are equal",
+            {"rank_order": "tp-dp-pp"},
+        ),
+        (
             {"layout": Layout(2, 2, 2, 1, 1, 2, rank_order="pp-tp-dp")},
             "rank_order",
             {"rank_order": "tp-dp-pp"},

@@ -12,7 +12,7 @@ import pytest
 
 HOME = Path(os.environ.get("PLANNER_CONTRACT", Path(__file__).parents[2] / ".contract"))
 WANTED = int(os.environ.get("PLANNER_CONTRACT_PLANS", "200"))
-"""Random plans that each tool must take."""
+"""Random plans that each tool must take; with fewer than 200, of other cases there are fewer as well."""
 JUDGES = Path(__file__).parent / "judges"
 PROBES = Path(__file__).parents[2] / "planner" / "probes"
 """Judges that ``planner preflight`` asks too."""

@@ -22,12 +22,12 @@ from planner.discovery.verdicts import short, verdicts
 from planner.export import Subject
 from planner.specs import ClusterSpec, ModelSpec, TrainingSpec
 from strategies.layout import Layout
-from tests.contract import judged
+from tests.contract import WANTED, judged
 from tests.contract.slurm_cluster import Pool, SlurmCluster
 
 pytestmark = pytest.mark.contract
 
-PATTERNS, WALKS, NODES = 200, 20, 16
+PATTERNS, WALKS, NODES = WANTED, max(1, WANTED // 10), 16
 SOON_S = 120
 """A job that starts within as many seconds starts now: others here run for hours."""
 

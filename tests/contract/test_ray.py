@@ -11,7 +11,7 @@ from tests.contract import judged
 from tests.planner.test_export_kubernetes import documents, export
 from tests.scheduled import made, subject
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.slow]
 
 
 def case(gpus: str, nodes: int, free: int, folder: Path, **more: Any) -> dict[str, Any]:

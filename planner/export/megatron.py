@@ -12,11 +12,12 @@ from math import ceil
 from typing import Any
 
 from planner.errors import InputError
-from planner.export.base import Export, Subject, quoted, setting_of
+from planner.export.base import Export, Subject, setting_of
 from planner.export.megatron_flags import BY_NAME, GROUPS
 from planner.export.megatron_layout import layout_values
 from planner.export.megatron_model import LEFT, is_hybrid, model_values
 from planner.export.megatron_training import training_values
+from planner.export.rendering import rendered
 from planner.files import plain
 
 VERSIONS = ("0.19", "0.18", "0.17")
@@ -176,21 +177,6 @@ def _lines(values: Mapping[str, Any]) -> Iterator[str]:
         if any(stated):
             yield f"\n# {group}\n"
         yield from (shlex.join(words) + "\n" for words in stated if words)
-
-
-def rendered(name: str, **given: Any) -> str:
-    """A template of planner/export/templates, filled in. ``quoted`` makes a word safe in a shell."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    templates = Environment(
-        loader=PackageLoader("planner.export"),
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
-        comment_start_string="{##",  # bash has ${#...}
-        comment_end_string="##}",
-    )
-    templates.filters["quoted"] = lambda word: quoted([word])
-    return templates.get_template(name).render(**given)
 
 
 def notes(subject: Subject, settings: Mapping[str, str]) -> Iterator[str]:

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from planner.export.base import Export, NotExpressible, Subject
-from planner.export.megatron import environment, rendered, values_of
+from planner.export.megatron import environment, values_of
 from planner.export.megatron import notes as notes_of
 from planner.export.megatron_flags import BY_NAME, GROUPS, Flag
 from planner.export.megatron_model import is_hybrid
+from planner.export.rendering import rendered
 
 VERSIONS = ("0.6",)
 FRAMEWORKS = ("megatron",)

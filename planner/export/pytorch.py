@@ -18,6 +18,7 @@ from planner.errors import InputError
 from planner.export import pytorch_stages as stages
 from planner.export.base import Export, NotExpressible, Subject, setting_of
 from planner.export.hf_config import config_of
+from planner.export.rendering import rendered
 from planner.files import plain
 from planner.plan import StagePlan
 
@@ -66,18 +67,10 @@ def export(subject: Subject, version: str, settings: Mapping[str, str]) -> Expor
         raise problem
     if old := stages.too_old(subject, version):
         raise old
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    # Not HTML: what is put in are literals, made by repr.
-    template = Environment(
-        loader=PackageLoader("planner.export"),
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
-        autoescape=False,
-    ).get_template(TEMPLATE)
     plan, layout = _plan(subject), subject.layout
     several = layout.data_parallel > 1
-    script = template.render(
+    script = rendered(
+        TEMPLATE,
         header=subject.header(also=_also(subject)),
         plan=_literal(plan),
         model=_literal(_model(subject)),

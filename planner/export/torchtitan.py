@@ -11,6 +11,7 @@ from math import ceil
 from typing import Any
 
 from planner.export.base import Export, NotExpressible, Subject, setting_of
+from planner.export.rendering import rendered
 from planner.export.torchtitan_flavors import SHAPE, Flavor, flavor_of, in_llamas_blocks, pipelined
 from planner.export.torchtitan_limits import check, half_moments, recomputed, stage_layers
 from planner.export.torchtitan_words import (
@@ -238,8 +239,6 @@ def _toml(subject: Subject, told: Mapping[str, Any]) -> str:
 
 def _recipe(subject: Subject, flavor: Flavor, told: Mapping[str, Any], settings: Mapping[str, str]) -> str:
     """A Python module; everything that somebody wrote is in it as a literal."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     precision = PRECISIONS[str(subject.job.training.precision)]
     parallelism = dict(told["parallelism"])
     for gone in ("expert_tensor_parallel_degree", "context_parallel_rotate_method"):
@@ -249,16 +248,10 @@ def _recipe(subject: Subject, flavor: Flavor, told: Mapping[str, Any], settings:
         "enable_async_tensor_parallel": parallelism.pop("enable_async_tensor_parallel")
     }
     training = {k: v for k, v in told["training"].items() if not k.startswith("dataset")}
-    templates = Environment(
-        loader=PackageLoader("planner.export"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=False,
-    )
-    templates.filters["literal"] = ascii
     half = half_moments(subject, "0.3")
-    return templates.get_template("torchtitan_recipe.py.jinja").render(
+    return rendered(
+        "torchtitan_recipe.py.jinja",
+        trim=True,
         header=_header(subject).rstrip("\n"),
         function=FUNCTION,
         flavor=flavor,

@@ -8,10 +8,10 @@ started elsewhere too (kuberay 1.7.0, ray-operator/apis/ray/v1; ray 2.60.0).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from planner.export.base import Export, NotExpressible, Shell, Subject
+from planner.export.rendering import rendered
 from planner.schedulers import kueue
 from planner.schedulers.pods import SETTINGS as PODS
 from planner.schedulers.pods import Pods, count_of, finished
@@ -71,12 +71,9 @@ def export(subject: Subject, made: Export, settings: Mapping[str, str]) -> Expor
 
 def script(pods: Pods) -> str:
     """ray_train.py: what somebody wrote is in it as Python literals of ASCII, never as text."""
-    import jinja2
-
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    env = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     words = pods.on_node(Shell("rank"), Shell("address"), Shell("port"))
-    return env.get_template(f"{SCRIPT}.j2").render(
+    return rendered(
+        f"{SCRIPT}.jinja",
         header=pods.subject.header(),
         nodes=pods.nodes,
         gpus=pods.subject.per_node,

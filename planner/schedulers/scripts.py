@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 from planner.export.base import Shell, quoted
+from planner.export.rendering import rendered
 from planner.schedulers.pods import Pods
 
 RUN = "run.sh"
@@ -24,11 +24,8 @@ class Words(NamedTuple):
 
 def run_script(pods: Pods, words: Words) -> str:
     """A script for bash, which shellcheck passes. Raises NotExpressible if nodes are not whole."""
-    import jinja2
-
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    env = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    return env.get_template("node.sh.j2").render(
+    return rendered(
+        "node.sh.jinja",
         header=pods.subject.header(),
         tool=words.tool,
         nodes=pods.nodes,

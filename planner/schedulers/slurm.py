@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from planner.errors import InputError
 from planner.export.base import Export, NotExpressible, Shell, Subject, quoted, setting_of
+from planner.export.rendering import rendered
 from planner.files import plain
 from planner.placement import Placement, block_nodes, place_on, unit_nodes
 
@@ -192,22 +193,13 @@ def _script(
     options: Sequence[str],
     placement: Placement | None,
 ) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     for name in made.env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise InputError(f"{plain(name)!r} cannot be the name of an environment variable")
     task = made.on_node(subject, Shell("$SLURM_PROCID"), Shell("$MASTER_ADDR"), Shell("$MASTER_PORT"))
-    # Autoescaping is for HTML; what goes into the script has been quoted for a shell.
-    loader = PackageLoader("planner.schedulers", "")
-    environment = Environment(
-        loader=loader,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("job.sbatch.j2").render(
+    return rendered(
+        "job.sbatch.jinja",
+        trim=True,
         header=subject.header(),
         options=options,
         nodes=subject.nodes,

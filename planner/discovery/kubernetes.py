@@ -209,9 +209,8 @@ def _found(
             used = None
     if not gpus:
         resources = inner(one, "status", "capacity")
-        if not any(
-            str(key).startswith(("nvidia.com/mig-", "nvidia.com/gpu.shared")) for key in resources or {}
-        ):
+        shared = ("nvidia.com/mig-", "nvidia.com/gpu.shared")
+        if not isinstance(resources, dict) or not any(key.startswith(shared) for key in resources):
             return None
         gpus, able = 1, 1
         refused = refused or "slices of GPUs (MIG): a process of a plan has a GPU to itself"

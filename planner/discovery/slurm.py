@@ -250,7 +250,7 @@ def _of_node(one: Mapping[str, Any]) -> Row:
         word(used) if isinstance(used, str) else None,
         _words(one.get("features")),
         _reason(one.get("reason")),
-        frozenset(word(part) for part in one.get("partitions") or () if word(part)),
+        frozenset(_words(one.get("partitions"))),
         word(one.get("gres_drained")),
     )
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
-from planner.discovery.captures import Capture
+from planner.discovery.captures import Capture, inner, items
 from planner.errors import InputError
 from planner.files import plain
 from planner.hostlist import names_of
@@ -59,9 +58,8 @@ def leaves_of_yaml(capture: Capture) -> dict[str, str]:
     chosen = next((one for one in topologies if one.get("cluster_default")), topologies[0])
     leaves: dict[str, str] = {}
     for kind, rows, name in (("tree", "switches", "switch"), ("block", "blocks", "block")):
-        held: Any = chosen.get(kind)
-        for row in (held.get(rows) or []) if isinstance(held, dict) else []:
-            if isinstance(row, dict) and isinstance(row.get("nodes"), str):
+        for row in items(inner(chosen, kind, rows)):
+            if isinstance(row.get("nodes"), str):
                 leaf = plain(str(row.get(name, "")))
                 leaves |= dict.fromkeys(expand(row["nodes"], capture.name), leaf)
     return leaves

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from planner.cli import app
 from planner.discovery import asked_of, discover
+from planner.discovery.kubernetes import LEAVES
 from planner.errors import InputError
-from tests.planner.test_discovery import HEAD, TREE, read, row
+from tests.planner.test_discovery import HEAD, TREE, json_2205, read, row
+from tests.planner.test_discovery_sources import H200, RAY, device, node, pod, queue
 
 SOURCES = ("slurm", "k8s", "ray")
 
@@ -126,38 +131,89 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
-NODE = {"kind": "Node", "metadata": {"name": "n1", "labels": {"nvidia.com/gpu.product": "NVIDIA-H200"}},
-        "spec": {"taints": [{"key": "a", "value": "b", "effect": "NoSchedule"}]},
-        "status": {"capacity": {"nvidia.com/gpu": "8"}, "allocatable": {"nvidia.com/gpu": "8"},
-                   "conditions": [{"type": "Ready", "status": "True"}]}}  # fmt: skip
-SLURM = {"name": "n1", "state": ["IDLE"], "features": ["80g"], "gres": "gpu:h100:8",
-         "gres_used": "gpu:h100:0", "partitions": ["train"], "reason": "", "gres_drained": "N/A"}  # fmt: skip
-RAY = {"NodeID": "a", "Alive": True, "NodeManagerHostname": "h", "Resources": {"GPU": 8.0},
-       "Labels": {"ray.io/accelerator-type": "H100"}}  # fmt: skip
+SIMPLEST = [None, True, 0, -1, 1.5, "", "1", [], [None], [1], ["x"], [[]], [{}], {}, {"x": 1}]
+"""A value of every kind that JSON has."""
+MANY = {
+    "slurm": [
+        {"nodes": [json_2205("n1", "mixed", ["CLOUD"], "gpu:h100:3")]},
+        {"nodes": [{"name": "n1", "state": ["IDLE", "DRAIN"], "features": ["80g"], "gres": "gpu:h100:8"}]},
+        {"sinfo": [{"nodes": {"nodes": ["n1"]}, "node": {"state": ["IDLE"]}, "gres": {"total": "gpu:h100:8"},
+                    "features": {"total": "80g"}, "partition": {"name": "a"},
+                    "reason": {"description": "b"}}]},
+        [{"topology": "main", "cluster_default": True, "block": {"blocks": [{"block": "b", "nodes": "n1"}]},
+          "tree": {"switches": [{"switch": "s", "nodes": "n[1-2]"}]}}],
+    ],
+    "k8s": [
+        node("a", labels={LEAVES[0]: "r1"}, taints=[("k", "v", "NoSchedule")]),
+        node("a", gpus=0, resources={"nvidia.com/mig-1g.10gb": "7"}),
+        {"kind": "List", "items": [node("a"), pod("a", 3, first=(1, (1,)))]},
+        {"kind": "List", "items": [node("a"), queue("team", "28", "8")]},
+        {"kind": "List", "items": [
+            node("a", gpus=0, labels=dict.fromkeys(H200, "")), pod(None, 0),
+            {"kind": "ResourceSlice", "spec": {"driver": "gpu.nvidia.com", "nodeName": "a",
+                                               "pool": {"name": "a"}, "devices": [device("g")]}},
+            {"kind": "ResourceClaim", "status": {"allocation": {
+                "devices": {"results": [{"pool": "a", "device": "g", "driver": "gpu.nvidia.com"}]}}}}]},
+    ],
+    "ray": [*RAY, {"nodes": RAY, "available": {"aa": {"GPU": 3.0}}}],
+}  # fmt: skip
+"""What the commands of each source print, with every part that is read."""
 
 
-@settings(deadline=None, max_examples=300)
-@given(st.data(), VALUES)
-def test_a_value_of_any_kind_anywhere_is_an_inventory_or_an_input_error(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, value: object
-) -> None:
-    source, node = data.draw(st.sampled_from([("slurm", SLURM), ("k8s", NODE), ("ray", RAY)]))
-    changed = json.loads(json.dumps(node))
-    here, key = changed, data.draw(st.sampled_from(sorted(changed)))
-    while isinstance(here[key], (dict, list)) and here[key] and data.draw(st.booleans()):
-        here = here[key]
-        key = data.draw(st.sampled_from(sorted(here) if isinstance(here, dict) else list(range(len(here)))))
-    here[key] = value
-    path = tmp_path_factory.mktemp("changed") / "capture"
-    document = changed if source == "k8s" else {"nodes": [changed], "available": {"a": {"GPU": 3.0}}}
-    path.write_text(json.dumps(document))
+def places(value: Any, *before: Any) -> Iterator[tuple[Any, ...]]:
+    """Every place in a document."""
+    yield before
+    keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    for key in keys:
+        yield from places(value[key], *before, key)
+
+
+def replaced(value: Any, place: tuple[Any, ...], new: Any) -> Any:
+    """A document with another value in a place."""
+    if not place:
+        return new
+    changed = value.copy()
+    changed[place[0]] = replaced(value[place[0]], place[1:], new)
+    return changed
+
+
+def understood_or_refused(path: Path, source: str, document: Any) -> None:
+    files = [path]
+    if isinstance(document, list) and source == "slurm":
+        path.write_text(yaml.safe_dump(document, sort_keys=False))
+        files.append(path.with_name("nodes"))
+        files[1].write_text(f"{HEAD}\n{row('n1')}\n")
+    else:
+        path.write_text(json.dumps(document))
     try:
-        discover(asked_of(f"from-{source}:{path}"))
+        discover(asked_of(f"from-{source}:{','.join(map(str, files))}"))
     except InputError as error:
         said = str(error)
     else:
         said = ""
     assert said.isprintable()
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_value_of_each_kind_in_each_place_is_an_inventory_or_an_input_error(
+    tmp_path: Path, source: str
+) -> None:
+    for document in MANY[source]:
+        for place in places(document):
+            for value in SIMPLEST:
+                understood_or_refused(tmp_path / "capture", source, replaced(document, place, value))
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data(), VALUES)
+def test_any_value_in_any_place_is_an_inventory_or_an_input_error(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, value: object
+) -> None:
+    source = data.draw(st.sampled_from(SOURCES))
+    document = data.draw(st.sampled_from(MANY[source]))
+    place = data.draw(st.sampled_from(list(places(document))))
+    path = tmp_path_factory.mktemp("changed") / "capture"
+    understood_or_refused(path, source, replaced(document, place, value))
 
 
 def test_commands_run_only_where_no_file_is_named_without_a_shell_and_with_limits(

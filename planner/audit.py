@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +15,7 @@ from planner.advice import Advice
 from planner.asked import Asked, options_between, options_text
 from planner.catalog import step_time
 from planner.errors import InputError, PlannerError, nearest_names
+from planner.export.base import Subject
 from planner.export.imported import READERS, Finding, Imported
 from planner.files import content, named, plain
 from planner.layouts import Choices, divisors
@@ -54,7 +55,11 @@ class Better:
 
 @dataclass(frozen=True)
 class Audit:
-    """What came of it. ``problem`` says why nothing could be planned, where ``plan`` is None."""
+    """What came of it. ``problem`` says why nothing could be planned, where ``plan`` is None.
+
+    ``settings`` are what an ``option`` of the advice, of a gain and of what is better is in the framework's
+    own words, where it can be told.
+    """
 
     imported: Imported
     model: ModelSpec
@@ -65,6 +70,7 @@ class Audit:
     advice: Advice | None = None
     gains: tuple[Gain, ...] = ()
     better: Better | None = None
+    settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def holds(self) -> bool:
@@ -87,6 +93,7 @@ class Audit:
             "unread": list(self.imported.unread),
             "gains": [asdict(one) for one in self.gains],
             "better": better,
+            "settings": self.settings,
             "document": document_of(self.model, self.cluster, plans, "", self.advice).to_json()
             if plans
             else None,
@@ -217,6 +224,14 @@ def audit(
         if plan.fits
         else api.whynot(model, cluster, training, layout, recompute=way, layers=layers, progress=progress)
     )
+    pays = gains(asked, plan) if plan.fits else {}
+    best = better(asked, plan)
+    others = {gain.option: there for gain, there in pays.items()}
+    if best:
+        others[best.option] = best.plan
+    for change in advice.changes if advice else []:
+        if change.of != "gpus":
+            others[change.option] = api.estimate_of(change.asked)
     return Audit(
         imported,
         model,
@@ -224,9 +239,20 @@ def audit(
         tuple(findings),
         plan,
         advice=advice,
-        gains=tuple(gains(asked, plan)) if plan.fits else (),
-        better=better(asked, plan),
+        gains=tuple(pays),
+        better=best,
+        settings=in_its_words(imported.framework, Subject(model, cluster, plan), others),
     )
+
+
+def in_its_words(framework: str, before: Subject, others: Mapping[str, Plan]) -> dict[str, tuple[str, ...]]:
+    """What makes each of other plans of one, as the framework is told it; not of those that it cannot be."""
+    from planner.export.difference import changed, told
+
+    if (now := told(framework, before)) is None:
+        return {}
+    exports = {name: told(framework, replace(before, plan=plan)) for name, plan in others.items()}
+    return {name: changed(now, made) for name, made in exports.items() if made and changed(now, made)}
 
 
 def _of_world(imported: Imported, cluster: ClusterSpec) -> Iterator[Finding]:
@@ -240,9 +266,9 @@ def _of_world(imported: Imported, cluster: ClusterSpec) -> Iterator[Finding]:
         )
 
 
-def gains(asked: Asked, plan: Plan) -> list[Gain]:
-    """Single changes that pay, quickest first: each is estimated."""
-    found: dict[str, Gain] = {}
+def gains(asked: Asked, plan: Plan) -> dict[Gain, Plan]:
+    """Single changes that pay, quickest first, with the plan that each makes."""
+    found: dict[str, tuple[Gain, Plan]] = {}
     tie = step_time("tie").value
     for what, make in _leaner_or_quicker(asked):
         try:
@@ -256,8 +282,8 @@ def gains(asked: Asked, plan: Plan) -> list[Gain]:
         leaner = ratio <= 1 + 0.1 * tie and saved > LEANER * plan.peak_bytes
         if there.fits and (quicker or leaner):
             option = options_text(options_between(asked, other))
-            found.setdefault(option, Gain(what, option, ratio, there.peak_bytes, saved))
-    return sorted(found.values(), key=lambda gain: gain.step_time_ratio)
+            found.setdefault(option, (Gain(what, option, ratio, there.peak_bytes, saved), there))
+    return dict(sorted(found.values(), key=lambda pair: pair[0].step_time_ratio))
 
 
 def _leaner_or_quicker(asked: Asked) -> Iterator[tuple[str, Callable[[], Asked]]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from rich.console import Console
 from rich.text import Text
@@ -12,6 +13,8 @@ from planner.plan import Plan
 from planner.render import grid, show_stages
 from planner.units import gib, human_seconds
 
+Settings = Mapping[str, tuple[str, ...]]
+"""Options of the planner, and what each is in a framework's own words."""
 NEAREST = 5
 """Changes that do not do which are shown."""
 HEADINGS = {
@@ -57,8 +60,21 @@ def _show_found(console: Console, changes: Sequence[Change]) -> None:
     console.print(table)
 
 
-def show_advice(console: Console, advice: Advice) -> None:
-    """What binds a given layout, and the changes that would fit, each re-solved."""
+def settings_heading(settings: Settings) -> str:
+    """What a column of :func:`written` is called."""
+    return "settings" if settings else "options"
+
+
+def written(option: str, settings: Settings) -> str:
+    """A change in the framework's own words, or else as an option of the planner's."""
+    return "\n".join(settings[option]) if option in settings else option
+
+
+def show_advice(console: Console, advice: Advice, settings: Settings = MappingProxyType({})) -> None:
+    """What binds a given layout, and the changes that would fit, each re-solved.
+
+    ``settings`` are what options are in the words of the framework that is spoken of.
+    """
     console.print()
     console.print(Text(f"What binds: {advice.binding.describe()}", style="bold"))
     if not advice.changes and advice.tried:
@@ -68,19 +84,27 @@ def show_advice(console: Console, advice: Advice) -> None:
         if own:
             console.print()
             console.print(Text(f"{heading}; each re-solved, cheapest in GPU time first:", style="bold"))
-            _show_changes(console, own)
+            _show_changes(console, own, settings)
     _show_tried(console, advice.tried)
 
 
-def _show_changes(console: Console, changes: Sequence[Change]) -> None:
-    left = ("change", "options")
+def _show_changes(console: Console, changes: Sequence[Change], settings: Settings) -> None:
+    known = {change.option: settings[change.option] for change in changes if change.option in settings}
+    left = ("change", settings_heading(known))
     numbers = ("GPUs", "peak GiB", "step", "of before")
     table = grid(*left, *numbers, left=left, wrap=left, spare=("GPUs", "peak GiB"))
     for change in changes:
         percent = round(100 * (change.step_time_ratio or 1)) - 100
         ratio = f"{percent:+}%" if percent else "0%"
         step = human_seconds(change.step_time_s)
-        table.add_row(change.what, change.option, str(change.num_gpus), gib(change.peak_bytes), step, ratio)
+        table.add_row(
+            change.what,
+            written(change.option, settings),
+            str(change.num_gpus),
+            gib(change.peak_bytes),
+            step,
+            ratio,
+        )
     console.print(table)
 
 

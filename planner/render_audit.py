@@ -8,6 +8,7 @@ from rich.text import Text
 from planner.audit import Audit
 from planner.export.imported import Finding
 from planner.render import grid, show_plan
+from planner.render_advice import settings_heading, written
 from planner.units import gib, human_seconds
 
 WORDS = {"error": ("Wrong", "bold red"), "warning": ("Look at", "yellow"), "waste": ("Wasteful", "cyan")}
@@ -31,7 +32,7 @@ def show_audit(console: Console, audit: Audit, verbose: bool = False) -> None:
     if audit.advice:
         from planner.render_advice import show_advice
 
-        show_advice(console, audit.advice)
+        show_advice(console, audit.advice, audit.settings)
     _show_gains(console, audit)
     _show_better(console, audit)
     if unread := audit.imported.unread:
@@ -52,15 +53,15 @@ def _show_gains(console: Console, audit: Audit) -> None:
         return
     console.print()
     console.print(Text("Single changes that pay, each estimated:", style="bold"))
-    left = ("change", "options")
+    left = ("change", settings_heading(audit.settings))
     table = grid(*left, "step", "of before", "peak GiB", left=left, wrap=left, spare=("peak GiB",))
     assert audit.plan is not None
     for gain in audit.gains[:SHOWN]:
         percent = round(100 * gain.step_time_ratio) - 100
         step = human_seconds(audit.plan.step_time_s * gain.step_time_ratio)
-        table.add_row(
-            gain.what, gain.option, step, f"{percent:+}%" if percent else "0%", gib(gain.peak_bytes)
-        )
+        ratio = f"{percent:+}%" if percent else "0%"
+        words = (gain.what, written(gain.option, audit.settings))
+        table.add_row(*words, step, ratio, gib(gain.peak_bytes))
     console.print(table)
 
 
@@ -77,4 +78,8 @@ def _show_better(console: Console, audit: Audit) -> None:
             style="bold",
         )
     )
-    console.print(Text(f"  as options: {audit.better.option}"))
+    if told := audit.settings.get(audit.better.option):
+        console.print(Text("  as settings:"))
+        for one in told:
+            console.print(Text(f"    {one}"))
+    console.print(Text(f"  as options of planner: {audit.better.option}"))

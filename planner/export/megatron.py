@@ -205,5 +205,6 @@ def notes(subject: Subject, settings: Mapping[str, str]) -> Iterator[str]:
         yield "CUDA_DEVICE_MAX_CONNECTIONS must not be 1 with Megatron-FSDP: no wrapper may set it so"
     if subject.options().get("mtp") == "on":
         yield "modules for further tokens are planned as kept; --recompute-granularity full is theirs too"
-    if any(0 < n < stage.layers for stage in subject.plan.stages for n in stage.offload.values()):
+    offloads = ((stage.layers, *one) for stage in subject.plan.stages for one in stage.offload.items())
+    if any("optimizer" in what and 0 < n < layers for layers, what, n in offloads):
         yield "Megatron-LM offloads the first parameters up to its fraction, whichever layers they are of"

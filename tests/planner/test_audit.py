@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,56 @@ def test_a_better_layout_is_the_best_that_can_be_told(tmp_path: Path) -> None:
     better = found["better"]
     assert better["step_time_ratio"] < 0.9
     assert not any("--launchable" in note for note in better["plan"]["warnings"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        GOOD + " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        FLAGS + "--tensor-model-parallel-size 4 --use-distributed-optimizer",
+        FLAGS + "--micro-batch-size 4",
+    ],
+)
+def test_settings_make_the_plan_that_they_are_of(tmp_path: Path, flags: str) -> None:
+    """Set in the file and read again, they give the step and the peak that were named."""
+    _, found = audited(tmp_path, flags)
+    before = found["document"]["plans"][0]
+    better = found["better"]
+    wanted = {better["option"]: (better["plan"]["peak_bytes"], better["step_time_ratio"])}
+    for one in (*found["gains"], *found["document"].get("changes", [])):
+        wanted[one["option"]] = one["peak_bytes"], one["step_time_ratio"]
+    assert better["option"] in found["settings"]
+    for option, settings in found["settings"].items():
+        text = flags
+        for setting in settings:
+            if setting.startswith("without "):
+                switch = setting.removeprefix("without ")
+                text = re.sub(rf"(?<!\S){switch}(?: (?!--)\S+)*", "", text)
+            elif setting.startswith("--"):
+                text += f" {setting}"
+        _, there = audited(tmp_path, text)
+        plan = there["document"]["plans"][0]
+        assert plan["peak_bytes"] == wanted[option][0], (option, settings)
+        assert plan["step_time_s"] / before["step_time_s"] == pytest.approx(wanted[option][1]), option
+
+
+def test_settings_of_a_file_are_named_by_their_sections(tmp_path: Path) -> None:
+    path = tmp_path / "ds_config.json"
+    path.write_text(json.dumps({
+        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 8, "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
+    }))  # fmt: skip
+    _, output = run(str(path), "--gpus", "8xH100", "--model", "llama-3.2-1b", "-s", "4096", "--json")
+    settings = json.loads(output)["settings"]
+    assert "zero_optimization.stage = 1" in settings["--sharding zero1"]
+    _, shown = run(str(path), "--gpus", "8xH100", "--model", "llama-3.2-1b", "-s", "4096")
+    assert "zero_optimization.stage = 1" in shown
+
+
+def test_what_a_framework_cannot_be_told_is_an_option(tmp_path: Path) -> None:
+    _, found = audited(tmp_path, FLAGS + "--tensor-model-parallel-size 4 --use-distributed-optimizer")
+    gains = {one["option"] for one in found["gains"]}
+    assert gains - set(found["settings"]) == {"--option tp_comm_overlap=on"}
 
 
 def test_what_cannot_be_planned_says_why(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ SHORTEST = 512
 """Tokens below which a sequence is not cut."""
 LEAN = ("recomputed", "fused", "chunked", "compiled")
 """Values of a framework's options that keep less."""
+LEAN_WHEN_ON = ("gradient_view", "fp8_param_gather")
 EIGHT_BITS = ("adamw8bit", "torchao-adamw8bit")
 RESTRICTIONS = (
     "recompute",
@@ -171,8 +172,8 @@ def _of_options(asked: Asked, job: Job) -> Iterator[Proposal]:
     """The framework's own kernels and buffers that keep less."""
     chosen = job.training.options
     for name, values in job.stack.options.items():
-        for value in values if job.stack.concerned(name, job.model) else ():
-            lean = value in LEAN or (name, value) == ("gradient_view", "on")
+        for value in values if job.stack.concerned(name, job.model, job.recipe) else ():
+            lean = value in LEAN or (name in LEAN_WHEN_ON and value == "on")
             if lean and chosen.get(name) not in (value, *LEAN):
                 options = {**asked.training.options, name: value}
                 # ``swiglu`` has a name of its own too, which must not contradict it.

@@ -25,11 +25,12 @@ from strategies.layout import Layout
 def checkpoint_bytes(job: Job, layout: Layout) -> int:
     """Bytes of a checkpoint to go on from: every trained weight and optimizer state of the model, once.
 
-    The terms of the layers before any share, as the framework saves them (``Saving`` of
+    The terms of the layers before any share, as the framework saves them, weights kept in 8 bits alone in
+    half precision (core/dist_checkpointing/utils.py, ``force_all_tensors_to_non_fp8``; ``Saving`` of
     planner/stacks/base.py); frozen weights too, but of a model with adapters these alone. Headers, counters,
     the states of random numbers, schedule and data loader are left out: kilobytes of a rank.
     """
-    saving, recipe = job.stack.saving, job.recipe
+    saving, recipe = job.stack.saving, replace(job.recipe, cast_alone=False)
     if layout.sharding in saving.in_fp32:
         recipe = replace(recipe, master=4.0, moment=4.0)
     shards = layout.data_shards if layout.sharding == "fsdp" else 1

@@ -100,6 +100,7 @@ def _options(
     """Every option of the stack with its value: what was asked for, or the first that is listed."""
     given = dict(training.options)
     stack = stack.under(given)  # an option may bring others with it
+    recipe = stack.recipes[precision]
     for name in ("attention", "swiglu"):
         value = getattr(training, name)
         heeded = value is not None and (name != "swiglu" or model.gated_mlp)
@@ -115,14 +116,14 @@ def _options(
         if value not in stack.options[name]:
             allowed = " or ".join(stack.options[name])
             raise InputError(f"{name}={value[:40]} is not offered by {stack.name}: use {allowed}")
-        if not stack.concerned(name, model):
-            raise InputError(
-                f"{name}={value}: {model.name} has no {stack.concerns[name]} that it is of: leave it out"
-            )
-    usual = {name: allowed[0] for name, allowed in stack.options.items() if stack.concerned(name, model)}
+        if not stack.concerned(name, model, recipe):
+            of = f"{model.name} in {precision} has no {stack.concerns[name].replace('_', ' ')}"
+            raise InputError(f"{name}={value}: {of} that it is of: leave it out")
+    concerned = [name for name in stack.options if stack.concerned(name, model, recipe)]
+    usual = {name: stack.options[name][0] for name in concerned}
     if gpus == 1:
         usual |= stack.alone
-    if stack.reduces_as_weights and stack.recipes[precision].weight == 2:
+    if stack.reduces_as_weights and recipe.weight == 2:
         usual["reduce_dtype"] = "bf16"
     chosen = {name: given.get(name, value) for name, value in usual.items()}
     return chosen | {name: given.get(name, f"{size:g}") for name, size in stack.sizes.items()}
@@ -272,6 +273,8 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     if training.master_weights is not None:
         recipe = replace(recipe, master=4.0 if training.master_weights else 0.0)
 
+    if recipe.cast_alone and (training.adapters or training.frozen.blocks or training.frozen.embeddings):
+        raise InputError("fp8_param_gather=on is planned where all weights are trained: leave it out")
     if stack.both_gradients and recipe.master and recipe.gradient == 4 and recipe.compute < 4:
         if recipe.unit == "fp16":
             raise InputError(f"gradient_dtype=fp32 in {stack.name} takes precision=bf16")

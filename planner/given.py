@@ -109,7 +109,8 @@ def unsupported(stack: Stack, layout: Layout) -> list[str]:
     shardings, sharding = stack.shardings, layout.sharding
     alone = sharding == "ddp" and layout.data_ranks == 1
     if sharding not in shardings and not alone:
-        notes.append(f"{stack.name} does not run {sharding}: use {', '.join(shardings)}")
+        so = " so" if sharding in STACKS[stack.name].shardings else ""  # but with another precision or option
+        notes.append(f"{stack.name} does not run {sharding}{so}: use {', '.join(shardings)}")
     elif layout.pipeline_parallel > 1 and not shardings.get(sharding, any(shardings.values())):
         able = "".join(f", {name}" for name, pipelined in shardings.items() if pipelined)
         notes.append(f"{stack.name} runs {sharding} without a pipeline only: use pipeline_parallel 1{able}")
@@ -124,7 +125,9 @@ def _variants(job: Job) -> Iterator[tuple[str, Stack]]:
         recipe = job.recipe if name == job.stack.name else stack.recipes.get(str(job.training.precision))
         if recipe is None or (stack.families and job.model.model_type not in stack.families):
             continue
-        named = {f"framework {name}": stack}
+        told = [f"{o}={v}" for o, v in job.training.options.items() if f"{o}:{v}" in stack.variants]
+        own = name == job.stack.name and told
+        named = {f"leave out option {' and '.join(told)}" if own else f"framework {name}": stack}
         for variant in stack.variants:
             option, _, value = variant.partition(":")
             named[f"framework {name} with option {option}={value}"] = stack.under({option: value})

@@ -208,7 +208,7 @@ class Builder:
             yield Term(weight.name, Role.PARAMETER, weight.dims, self.tuning.frozen_bytes(weight))
             return
         recipe = self.tuning.trained_recipe
-        yield Term(weight.name, Role.PARAMETER, weight.dims, recipe.weight)
+        yield Term(weight.name, Role.PARAMETER, weight.dims, recipe.weight_of(weight))
         if not self.in_backward:
             yield Term(weight.name, Role.GRADIENT, weight.dims, recipe.gradient, steps=(weight.step,))
         states = resident(self.optimizer, tensor_of(weight, self.model), recipe, self.shards)

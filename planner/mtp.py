@@ -30,7 +30,14 @@ JOINING = (
     Row("statistics of the joining norms", "batch seq residual:1", 2, FP32, ALWAYS, steps="joining"),
     Row("joined inputs", H, 2, COMPUTE, ALWAYS, "!quantized", steps="joining"),
     Row("joined inputs, quantized", H, 2, CAST, ALWAYS, "quantized", steps="joining"),
-    Row("joining weight, quantized", "hidden joined", 1, CAST_WEIGHT, when="quantized", role=Role.BUFFER),
+    Row(
+        "joining weight, quantized",
+        "hidden joined",
+        1,
+        CAST_WEIGHT,
+        when="quantized !fp8_param_gather:on",
+        role=Role.BUFFER,
+    ),
     Row(
         "joining weight, quantized columnwise",
         "hidden joined",

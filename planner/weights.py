@@ -32,6 +32,17 @@ class Weight:
     active: float = 1.0
     of: str = ""
 
+    @property
+    def quantized(self) -> bool:
+        """Is it of the products that take operands of 8 or 4 bits, where any do?
+
+        Those of blocks, but for a router's and a gate's of one value a token: Megatron Core has these, the
+        embedding and the head in half precision (transformer_layer.py and router.py; fp8_utils.py,
+        ``get_fp8_context``, is around blocks).
+        """
+        outside = self.step in ("embedding", "head") or "router" in self.dims
+        return self.matrix and len(self.dims) > 1 and not outside
+
 
 def block_weights(model: ModelSpec, block: Block) -> Iterator[Weight]:
     """Weights of one transformer block."""

@@ -206,7 +206,7 @@ def data_strategy(layout: Layout, wire: Wire) -> AbstractStrategy:
             flattened = ENGINE_ALL_REDUCE * wire.gather_bytes * (wire.bucket_bytes > 0)
             return DataParallel(degree, wire.bucket_fraction, flattened, **expert)
         case "zero1":
-            return Zero1(degree, *engine, **expert)
+            return Zero1(degree, *engine, gather_bytes=wire.gather_bytes, **expert)
         case "zero2":
             return Zero2(degree, *engine, **expert)
         case "zero3":

@@ -36,6 +36,8 @@ class Zero1(DataStrategy):
     a part of the gradients' bytes, are accumulated in fp32, these are always there, and all are cast to
     half precision at once to be reduced. Traced so in DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py,
     runtime/bf16_optimizer.py).
+
+    Parameters are gathered as they are kept, or with ``gather_bytes`` an element where that is more.
     """
 
     label: ClassVar[str] = "ZeRO-1"
@@ -43,6 +45,7 @@ class Zero1(DataStrategy):
     accumulates: Quantity = 0
     lasting: float = 0.0
     pipelined: Quantity = 0
+    gather_bytes: float = 0.0
 
     def share(self, term: Term) -> Quantity:
         return 1 / self.ranks(term) if term.role is Role.OPTIMIZER else 1
@@ -50,7 +53,7 @@ class Zero1(DataStrategy):
     def collectives(self, layer: Layer, size: Size) -> Iterable[Collective]:
         for axis, part in by_group(layer, self.axis):
             gradients = sum(size(term) for term in part.by_role[Role.GRADIENT])
-            parameters = sum(size(term) for term in part.trained)
+            parameters = sum(size(t) * (max(t.unit, self.gather_bytes) / t.unit) for t in part.trained)
             yield Collective("reduce_scatter", axis, gradients, per="step", behind="backward")
             yield Collective("all_gather", axis, parameters, per="step", behind="forward")
 

@@ -292,7 +292,7 @@ def _check_types(subject: Subject) -> None:
             {"option": {"offload_copy": "whole"}},
         )
     for name, only in (("loss", "parallel"), ("swiglu", "unfused"), ("optimizer_step", "fused")):
-        if megatron and subject.job.stack.concerned(name, subject.model) and options.get(name, only) != only:
+        if megatron and options.get(name, only) != only:
             raise NotExpressible(
                 f"{name}={options[name]}: Megatron-DeepSpeed's {name} is {only}", {"option": {name: only}}
             )

@@ -60,6 +60,8 @@ PATHS: Mapping[str, str] = {
     "--moe-pad-expert-input-to-capacity": "model.moe_pad_expert_input_to_capacity",
     "--fp8-format": "mixed_precision.fp8",
     "--fp8-recipe": "mixed_precision.fp8_recipe",
+    "--fp8-param-gather": "mixed_precision.fp8_param_gather",
+    "--reuse-grad-buf-for-mxfp8-param-ag": "mixed_precision.reuse_grad_buf_for_mxfp8_param_ag",
     "--fp4-format": "mixed_precision.fp4",
     "--fp4-recipe": "mixed_precision.fp4_recipe",
     "--use-precision-aware-optimizer": "optimizer.use_precision_aware_optimizer",

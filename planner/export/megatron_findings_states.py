@@ -14,6 +14,7 @@ from planner.model import ModelSpec
 from planner.units import human_bytes
 
 QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
+REUSED = "--reuse-grad-buf-for-mxfp8-param-ag"
 LARGE_MASK = 16 * 2**20
 """Bytes from which a mask of attention is worth a word."""
 STATES = 12
@@ -198,17 +199,15 @@ def _of_optimizer(
     if found.on("--fp8-param-gather") and not (sharded or found.on("--use-torch-fsdp2")):
         text = "takes --use-distributed-optimizer"
         found.add("error", "--fp8-param-gather", text, "add --use-distributed-optimizer")
-    if found.on("--fp8-param-gather") and found.get("--fp8-format") and model is not None:
-        table = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
-        size = 2 * max(0.0, per_gpu(model, degrees) - table / degrees["tensor_parallel"])
-        found.add(
-            "warning",
-            "--fp8-param-gather",
-            "is not planned: weights in bf16 count beside their 8-bit copies, about "
-            f"{human_bytes(int(size))} a GPU that it does without",
-        )
     if found.on("--fp8-param-gather") and not found.get("--fp8-format"):
         found.add("error", "--fp8-param-gather", "takes --fp8-format", "add --fp8-format hybrid")
+    in_blocks = found.get("--fp8-recipe") == "mxfp8"
+    if found.on("--fp8-param-gather") and in_blocks and not found.on(REUSED):
+        text = f"weights in mxfp8 lie in no contiguous buffer: {REUSED} gathers them through the gradients'"
+        found.add("error", "--fp8-param-gather", text, f"add {REUSED}")
+    if found.on(REUSED) and not (found.on("--fp8-param-gather") and in_blocks):
+        text = "takes --fp8-param-gather and --fp8-recipe mxfp8"
+        found.add("error", REUSED, text, "add these, or leave it out")
 
 
 def per_gpu(model: ModelSpec, degrees: Mapping[str, int]) -> float:

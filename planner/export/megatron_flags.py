@@ -314,6 +314,14 @@ PRECISION = (
         values={name: name.removeprefix("fp8-") for name in QUANTIZED},
         rule="with --fp8-format",
     ),
+    Flag("--fp8-param-gather", "option.fp8_param_gather", "switch", when="on"),
+    Flag(
+        "--reuse-grad-buf-for-mxfp8-param-ag",
+        "option.fp8_param_gather",
+        "switch",
+        when="on",
+        rule="with mxfp8, whose weights no buffer of their own can hold",
+    ),
     Flag("--fp4-format", "training.precision", "word", rule="e2m1 with nvfp4"),
     Flag("--fp4-recipe", "training.precision", "word", values={"nvfp4": "nvfp4"}),
     Flag(

@@ -68,6 +68,9 @@ def _precision(subject: Subject) -> Iterator[tuple[str, Any]]:
     if precision in QUANTIZED:
         yield "--fp8-format", "hybrid"
         yield "--fp8-recipe", precision
+        yield "--fp8-param-gather", subject.options()["fp8_param_gather"]
+    if precision == "mxfp8":
+        yield "--reuse-grad-buf-for-mxfp8-param-ag", subject.options()["fp8_param_gather"]
     if precision == "nvfp4":
         yield "--fp4-format", "e2m1"
         yield "--fp4-recipe", precision

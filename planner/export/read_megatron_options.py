@@ -279,6 +279,8 @@ def _kernels(found: Arguments, model: ModelSpec | None, made: dict[str, Any]) ->
     yield "overlap", "on" if found.on("--overlap-grad-reduce") else "off"
     if found.on("--tp-comm-overlap"):
         yield "tp_comm_overlap", "on"
+    if found.on("--fp8-param-gather") and found.get("--fp8-format") and made["sharding"] == "zero1":
+        yield "fp8_param_gather", "on"
     if found.get("--mtp-num-layers") and (model is None or model.mtp_layers):
         yield "mtp", "on"
     if model is not None and model.experts:

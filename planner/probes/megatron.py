@@ -152,7 +152,8 @@ READ = """
     seq_length recompute_granularity recompute_method recompute_num_layers recompute_modules
     optimizer sgd_momentum use_precision_aware_optimizer optimizer_cpu_offload optimizer_offload_fraction
     cpu_offloading_num_layers
-    params_dtype fp8 fp8_recipe fp4 accumulate_allreduce_grads_in_fp32 exp_avg_dtype exp_avg_sq_dtype
+    params_dtype fp8 fp8_recipe fp8_param_gather reuse_grad_buf_for_mxfp8_param_ag fp4
+    accumulate_allreduce_grads_in_fp32 exp_avg_dtype exp_avg_sq_dtype
     padded_vocab_size num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups
     kv_channels hidden_dropout attention_dropout cp_comm_type hierarchical_context_parallel_sizes
     transformer_impl moe_router_topk moe_ffn_hidden_size num_experts window_size mtp_num_layers

@@ -13,13 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from strategies.base import POLICIES, Role
 from strategies.context_parallel import COMMS
 from strategies.layout import Wire
 from strategies.offload import NO_STAGING, Staging
 from strategies.pipeline_parallel import SPLIT
+
+if TYPE_CHECKING:
+    from planner.weights import Weight
 
 COMPUTE, GRADIENT, FP32, BYTE, INT64 = "compute", "gradient", "fp32", "byte", "int64"
 CAST, CAST_WEIGHT = "cast", "cast weight"
@@ -82,11 +85,27 @@ class Recipe:
     rest: str = ""  # which the head and attention do, if another
     cast: float = 0.0  # bytes of an element that is quantized for the blocks' products, with its scales
     cast_weight: float = 0.0  # the same of a weight's, whose scales may be shared by more
+    cast_gathered: float = 0.0  # the same as replicas gather it, where it is kept in no other form
+    cast_alone: bool = False  # are those weights kept so, without one of ``weight`` bytes beside them?
 
     @property
     def quantized(self) -> bool:
         """Do the blocks' products take operands of 8 or 4 bits?"""
         return self.unit in ("fp8", "fp4")
+
+    @property
+    def quantized_weights(self) -> bool:
+        """Can weights be kept as the blocks' products take them alone?"""
+        return self.cast_gathered > 0
+
+    @property
+    def gathered(self) -> float:
+        """Bytes of an element at least, where replicas gather weights as they are kept."""
+        return self.cast_gathered if self.cast_alone else self.weight
+
+    def weight_of(self, weight: Weight) -> float:
+        """Bytes of an element of a weight at rest, as its product's operand or in full."""
+        return self.cast_weight if self.cast_alone and weight.quantized else self.weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +244,7 @@ class Stack:
     reruns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Products that an option runs again under every policy: ``name:value`` -> their names."""
     concerns: Mapping[str, str] = field(default_factory=dict)
-    """What a model must have for an option to mean anything: option -> a field of the model."""
+    """What a model or a recipe must have for an option to mean anything: option -> a field of either."""
     families: tuple[str, ...] = ()  # the model types it has; all, if empty
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Parts of a model (``experts latent attention_sinks``) that its rows have, and the feature words that
@@ -259,9 +278,10 @@ class Stack:
             changed["rerun"] = {**changed.get("rerun", self.rerun), **dict.fromkeys(again, ())}
         return replace(self, **changed) if changed else self
 
-    def concerned(self, option: str, model: object) -> bool:
-        """Has a model what an option is of?"""
-        return option not in self.concerns or bool(getattr(model, self.concerns[option]))
+    def concerned(self, option: str, model: object, recipe: Recipe) -> bool:
+        """Has a model, or the precision that it is trained in, what an option is of?"""
+        field = self.concerns.get(option)
+        return field is None or any(getattr(of, field, False) for of in (model, recipe))
 
     @property
     def context_comm(self) -> str:
@@ -292,7 +312,7 @@ class Stack:
         """What this stack sends for data parallelism under a recipe and options."""
         usual = recipe.compute if self.both_gradients else recipe.gradient
         wire = Wire(
-            gather_bytes=recipe.compute if self.casts_weights else recipe.weight,
+            gather_bytes=recipe.compute if self.casts_weights else recipe.gathered,
             reduce_bytes=WIDTHS.get(options.get("reduce_dtype", ""), usual),
             bucket_bytes=self.size("reduce_bucket_size", options) * recipe.compute,
             bucket_fraction=self.bucket_fraction if options.get("gradient_view") != "on" else 0.0,

@@ -8,6 +8,8 @@ attention keeps ``sbh(12 + 4k/a + 6f/h)`` plus log-sum-exp and statistics.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 from planner.stacks import megatron_experts as parts
 from planner.stacks import traffic
@@ -220,9 +222,35 @@ OFFLOADING = {
 }
 
 
-def _quantized(unit: str, cast: float, cast_weight: float) -> Recipe:
+def _quantized(unit: str, cast: float, cast_weight: float, gathered: float = 0.0) -> Recipe:
     """A recipe of bf16 whose blocks' products take operands of that many bytes an element, with scales."""
-    return Recipe(2, 4, 4, 4, unit=unit, rest="bf16", cast=cast, cast_weight=cast_weight)
+    bf16 = Recipe(2, 4, 4, 4, unit=unit, rest="bf16")
+    return replace(bf16, cast=cast, cast_weight=cast_weight, cast_gathered=gathered)
+
+
+RECIPES = {
+    "bf16": Recipe(2, 4, 4, 4),
+    "fp16": Recipe(2, 4, 4, 4, unit="fp16"),
+    "fp32": Recipe(4, 4, 0, 4, compute=4, unit="fp32"),
+    "tf32": Recipe(4, 4, 0, 4, compute=4, unit="tf32"),
+    # --fp8-format hybrid --fp8-recipe ...; weights, gradients and moments stay those of bf16. Scales are
+    # one of a tensor; fp32 of 1 x 128, of weights too few to count; a byte of 1 x 32; of 1 x 16 elements.
+    # Kept in 8 bits alone they are gathered so; those of mxfp8, which no contiguous buffer holds, in bf16
+    # through the gradients' (Transformer Engine, pytorch/tensor/utils.py, ``replace_raw_data``).
+    "fp8-delayed": _quantized("fp8", 1, 1, gathered=1),
+    "fp8-tensorwise": _quantized("fp8", 1, 1, gathered=1),
+    "fp8-blockwise": _quantized("fp8", 1 + 4 / 128, 1, gathered=1),
+    "mxfp8": _quantized("fp8", 1 + 1 / 32, 1 + 1 / 32, gathered=2),
+    # --fp4-format e2m1 --fp4-recipe nvfp4 (pytorch/tensor/nvfp4_tensor.py, inner_tensor_specs).
+    "nvfp4": _quantized("fp4", 1 / 2 + 1 / 16, 1 / 2 + 1 / 16),
+}
+# training/arguments.py: --fp8-param-gather is the distributed optimizer's, and with --optimizer-cpu-offload
+# of delayed scaling only: planned without.
+ALONE: dict[str, Any] = {
+    "recipes": {name: replace(one, cast_alone=one.quantized_weights) for name, one in RECIPES.items()},
+    "shardings": {"zero1": True},
+    "offloading": {"zero1": Offloading(layers=ACTIVATIONS)},
+}
 
 
 MEGATRON = Stack(
@@ -243,20 +271,8 @@ MEGATRON = Stack(
         "head": HEAD + traffic.HEAD,
         "stage": (*parts.usual(of_stage(*STAGE)), *parts.STAND_INS, *DELTA_STAGE),
     },
-    recipes={
-        "bf16": Recipe(2, 4, 4, 4),
-        "fp16": Recipe(2, 4, 4, 4, unit="fp16"),
-        "fp32": Recipe(4, 4, 0, 4, compute=4, unit="fp32"),
-        "tf32": Recipe(4, 4, 0, 4, compute=4, unit="tf32"),
-        # --fp8-format hybrid --fp8-recipe ...; weights, gradients and moments stay those of bf16. Scales are
-        # one of a tensor; fp32 of 1 x 128, of weights too few to count; a byte of 1 x 32; of 1 x 16 elements.
-        "fp8-delayed": _quantized("fp8", 1, 1),
-        "fp8-tensorwise": _quantized("fp8", 1, 1),
-        "fp8-blockwise": _quantized("fp8", 1 + 4 / 128, 1),
-        "mxfp8": _quantized("fp8", 1 + 1 / 32, 1 + 1 / 32),
-        # --fp4-format e2m1 --fp4-recipe nvfp4 (pytorch/tensor/nvfp4_tensor.py, inner_tensor_specs).
-        "nvfp4": _quantized("fp4", 1 / 2 + 1 / 16, 1 / 2 + 1 / 16),
-    },
+    recipes=RECIPES,
+    variants={"fp8_param_gather:on": ALONE},
     takes=_takes,
     moment_types=("fp32", "bf16", "fp8"),
     shardings={"ddp": True, "zero1": True, "zero2": False, "fsdp": False},
@@ -275,9 +291,10 @@ MEGATRON = Stack(
         "loss": ("parallel", "fused"),
         "overlap": ("on", "off"),  # --overlap-grad-reduce, --overlap-param-gather
         "tp_comm_overlap": ("off", "on"),
+        "fp8_param_gather": ("off", "on"),  # --fp8-param-gather: no weights in bf16 beside those in 8 bits
         **parts.OPTIONS,
     },
-    concerns=parts.CONCERNS,
+    concerns={**parts.CONCERNS, "fp8_param_gather": "quantized_weights"},
     # Attention sinks by --softmax-type learnable.
     parts={
         "experts": (),

@@ -22,16 +22,20 @@ from strategies.base import Role
 
 AD, KD, F = "batch seq heads head_dim", "batch seq kv_heads head_dim", "batch seq ffn"
 TRANSIENT, BUFFER = Role.TRANSIENT, Role.BUFFER
+BESIDE = "quantized !fp8_param_gather:on"
+"""Where a quantized copy lies beside the weight that it is of."""
 
 
 def _weight(name: str, dims: str, count: float, when: str) -> tuple[Row, ...]:
     """A weight's copies, made in the first micro-batch of a step and kept for good beside the weight.
 
-    pytorch/module/base.py, ``quantize_weight`` with ``cache``: rowwise and columnwise.
+    pytorch/module/base.py, ``quantize_weight`` with ``cache``: rowwise and columnwise. With
+    ``--fp8-param-gather`` the rowwise copy is the weight itself, and no other is kept; the columnwise one is
+    made when the weights have been gathered (pytorch/tensor/utils.py, ``post_all_gather_processing``).
     """
     return tuple(
         Row(f"{name}, quantized{beside}", dims, count, CAST_WEIGHT, when=f"{word} {when}", role=BUFFER)
-        for word, beside in (("quantized", ""), ("columnwise", " columnwise"))
+        for word, beside in ((BESIDE, ""), ("columnwise", " columnwise"))
     )
 
 

@@ -107,6 +107,7 @@ def _training(random: Random, model: ModelSpec, layout: Layout, waves: int) -> t
         ("loss", "fused", 0.05),
         ("overlap", "off", 0.1),
         ("tp_comm_overlap", "on", 0.1),
+        *((("fp8_param_gather", "on", 0.5),) if "fp8" in precision else ()),
         *((("moe_act", "recomputed", 0.2), ("moe", "recomputed", 0.1)) if model.experts else ()),
         *((("mla_up_proj", "recomputed", 0.2),) if model.latent else ()),
         *((("mtp", "on", 0.3),) if model.mtp_layers else ()),

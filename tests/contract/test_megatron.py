@@ -92,6 +92,8 @@ def expected(subject: Subject) -> dict[str, Any]:
         "params_dtype": {"fp16": "float16", "fp32": "float32"}.get(precision, "bfloat16"),
         "fp8": "hybrid" if "fp8" in precision else None,
         "fp4": "e2m1" if precision == "nvfp4" else None,
+        "fp8_param_gather": job.recipe.cast_alone,
+        "reuse_grad_buf_for_mxfp8_param_ag": job.recipe.cast_alone and precision == "mxfp8",
         "exp_avg_dtype": {"bf16": "bfloat16", "fp8": "uint8"}.get(
             str(plan.training.optimizer_dtype), "float32"
         ),

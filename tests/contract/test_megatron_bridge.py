@@ -58,6 +58,8 @@ def check(subject: Subject, told: dict[str, Any]) -> None:
         "use_megatron_fsdp": fsdp,
         "grad_reduce_in_fp32": job.recipe.gradient == 4,
         "num_distributed_optimizer_instances": layout.data_parallel // layout.data_shards,
+        "fp8_param_gather": job.recipe.cast_alone,
+        "reuse_grad_buf_for_mxfp8_param_ag": job.recipe.cast_alone and precision == "mxfp8",
     }
     if fsdp:
         ddp["data_parallel_sharding_strategy"] = SHARES[layout.sharding]

@@ -8,14 +8,21 @@ from typing import Any
 
 import pytest
 
-from planner import ClusterSpec, InputError, ModelSpec, TrainingSpec
+from planner import ClusterSpec, InputError, ModelSpec, TrainingSpec, estimate
+from planner.cost import checkpoint_bytes
 from planner.defaults import Job, resolve
+from planner.given import check_supported
+from planner.layers import Builder
+from planner.offload import wire_of
 from planner.precision import REFUSED
 from planner.stacks import STACKS
 from planner.stages import Prices, price
 from planner.utilization import utilization
-from strategies.base import Role
+from planner.weights import block_weights
+from strategies.base import Layer, Role
 from strategies.layout import Layout
+from strategies.zero1 import Zero1
+from tests.helpers import block_of
 
 DATA: dict[str, Any] = json.loads((Path(__file__).parents[1] / "data" / "optimizers.json").read_text())
 SEQ = 4096
@@ -28,6 +35,10 @@ def job_of(precision: str | None, gpus: str = "8xH100", model: str = "llama-3.1-
 
 def priced(job: Job, **layout: Any) -> Prices:
     return price(job, Layout(**{"data_parallel": 8, "sharding": "zero1", **layout}), ["none", "full"])
+
+
+def amount(layer: Layer, role: Role) -> float:
+    return sum(float(term.amount) for term in layer.by_role[role])
 
 
 def linear(model: ModelSpec) -> int:
@@ -51,6 +62,91 @@ def test_weights_have_copies_in_8_bits_beside_them(gpus: str, precision: str, co
     job = job_of(precision, gpus)
     assert float(priced(job).plain.states[Role.BUFFER]) == linear(job.model) * copies
     assert (job.recipe.weight, job.recipe.gradient, job.recipe.master, job.recipe.moment) == (2, 4, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "precision", "rowwise", "columnwise", "gathered"),
+    [
+        ("8xH100", "fp8-delayed", 1, 1, 1),
+        ("8xH100", "fp8-tensorwise", 1, 1, 1),
+        ("8xH100", "fp8-blockwise", 1, 1, 1),
+        ("8xB200", "fp8-delayed", 1, 0, 1),
+        ("8xB200", "mxfp8", 1 + 1 / 32, 1 + 1 / 32, 2),  # gathered in bf16 through the gradients' buffer
+    ],
+)
+def test_weights_in_8_bits_alone_have_none_in_half_precision_beside_them(
+    gpus: str, precision: str, rowwise: float, columnwise: float, gathered: float
+) -> None:
+    """--fp8-param-gather: norms, embedding and head stay in bf16; gradients and states are as before."""
+    jobs = [job_of(precision, gpus, options={"fp8_param_gather": way}) for way in ("off", "on")]
+    beside, alone = (block_of(job) for job in jobs)
+    model = jobs[0].model
+    own, norms = linear(model), 2 * model.hidden_size
+    assert amount(alone, Role.PARAMETER) == rowwise * own + 2 * norms
+    assert amount(alone, Role.BUFFER) == columnwise * own
+    for role in (Role.GRADIENT, Role.OPTIMIZER, Role.ACTIVATION):
+        assert amount(alone, role) == amount(beside, role)
+    wire = wire_of(jobs[1], Layout(data_parallel=8, sharding="zero1"))
+    sent = Zero1(8, gather_bytes=wire.gather_bytes).collectives(alone, lambda term: float(term.amount))
+    assert {one.kind: float(one.size) for one in sent}["all_gather"] == gathered * own + 2 * norms
+
+
+@pytest.mark.parametrize("precision", ["fp8-tensorwise", "mxfp8"])
+def test_a_plan_with_weights_in_8_bits_alone_has_two_bytes_less_of_each(precision: str) -> None:
+    """Llama 3.1 8B, no pipeline: embedding, head and norms are as they were."""
+    gpus = "8xB200" if precision == "mxfp8" else "8xH100"
+    peaks = []
+    for way in ("off", "on"):
+        job = job_of(precision, gpus, options={"fp8_param_gather": way})
+        plan = estimate(job.model, job.cluster, job.training, Layout(data_parallel=8, sharding="zero1"))
+        parts = plan.stages[0].components
+        peaks.append(parts["parameters"] + parts["workspace"])
+    assert peaks[0] - peaks[1] == pytest.approx(2 * 32 * linear(job.model), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama-3.1-8b", "qwen3-30b-a3b", "deepseek-v3", "mixtral-8x7b", "gpt-3-175b", "qwen2-57b-a14b"]
+)
+def test_the_weights_that_are_quantized_are_those_that_have_copies(name: str) -> None:
+    """The list of weights says so of itself, the stack's table of copies by rows of its own."""
+    job = job_of("fp8-tensorwise", "2048xH100", name, global_batch_size=2048, seq_length=1024)
+    for kind in set(job.model.blocks):
+        block = Builder(job.model, job.training, job.stack, job.recipe).block(kind)
+        quantized = {weight.name for weight in block_weights(job.model, kind) if weight.quantized}
+        elements = sum(float(t.elements) for t in block.by_role[Role.PARAMETER] if t.name in quantized)
+        assert amount(block, Role.BUFFER) == 2 * elements > 0
+
+
+@pytest.mark.parametrize(
+    ("precision", "given", "message"),
+    [
+        ("bf16", {}, "has no quantized weights"),
+        ("nvfp4", {}, "has no quantized weights"),
+        ("fp8-delayed", {"adapters": {"rank": 8}}, "all weights are trained"),
+    ],
+)
+def test_weights_in_8_bits_alone_are_refused_where_they_are_not_planned(
+    precision: str, given: dict[str, Any], message: str
+) -> None:
+    gpus = "8xB200" if precision == "nvfp4" else "8xH100"
+    with pytest.raises(InputError, match=message):
+        job_of(precision, gpus, options={"fp8_param_gather": "on"}, **given)
+
+
+def test_weights_in_8_bits_alone_take_the_distributed_optimizer() -> None:
+    job = job_of("fp8-delayed", options={"fp8_param_gather": "on"})
+    said = "does not run ddp so: use zero1, or leave out option fp8_param_gather=on"
+    with pytest.raises(InputError, match=said):
+        check_supported(job, Layout(data_parallel=8, sharding="ddp"))
+    layout = Layout(data_parallel=8, sharding="zero1", offload="optimizer")
+    with pytest.raises(InputError, match="optimizer"):
+        estimate(job.model, job.cluster, job.training, layout)
+
+
+def test_a_checkpoint_has_weights_in_half_precision_all_the_same() -> None:
+    layout = Layout(data_parallel=8, sharding="zero1")
+    jobs = [job_of("fp8-delayed", options={"fp8_param_gather": way}) for way in ("off", "on")]
+    assert len({checkpoint_bytes(job, layout) for job in jobs}) == 1
 
 
 @pytest.mark.parametrize(

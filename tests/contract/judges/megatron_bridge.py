@@ -142,7 +142,7 @@ READ = {
     "train": "micro_batch_size global_batch_size train_iters",
     "ddp": "use_distributed_optimizer use_megatron_fsdp data_parallel_sharding_strategy grad_reduce_in_fp32 "
     "num_distributed_optimizer_instances overlap_grad_reduce overlap_param_gather "
-    "megatron_fsdp_main_grads_dtype",
+    "megatron_fsdp_main_grads_dtype fp8_param_gather reuse_grad_buf_for_mxfp8_param_ag",
     "optimizer": "optimizer lr exp_avg_dtype optimizer_cpu_offload optimizer_offload_fraction",
     "checkpoint": "save load ckpt_format",
     "dataset": "seq_length data_path",

@@ -148,4 +148,5 @@ class Candidate:
         for moment, (per_row, fixed, working) in own.moments.items():
             used = max((w for n, w in zip(rows, working, strict=True) if n), default=0.0)
             sizes.append((sum(n * b for n, b in zip(rows, per_row, strict=True)) + fixed + used, moment))
-        return max(sizes)
+        size, moment = max(sizes)
+        return size, moment.partition(" after ")[0]

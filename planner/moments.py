@@ -6,7 +6,9 @@ what it has saved. The peak of a stage is the maximum over the moments of a step
 layers it holds; :mod:`planner.replay` goes through all of them, layer by layer, and is never above:
 
 - ``loss`` (last stage): model states, activations in flight, the working set of the head;
-- ``backward``: model states, activations in flight, the working set of the first or second layer;
+- ``backward``: model states, activations in flight, the working set of the first or second layer. Where
+  gradients arrive in the only backward, a layer may hold more when it is done than before, one of another
+  kind less: ``backward after`` every turn from one kind to another (:class:`planner.order.Turn`);
 - ``gradients complete``: model states with all gradients, the working set of the last layer to run
   backward or of the embedding, where gradients arrive during the only backward of a step;
 - ``optimizer step``: model states, the optimizer's buffers and temporaries.
@@ -111,6 +113,18 @@ def stage_moments(
             nothing,
         ),
     }
+    several = len(prices.policies)
+    for number, turn in enumerate(prices.order.turns if np.min(there) < 1 else ()):
+        parts = [turn.done[column // several] for column in range(len(columns))]
+        passed = [a + part * (b - a) for a, b, part in zip(running, ready, parts, strict=True)]
+        room: list[Quantity] = [0.0] * len(columns)
+        for column, price in enumerate(columns):
+            if column // several == turn.begins:
+                room[column] = price.working
+            elif column // several == turn.ends:
+                own = price.states[Role.GRADIENT] * (1.0 - there)
+                room[column] = price.working + price.saved + price.gathered * (1 - prices.pipelined) - own
+        result[f"backward after {number}"] = (passed, started + sizes["inner"], room)
     if last:
         loss = fixed(prices.waiting_room, 1.0) + start + prices.head.saved * whole
         room = np.maximum(sizes["loss"] + prices.head.working, sizes["logits"] + prices.head.ahead)

@@ -10,12 +10,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.ledger import tensor_entries, view
+from planner.order import Order, Turn
 from planner.replay import Snapshot, StageReplay, Timeline
 from planner.stages import Prices, price
 from strategies.layout import Layout
 from strategies.pipeline_parallel import PipelineParallel
 from tests.helpers import gpt, job_of, llama
 from tests.planner.cases import cases, splits
+
+
+def test_memory_may_be_highest_where_a_backward_turns_to_another_kind_of_layer() -> None:
+    """Recomputed windows hold more with their gradients than before, full layers that were kept less."""
+    mixers = ("full",) * 3 + ("window",) * 3
+    model = llama(6, 40, 1, 1, head_dim=8, intermediate_size=24, vocab_size=17, sliding_window=64)
+    model = model.model_copy(update={"mixers": mixers})
+    job = job_of(model, "1xH100", framework="fsdp", seq_length=24, global_batch_size=1)
+    prices, rows = price(job, Layout()), (3, 0, 0, 3)
+    timeline = StageReplay(prices, 0, (rows,)).run()
+    place, highest = max(timeline.snapshots, key=lambda one: one[1])
+    assert (place.moment, place.arrived) == ("backward", (0, 2))
+    assert prices.spread().peak(0, rows) == (highest, "backward")
+
+
+def test_turns_are_where_kinds_follow_each_other_from_the_last_layer_back() -> None:
+    order = Order(((0,), (1,), (2,)), (0, 0, 1, 1, 1, 2))
+    assert order.turns == [Turn((0.0, 0.0, 1.0), 2, 1), Turn((0.0, 1.0, 1.0), 1, 0)]
+    assert Order().whole(8).turns == []
+    alternating = Order(((0,), (1,)), (0, 0, 0, 1) * 10)
+    # Of 19 turns those where most is done, or least, of both or of one more than of the other.
+    assert {turn.done for turn in alternating.turns} >= {(0.0, 0.1), (0.9, 1.0), (0.9, 0.9)}
+    assert len(alternating.turns) <= 6
 
 
 @given(st.data())

@@ -150,7 +150,8 @@ def cases(
     stack = STACKS[framework]
     kernels = draw(st.sampled_from(stack.options.get("kernels", ("its own",))))
     offered = stack.under({"kernels": kernels}).options
-    offered = {name: values for name, values in offered.items() if stack.concerned(name, model)}
+    bf16 = stack.recipes["bf16"]
+    offered = {name: values for name, values in offered.items() if stack.concerned(name, model, bf16)}
     options = {name: draw(st.sampled_from(offered[name])) for name in sorted(offered)}
     if "kernels" in options:
         options["kernels"] = kernels

@@ -55,7 +55,8 @@ def test_an_unknown_value_is_refused_with_those_there_are(framework: str) -> Non
 def test_every_option_has_its_first_value_unless_told_otherwise(framework: str) -> None:
     stack = STACKS[framework]
     job = job_of(MODEL, framework=framework, seq_length=512)
-    offered = {name: values for name, values in stack.options.items() if stack.concerned(name, MODEL)}
+    bf16 = stack.recipes["bf16"]
+    offered = {k: values for k, values in stack.options.items() if stack.concerned(k, MODEL, bf16)}
     assert {name: job.training.options[name] for name in offered} == {
         name: values[0] for name, values in offered.items()
     }
@@ -65,8 +66,10 @@ def test_every_option_has_its_first_value_unless_told_otherwise(framework: str) 
         if name not in offered:
             given = {name: values[-1]}
             assert f"{name}={values[-1]}: " in refused(framework=framework, options=given)
+        eight = {"precision": "fp8-tensorwise"} if stack.concerns.get(name) == "quantized_weights" else {}
         for value in values:
-            job = job_of(model, framework=framework, seq_length=512, options={name: value})
+            given = {"framework": framework, "seq_length": 512, **eight}
+            job = job_of(model, "8xH100", options={name: value}, **given)
             assert job.training.options[name] == value
             shown = any(f"{name} {value}" in note for note in job.assumptions)
             assert shown, (name, value, job.assumptions)

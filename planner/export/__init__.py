@@ -8,6 +8,7 @@ set, with what it is). What a target cannot be told is refused with the reason: 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -84,7 +85,10 @@ def export(
     made: Export = writer.export(subject, version_of(target, writer.VERSIONS, version), given)
     if not scheduler:
         return made
-    placed: Export = module_of(scheduler[0]).export(subject, made, given)
+    module = module_of(scheduler[0])
+    if not getattr(module, "BY_HAND", False):  # it has the words itself, and they are said once
+        made = replace(made, files={k: text for k, text in made.files.items() if k not in made.by_hand})
+    placed: Export = module.export(subject, made, given)
     return placed
 
 

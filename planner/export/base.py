@@ -118,15 +118,17 @@ class Subject:
 class Export:
     """What an exporter makes of a plan.
 
-    ``files`` by name; ``env`` of every process; ``program`` is what is started on every GPU (the script and
-    its arguments) and ``launcher`` what starts it on a node: ``torchrun``, or ``accelerate`` with the file
-    that configures it; ``submit`` hands the files to a scheduler. ``notes`` say what the files cannot: to be
-    read before the job is queued.
+    ``files`` by name, of which ``by_hand`` are what ``program`` is, for those who start nodes by hand;
+    ``env`` of every process; ``program`` is what is started on every GPU (the script and its arguments) and
+    ``launcher`` what starts it on a node: ``torchrun``, or ``accelerate`` with the file that configures it;
+    ``submit`` hands the files to a scheduler. ``notes`` say what the files cannot: to be read before the job
+    is queued.
     """
 
     target: str
     version: str
     files: Mapping[str, str]
+    by_hand: tuple[str, ...] = field(default=(), kw_only=True)
     env: Mapping[str, str] = field(default_factory=dict)
     program: tuple[str, ...] = ()
     launcher: str = "torchrun"

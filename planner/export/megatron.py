@@ -71,6 +71,7 @@ def export(subject: Subject, version: str, settings: Mapping[str, str]) -> Expor
                 per_node=subject.per_node,
             ),
         },
+        by_hand=(ARGUMENTS, "launch.sh"),
         env=env,
         program=(script, *words_of(values)),
         notes=told,

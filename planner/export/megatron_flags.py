@@ -315,13 +315,7 @@ PRECISION = (
         rule="with --fp8-format",
     ),
     Flag("--fp8-param-gather", "option.fp8_param_gather", "switch", when="on"),
-    Flag(
-        "--reuse-grad-buf-for-mxfp8-param-ag",
-        "option.fp8_param_gather",
-        "switch",
-        when="on",
-        rule="with mxfp8, whose weights no buffer of their own can hold",
-    ),
+    Flag("--reuse-grad-buf-for-mxfp8-param-ag", "option.fp8_param_gather", "switch", when="on", rule="mxfp8"),
     Flag("--fp4-format", "training.precision", "word", rule="e2m1 with nvfp4"),
     Flag("--fp4-recipe", "training.precision", "word", values={"nvfp4": "nvfp4"}),
     Flag(
@@ -454,12 +448,8 @@ RUN = (
     Flag("--load", "run.load", "word", ""),
     Flag("--rotary-base", "run.rotary-base", "integer", ""),
     Flag("--norm-epsilon", "run.norm-epsilon", "number", ""),
-    Flag(
-        "--no-create-attention-mask-in-dataloader",
-        "run.mask",
-        "switch",
-        rule="always: a mask of seq x seq bytes for each sequence is in no plan",
-    ),
+    # A mask of seq x seq bytes for each sequence is in no plan.
+    Flag("--no-create-attention-mask-in-dataloader", "run.mask", "switch", rule="always"),
     Flag("--spec", "run.spec", "words", rule="of hybrids in 0.17"),
 )
 GROUPS = {

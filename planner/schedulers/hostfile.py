@@ -12,6 +12,8 @@ from dataclasses import replace
 from planner.export.base import Export, Shell, Subject, quoted, setting_of
 from planner.placement import place, place_on
 
+BY_HAND = True
+"""Nodes are started by hand."""
 SETTINGS = {"nodes": "Nodes, as in h100-[1-8]/h100-[9-16]: a slash between leaf switches."}
 """What may be set, with what it is."""
 

@@ -10,7 +10,7 @@ environment and takes ``$$`` for ``$`` (kubernetes 1.34, third_party/forked/gola
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -52,6 +52,8 @@ FOLDER = re.compile(r"/[\w./+-]*", re.ASCII)
 QUANTITY = re.compile(r"[0-9]+(?:\.[0-9]+)?(?:m|[KMGTPE]i?|k)?", re.ASCII)
 LABEL = re.compile(r"(?:[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?/)?[A-Za-z0-9](?:[\w.-]{0,61}[A-Za-z0-9])?", re.ASCII)
 VALUE = re.compile(r"(?:[A-Za-z0-9](?:[\w.-]{0,61}[A-Za-z0-9])?)?", re.ASCII)
+FILES = "planner-files"
+"""The volume with the export's files."""
 FILE = re.compile(r"[\w.-]{1,253}", re.ASCII)
 
 
@@ -234,15 +236,14 @@ class Pods:
         """The ConfigMap's name."""
         return f"{self.name}-files"
 
-    def volumes(self) -> list[dict[str, Any]]:
-        """The files, shared memory and what was set to be mounted."""
+    def volumes(self, mounts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The files, if there are any, shared memory and what was set to be mounted."""
         memory: dict[str, Any] = {"medium": "Memory"}
         if size := checked(self.settings, "shm", QUANTITY, "a quantity, as in 64Gi"):
             memory["sizeLimit"] = size
-        found = [
-            {"name": "planner-files", "configMap": {"name": self.files_name}},
-            {"name": "planner-shm", "emptyDir": memory},
-        ]
+        files = {"name": FILES, "configMap": {"name": self.files_name}}
+        found: list[dict[str, Any]] = [files] if any(one["name"] == FILES for one in mounts) else []
+        found.append({"name": "planner-shm", "emptyDir": memory})
         if claim := self._claim():
             found.append({"name": "planner-data", "persistentVolumeClaim": {"claimName": claim[0]}})
         return found
@@ -251,7 +252,7 @@ class Pods:
         """Every file in the working folder, one by one: what is there in the image stays."""
         base = "" if self.workdir == "/" else self.workdir
         found: list[dict[str, Any]] = [
-            {"name": "planner-files", "mountPath": f"{base}/{name}", "subPath": name, "readOnly": True}
+            {"name": FILES, "mountPath": f"{base}/{name}", "subPath": name, "readOnly": True}
             for name in (*self.made.files, *more)
         ]
         found.append({"name": "planner-shm", "mountPath": "/dev/shm"})
@@ -324,7 +325,7 @@ class Pods:
             "tolerations": self.tolerations,
             **({"imagePullSecrets": self.pull_secrets} if self.pull_secrets else {}),
             "containers": [dict(container)],
-            "volumes": self.volumes(),
+            "volumes": self.volumes(container["volumeMounts"]),
         }
 
     def template(
@@ -363,7 +364,7 @@ def finished(
     """The export of a kind of job: one manifest, and files beside it."""
     from planner.schedulers.manifests import yaml_of
 
-    file = f"{kind}.yaml"
+    file, header = f"{kind}.yaml", pods.subject.header()
     cluster = pods.subject.cluster
     missing = {
         "gpu-product": f"any GPU is taken, the plan is for {cluster.gpu.name}",
@@ -376,7 +377,7 @@ def finished(
     return replace(
         pods.made,
         target=f"{pods.made.target},{kind}",
-        files={file: yaml_of(documents, pods.subject.header()), **also},
+        files={file: yaml_of([one for one in documents if one.get("data") != {}], header), **also},
         notes=pods.notes(*notes, *told),
         submit=("kubectl", "apply", "-f", file),
     )

@@ -214,8 +214,18 @@ def _script(
         srun=" ".join(_srun(given, placement)),
         task=quoted([f'exec {quoted(task[: -len(made.program)])} "$@"']),
         launcher=quoted(task[:1]),
-        program=quoted(made.program),
+        program=_lines(made.program),
     )
+
+
+def _lines(words: Sequence[str]) -> list[str]:
+    """The words of a program, a flag with its values a line."""
+    lines: list[list[str]] = [[]]
+    for word in words:
+        if word.startswith("--"):
+            lines.append([])
+        lines[-1].append(word)
+    return [quoted(line) for line in lines if line]
 
 
 def _needed(made: Export) -> Iterator[str]:

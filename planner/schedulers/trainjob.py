@@ -98,7 +98,7 @@ def _patches(pods: Pods, version: str) -> dict[str, Any]:
         "tolerations": pods.tolerations,
         **({"imagePullSecrets": pods.pull_secrets} if pods.pull_secrets else {}),
         "containers": [container],
-        "volumes": pods.volumes(),
+        "volumes": pods.volumes(container["volumeMounts"]),
     }
     annotations = kueue.together(pods)
     template = {**({"metadata": {"annotations": annotations}} if annotations else {}), "spec": spec}

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
 
 from planner.catalog import step_time
 from planner.defaults import Job, profile_notes
@@ -62,9 +62,9 @@ class StagePlan(BaseModel):
 
     model_config = MODEL
 
-    layers: int
+    layers: int = Field(ge=0)
     recompute: dict[str, int]
-    rows: dict[str, tuple[int, ...]]
+    rows: dict[str, tuple[NonNegativeInt, ...]]
     in_flight: float
     tensor_bytes: int
     reserved_bytes: int
@@ -193,6 +193,15 @@ class Plan(BaseModel):
     assumptions: tuple[str, ...]
     proof: dict[str, Any]
     cost: CostPlan | None = None  # where tokens, or what failures depend on, are given
+
+    @model_validator(mode="after")
+    def _whole(self) -> Plan:
+        own, stages = self.layout, len(self.stages)
+        taken = own.data_parallel * own.tensor_parallel * own.pipeline_parallel * own.context_parallel
+        if not 1 <= taken == self.num_gpus or own.pipeline_parallel != stages:
+            told = f"{self.num_gpus} and {stages}, the layout takes {taken} and {own.pipeline_parallel}"
+            raise ValueError(f"GPUs and stages are {told}")
+        return self
 
     @property
     def headroom_bytes(self) -> int:
@@ -455,15 +464,11 @@ def priced_again(job: Job, plan: Plan) -> tuple[Prices, tuple[tuple[int, ...], .
     The rows are those of the program, with the layers that short chunks lack.
     """
     ways = {name: Way.of(name) for stage in plan.stages for name in stage.rows}
-    moved = sorted(
-        ways,
-        key=lambda name: (
-            "optimizer" in ways[name].offload,
-            POLICIES.index(ways[name].recompute),
-            ways[name].offload,
-        ),
-    )
-    offloads = any(way.offload for way in ways.values())
+
+    def place(name: str) -> tuple[bool, int, tuple[str, ...]]:
+        return "optimizer" in (way := ways[name]).offload, POLICIES.index(way.recompute), way.offload
+
+    moved, offloads = sorted(ways, key=place), any(way.offload for way in ways.values())
     prices = price(job, plan.layout.to_layout(), moved if offloads else None)
     kinds = len(next(iter(plan.stages[0].rows.values())))
     none = (0,) * kinds

@@ -71,6 +71,14 @@ class Host(BaseModel):
     bytes_per_s: float = Field(gt=0)
 
 
+FIGURES = {
+    "peak_flops": {"fp32"},
+    "achievable": {"in_step", "intra_node", "kernels", "matmul", "memory", "network", "sustained"},
+    "latency_s": {"intra_node", "network"},
+}
+"""What is known of every GPU: its peaks, the parts of them that steps reach, delays of messages."""
+
+
 class Gpu(BaseModel):
     """One kind of GPU, from the catalog. Bytes, bytes/s, FLOP/s (dense), watts."""
 
@@ -96,6 +104,15 @@ class Gpu(BaseModel):
     latency_s: dict[str, Figure]
     host: Host | None = None  # of a node, where it is the GPU's own
     source: dict[str, str]
+
+    @model_validator(mode="after")
+    def _figures(self) -> Gpu:
+        for name, needed in FIGURES.items():
+            if missing := needed - set(getattr(self, name)):
+                raise ValueError(f"{name} lacks {', '.join(sorted(missing))}")
+        if not all(peak > 0 for peak in self.peak_flops.values()):
+            raise ValueError("peak_flops: use numbers above 0")
+        return self
 
 
 class ClusterSpec(BaseModel):

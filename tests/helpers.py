@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from planner import ClusterSpec, ModelSpec, TrainingSpec
@@ -93,3 +94,29 @@ def states(layer: Layer, layout: Layout = Layout(), matrices: bool = False) -> d
         role: float(sum(held(t, strategies) for t in layer.by_role[role] if not matrices or len(t.dims) > 1))
         for role in roles
     }
+
+
+# --- What users' files may have ---------------------------------------------------------------------
+
+ANYTHING: tuple[Any, ...] = (
+    *(None, True, 0, -1, 1.5, 10**20, "", "1", "x", "\u202e"),
+    *([], [None], [1], ["x"], [[]], [{}], {}, {"x": 1}),
+)
+"""A value of every kind that JSON has."""
+
+
+def places(value: Any, *before: Any) -> Iterator[tuple[Any, ...]]:
+    """Every place in a document."""
+    yield before
+    keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    for key in keys:
+        yield from places(value[key], *before, key)
+
+
+def replaced(value: Any, place: tuple[Any, ...], new: Any) -> Any:
+    """A document with another value in a place."""
+    if not place:
+        return new
+    changed = value.copy()
+    changed[place[0]] = replaced(value[place[0]], place[1:], new)
+    return changed

@@ -73,14 +73,16 @@ def export(
     scheduler = [name for name in names if name in SCHEDULERS]
     if len(framework) > 1 or len(scheduler) > 1:
         raise InputError(f"--to {plain(to)}: name one framework and one scheduler at most")
-    target = (*framework, USUAL[subject.plan.training.framework])[0]
+    if (own := subject.plan.training.framework) not in USUAL:
+        raise InputError(f"the plan's framework {plain(own)}: {nearest_names(own, USUAL)}")
+    target = (*framework, USUAL[own])[0]
     given = dict(settings or {})
     writer = module_of(target)
     _check_settings(given, target, *scheduler)
-    if subject.plan.training.framework not in writer.FRAMEWORKS:
+    if own not in writer.FRAMEWORKS:
         raise NotExpressible(
             f"{target} runs plans of --framework {' or '.join(writer.FRAMEWORKS)}, this one is of "
-            f"{subject.plan.training.framework}: use --to {USUAL[subject.plan.training.framework]}"
+            f"{own}: use --to {USUAL[own]}"
         )
     made: Export = writer.export(subject, version_of(target, writer.VERSIONS, version), given)
     if not scheduler:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
+from planner.errors import InputError
 from planner.export.base import NotExpressible, Subject
 from planner.export.megatron_flags import PARALLELISM
 from planner.export.megatron_model import is_hybrid, symbol_of
@@ -102,7 +103,8 @@ def chunk_layers(subject: Subject) -> list[list[int]]:
     short = layout.chunks * sum(rows) - subject.model.num_hidden_layers
     chunks[0][0] -= short == 2  # planner/order.py: where short chunks lack a layer
     chunks[-1][-1] -= short >= 1
-    assert tuple(map(sum, chunks)) == subject.layers
+    if tuple(map(sum, chunks)) != subject.layers:
+        raise InputError("the plan's stages have other layers than their rows: it was changed, plan it again")
     return chunks
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from planner.errors import InputError
 from planner.export.imported import Imported
-from planner.export.torchtitan_stages import Stages
+from planner.export.torchtitan_stages import MOST, Stages
 from planner.export.torchtitan_words import (
     CONTEXT,
     FIXED,
@@ -105,7 +105,7 @@ class _Reading(Stages):
         text = self.given.get(name)
         if text is None:
             return None
-        if not (text.isascii() and text.isdigit() and 0 < int(text[:9]) < 10**7):
+        if not (text.isascii() and text.isdigit() and len(text) < 20 and 0 < int(text) < MOST):
             raise InputError(f"--set {name}={plain(text)}: write how many processes")
         return int(text)
 

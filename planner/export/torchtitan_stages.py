@@ -20,6 +20,9 @@ from planner.export.torchtitan_words import (
 from planner.files import plain
 from planner.model import ModelSpec
 
+MOST = 10**7
+"""Processes: as many no job has."""
+
 
 class Settings:
     """A document's settings with torchtitan's defaults; what is looked at counts as read."""
@@ -42,8 +45,8 @@ class Settings:
         """A degree of parallelism, 1 or more; -1 where it is the rest."""
         path = f"parallelism.{name}"
         value: int = self.of(path)
-        if value < 1 and not (name == "data_parallel_shard_degree" and value == -1):
-            self.find("error", path, f"{value} is no degree", "use 1 or more")
+        if not 1 <= value < MOST and not (name == "data_parallel_shard_degree" and value == -1):
+            self.find("error", path, f"{value} is no degree", f"use 1 or more, below {MOST:,}")
             return 1
         return value
 
@@ -119,7 +122,7 @@ class Stages(Settings):
         depth, usual = self.model.num_hidden_layers, self.pipeline * (1 if single else 2)
         if names is not None:
             return self._named(names, usual, single)
-        first, last = max(0, first), max(0, last)
+        first, last = (min(max(0, less), depth) for less in (first, last))
         number = usual
         where = "parallelism.pipeline_parallel_layers_per_stage"
         if each is not None:

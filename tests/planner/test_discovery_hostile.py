@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from planner.cli import app
 from planner.discovery import asked_of, discover
 from planner.discovery.kubernetes import LEAVES
 from planner.errors import InputError
+from tests.helpers import ANYTHING, places, replaced
 from tests.planner.test_discovery import HEAD, TREE, json_2205, read, row
 from tests.planner.test_discovery_sources import H200, RAY, device, node, pod, queue
 
@@ -131,8 +131,6 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
-SIMPLEST = [None, True, 0, -1, 1.5, "", "1", [], [None], [1], ["x"], [[]], [{}], {}, {"x": 1}]
-"""A value of every kind that JSON has."""
 MANY = {
     "slurm": [
         {"nodes": [json_2205("n1", "mixed", ["CLOUD"], "gpu:h100:3")]},
@@ -160,23 +158,6 @@ MANY = {
 """What the commands of each source print, with every part that is read."""
 
 
-def places(value: Any, *before: Any) -> Iterator[tuple[Any, ...]]:
-    """Every place in a document."""
-    yield before
-    keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-    for key in keys:
-        yield from places(value[key], *before, key)
-
-
-def replaced(value: Any, place: tuple[Any, ...], new: Any) -> Any:
-    """A document with another value in a place."""
-    if not place:
-        return new
-    changed = value.copy()
-    changed[place[0]] = replaced(value[place[0]], place[1:], new)
-    return changed
-
-
 def understood_or_refused(path: Path, source: str, document: Any) -> None:
     files = [path]
     if isinstance(document, list) and source == "slurm":
@@ -200,7 +181,7 @@ def test_a_value_of_each_kind_in_each_place_is_an_inventory_or_an_input_error(
 ) -> None:
     for document in MANY[source]:
         for place in places(document):
-            for value in SIMPLEST:
+            for value in ANYTHING:
                 understood_or_refused(tmp_path / "capture", source, replaced(document, place, value))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from planner.documents import Document, document_of, document_of_failure, json_s
 from planner.errors import InfeasibleError, InputError
 from planner.gate import LIMITS, check
 from planner.jobs import read_job
+from tests.helpers import ANYTHING, places, replaced
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--model", "gpt2-small", "--gpus", "2xA100", "--global-batch-size", "8"]
@@ -111,6 +113,21 @@ def test_what_is_no_document_is_refused_with_the_reason(
         read_document(path)
     assert problem in str(refused.value)
     assert run("check", str(path)).exit_code == 2
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_document_with_anything_anywhere_is_exported_or_refused(
+    seed: int, small: Document, tmp_path: Path
+) -> None:
+    dice = random.Random(seed)
+    document, path = json.loads(json.dumps(small.to_json())), tmp_path / "plans.json"
+    document["plans"] = document["plans"][:1]
+    every = list(places(document))
+    for place in dice.sample(every, 40):
+        path.write_text(json.dumps(replaced(document, place, dice.choice(ANYTHING))))
+        for words in (["export", str(path), "--to", "slurm"], ["diff", str(path), str(path)]):
+            result = CliRunner().invoke(app, words)
+            assert result.exception is None or isinstance(result.exception, SystemExit), (place, words)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema": NaN}', "[" * 100_000, "\x00\xff"])

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, WrapSer
 
 from planner import __version__
 from planner.errors import InfeasibleError, InputError
-from planner.files import content, named, plain
+from planner.files import content, deeper, named, plain
 from planner.plan import MODEL, Plan
 from planner.specs import ClusterSpec, ModelSpec, TrainingSpec, first_problem
 
@@ -171,7 +171,7 @@ def read_json(path: Path, schema: str, writer: str) -> tuple[str, dict[str, Any]
         found = json.loads(data, parse_constant=_no_number)
     except (ValueError, RecursionError):
         raise InputError(f"{shown}: not JSON: give a file that {writer} wrote") from None
-    if not isinstance(found, dict) or _depth(found) > DEEPEST:
+    if not isinstance(found, dict) or deeper(found, DEEPEST):
         raise InputError(f"{shown}: not what {writer} writes")
     if (given := found.get("schema")) != schema:
         what = f"schema {plain(str(given))}" if given else "a file without a schema"
@@ -181,16 +181,6 @@ def read_json(path: Path, schema: str, writer: str) -> tuple[str, dict[str, Any]
 
 def _no_number(text: str) -> float:
     raise ValueError(f"{text} is no number")
-
-
-def _depth(value: Any) -> int:
-    """Levels of lists and objects; one more than ``DEEPEST`` at most is looked at."""
-    level, deep = [value], 0
-    while level and deep <= DEEPEST:
-        held = [one for one in level if isinstance(one, (dict, list))]
-        level = [inner for one in held for inner in (one.values() if isinstance(one, dict) else one)]
-        deep += bool(held)
-    return deep
 
 
 def json_schema() -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from planner.errors import InputError
 
@@ -54,6 +56,57 @@ def content(path: Path, most: int, what: str) -> bytes:
     if len(data) > most:
         raise InputError(f"{path}: grew beyond {most:,} bytes while it was read")
     return data
+
+
+def deeper(value: Any, most: int) -> bool:
+    """Are there more than so many levels of lists and objects within each other?
+
+    >>> deeper({"a": [1]}, 2), deeper({"a": [1]}, 1)
+    (False, True)
+    """
+    level = [value]
+    for _ in range(most + 1):
+        held = [one for one in level if isinstance(one, (dict, list))]
+        level = [inner for one in held for inner in (one.values() if isinstance(one, dict) else one)]
+        if not held:
+            return False
+    return True
+
+
+def yaml_in(text: str, shown: str) -> Any:
+    """What a text of YAML says, without tags, anchors and keys given twice. Raises InputError.
+
+    It is for the caller to bound the text: the parser is slow.
+    """
+    import yaml
+
+    try:
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+                raise InputError(f"{shown}: anchors and aliases are not read: write the value out")
+        _check_twice(yaml.compose(text, yaml.SafeLoader), shown)
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        place = getattr(error, "problem_mark", None)
+        line = f", line {place.line + 1}" if place else ""
+        why = getattr(error, "problem", None) or "it is nested too deep"
+        raise InputError(f"{shown}{line}: not YAML: {plain(str(why))}") from None
+
+
+def _check_twice(node: Any, shown: str) -> None:
+    pairs = getattr(node, "value", None)
+    if not isinstance(pairs, list):
+        return
+    names = []
+    for pair in pairs:
+        if isinstance(pair, tuple):
+            names.append(str(pair[0].value))
+            _check_twice(pair[1], shown)
+        else:
+            _check_twice(pair, shown)
+    for one, count in Counter(names).items():
+        if count > 1:
+            raise InputError(f"{shown}: {plain(one)} is given twice: keep one of them")
 
 
 def write_whole(

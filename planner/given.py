@@ -109,8 +109,7 @@ def unsupported(stack: Stack, layout: Layout) -> list[str]:
     shardings, sharding = stack.shardings, layout.sharding
     alone = sharding == "ddp" and layout.data_ranks == 1
     if sharding not in shardings and not alone:
-        so = " so" if sharding in STACKS[stack.name].shardings else ""  # but with another precision or option
-        notes.append(f"{stack.name} does not run {sharding}{so}: use {', '.join(shardings)}")
+        notes.append(f"{stack.name} does not run {sharding}: use {', '.join(shardings)}")
     elif layout.pipeline_parallel > 1 and not shardings.get(sharding, any(shardings.values())):
         able = "".join(f", {name}" for name, pipelined in shardings.items() if pipelined)
         notes.append(f"{stack.name} runs {sharding} without a pipeline only: use pipeline_parallel 1{able}")

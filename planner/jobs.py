@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.errors import InputError, nearest_names
-from planner.files import content, named, plain, write_whole
+from planner.files import content, named, plain, write_whole, yaml_in
 
 MOST_BYTES = 65_536
 SCHEMA = "planner.job/1"
@@ -65,27 +65,14 @@ def _word(value: Any, where: str) -> str:
 
 def _mapping(data: bytes, shown: str) -> dict[str, Any]:
     """The one mapping of a YAML file."""
-    import yaml
-
     try:
         text = data.decode()
-        for event in yaml.parse(text, yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                raise InputError(f"{shown}: anchors and aliases are not read: write the value out")
-        node = yaml.compose(text, yaml.SafeLoader)
-        found = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        place = getattr(error, "problem_mark", None)
-        line = f", line {place.line + 1}" if place else ""
-        why = getattr(error, "problem", None) or "it is nested too deep or not text"
-        raise InputError(f"{shown}{line}: not YAML: {plain(str(why))}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{shown}: not text: give a job file") from None
+    found = yaml_in(text, shown)
     if not isinstance(found, dict) or not found:
         raise InputError(f"{shown}: a job is a mapping of options, as in 'model: llama-65b'")
-    names = [key.value for key, _ in getattr(node, "value", [])]
-    for name in names:
-        if names.count(name) > 1 or not isinstance(name, str):
-            raise InputError(f"{shown}: {plain(str(name))} is given twice: keep one of them")
-    return found
+    return {str(name): value for name, value in found.items()}
 
 
 def text_of(given: Mapping[str, Any], command: str) -> str:

@@ -6,7 +6,7 @@ import re
 
 from planner.discovery.captures import Capture, inner, items
 from planner.errors import InputError
-from planner.files import plain
+from planner.files import plain, yaml_in
 from planner.hostlist import names_of
 
 LONGEST = 5_000_000
@@ -40,18 +40,9 @@ def leaves_of_yaml(capture: Capture) -> dict[str, str]:
 
     Of several topologies the default one, or else the first. Raises InputError.
     """
-    import yaml
-
     if len(capture.text) > LONGEST:
         raise InputError(f"{capture.name}: a topology is read up to {LONGEST:,} bytes")
-    try:
-        for event in yaml.parse(capture.text, yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise InputError(f"{capture.name}: anchors and aliases are not read: write the value out")
-        found = yaml.safe_load(capture.text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        why = getattr(error, "problem", None) or "it is nested too deep"
-        raise InputError(f"{capture.name}: not YAML: {plain(str(why))}") from None
+    found = yaml_in(capture.text, capture.name)
     topologies = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
     if not topologies:
         raise InputError(f"{capture.name}: no topology.yaml: a list of topologies is expected")

@@ -21,7 +21,7 @@ from planner.export.torchtitan_words import (
     OPTIMIZERS,
     TF32,
 )
-from planner.files import plain
+from planner.files import deeper, plain
 
 FRAMEWORK = "torchtitan"
 COUNTS_GPUS = True
@@ -54,16 +54,7 @@ def _document(text: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     wanted = {"model", "training", "parallelism", "activation_checkpoint"}
-    return found if len(wanted & set(found)) >= 2 and _depth(found) <= DEEPEST else None
-
-
-def _depth(value: Any) -> int:
-    level, deep = [value], 0
-    while level and deep <= DEEPEST:
-        inner = [one for one in level if isinstance(one, (dict, list))]
-        level = [part for one in inner for part in (one.values() if isinstance(one, dict) else one)]
-        deep += bool(inner)
-    return deep
+    return found if len(wanted & set(found)) >= 2 and not deeper(found, DEEPEST) else None
 
 
 def read(files: Mapping[str, str], given: Mapping[str, str] | None = None) -> Imported:

@@ -15,7 +15,7 @@ from typing import Any
 
 from planner.errors import InputError, nearest_names
 from planner.export.imported import Finding
-from planner.files import named, plain
+from planner.files import deeper, named, plain, yaml_in
 
 MOST_DEPTH = 30
 MOST_YAML = 200_000
@@ -101,41 +101,11 @@ def json_of(text: str, name: str) -> dict[str, Any]:
 
 
 def yaml_of(text: str, name: str) -> dict[str, Any]:
-    """The one mapping of a YAML file, without tags, anchors and keys given twice. Raises InputError."""
-    import yaml
-
+    """The one mapping of a YAML file. Raises InputError."""
     shown = named(Path(name))
     if len(text) > MOST_YAML:
         raise InputError(f"{shown}: {len(text):,} characters; YAML is read up to {MOST_YAML:,}")
-    try:
-        for event in yaml.parse(text, yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                raise InputError(f"{shown}: anchors and aliases are not read: write the value out")
-        node = yaml.compose(text, yaml.SafeLoader)
-        _check_twice(node, shown)
-        found = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        place = getattr(error, "problem_mark", None)
-        line = f", line {place.line + 1}" if place else ""
-        why = getattr(error, "problem", None) or "it is nested too deep"
-        raise InputError(f"{shown}{line}: not YAML: {plain(str(why))}") from None
-    return _checked(found, shown)
-
-
-def _check_twice(node: Any, shown: str) -> None:
-    pairs = getattr(node, "value", None)
-    if not isinstance(pairs, list):
-        return
-    names = []
-    for pair in pairs:
-        if isinstance(pair, tuple):
-            names.append(str(pair[0].value))
-            _check_twice(pair[1], shown)
-        else:
-            _check_twice(pair, shown)
-    for one, count in Counter(names).items():
-        if count > 1:
-            raise InputError(f"{shown}: {plain(one)} is given twice: keep one of them")
+    return _checked(yaml_in(text, shown), shown)
 
 
 def _once(pairs: list[tuple[str, Any]], shown: str) -> dict[str, Any]:
@@ -148,14 +118,9 @@ def _once(pairs: list[tuple[str, Any]], shown: str) -> dict[str, Any]:
 def _checked(found: Any, shown: str) -> dict[str, Any]:
     if not isinstance(found, dict) or not found:
         raise InputError(f"{shown}: a configuration is a mapping of keys and values")
-    if _deeper(found, MOST_DEPTH):
+    if deeper(found, MOST_DEPTH):
         raise InputError(f"{shown}: nested deeper than {MOST_DEPTH}")
     return {str(key): value for key, value in found.items()}
-
-
-def _deeper(value: Any, most: int) -> bool:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return most < 1 or any(_deeper(one, most - 1) for one in inner)
 
 
 def number_of(value: Any, name: str, least: float = 0, whole: bool = True) -> float | None:

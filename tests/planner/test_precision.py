@@ -135,7 +135,7 @@ def test_weights_in_8_bits_alone_are_refused_where_they_are_not_planned(
 
 def test_weights_in_8_bits_alone_take_the_distributed_optimizer() -> None:
     job = job_of("fp8-delayed", options={"fp8_param_gather": "on"})
-    said = "does not run ddp so: use zero1, or leave out option fp8_param_gather=on"
+    said = "does not run ddp: use zero1, or leave out option fp8_param_gather=on"
     with pytest.raises(InputError, match=said):
         check_supported(job, Layout(data_parallel=8, sharding="ddp"))
     layout = Layout(data_parallel=8, sharding="zero1", offload="optimizer")

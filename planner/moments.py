@@ -8,7 +8,7 @@ layers it holds; :mod:`planner.replay` goes through all of them, layer by layer,
 - ``loss`` (last stage): model states, activations in flight, the working set of the head;
 - ``backward``: model states, activations in flight, the working set of the first or second layer. Where
   gradients arrive in the only backward, a layer may hold more when it is done than before, one of another
-  kind less: ``backward after`` every turn from one kind to another (:class:`planner.order.Turn`);
+  kind less: ``backward after`` a turn from one kind to another as well;
 - ``gradients complete``: model states with all gradients, the working set of the last layer to run
   backward or of the embedding, where gradients arrive during the only backward of a step;
 - ``optimizer step``: model states, the optimizer's buffers and temporaries.
@@ -16,6 +16,7 @@ layers it holds; :mod:`planner.replay` goes through all of them, layer by layer,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import reduce
 from typing import TYPE_CHECKING
 
@@ -113,21 +114,39 @@ def stage_moments(
             nothing,
         ),
     }
-    several = len(prices.policies)
-    for number, turn in enumerate(prices.order.turns if np.min(there) < 1 else ()):
-        parts = [turn.done[column // several] for column in range(len(columns))]
-        passed = [a + part * (b - a) for a, b, part in zip(running, ready, parts, strict=True)]
-        room: list[Quantity] = [0.0] * len(columns)
-        for column, price in enumerate(columns):
-            if column // several == turn.begins:
-                room[column] = price.working
-            elif column // several == turn.ends:
-                own = price.states[Role.GRADIENT] * (1.0 - there)
-                room[column] = price.working + price.saved + price.gathered * (1 - prices.pipelined) - own
-        result[f"backward after {number}"] = (passed, started + sizes["inner"], room)
+    if np.ndim(there) == 0 and there < 1 and len(prices.order.rows) > 1:
+        passing = _turns(prices, running, ready)
+        for number, (passed, room) in enumerate(passing):
+            result[f"backward after {number}"] = (passed, started + sizes["inner"], room)
     if last:
         loss = fixed(prices.waiting_room, 1.0) + start + prices.head.saved * whole
         room = np.maximum(sizes["loss"] + prices.head.working, sizes["logits"] + prices.head.ahead)
         waited = [states + own for states, own in zip(rows(prices.waiting_room, 1.0), flight, strict=True)]
         result["loss"] = (waited, loss + room, nothing)
     return result
+
+
+def _turns(
+    prices: Prices, running: list[Quantity], ready: list[Quantity]
+) -> Iterator[tuple[list[Quantity], list[Quantity]]]:
+    """What rows hold in the middle of the only backward of a single layout, and what runs there.
+
+    On one stage at every turn from one kind to another, of which one is the highest: between two of them all
+    layers are alike, and of those the ones that recompute most come last. Which turns a stage of several has
+    depends on where it begins: there every row counts as it holds most, before or after.
+    """
+    columns, several = prices.heaviest, len(prices.policies)
+    working = [price.working for price in columns]
+    if prices.layout.pipeline_parallel > 1:
+        yield [np.maximum(a, b) for a, b in zip(running, ready, strict=True)], working
+        return
+    for turn in prices.order.turns:
+        parts = [turn.done[column // several] for column in range(len(columns))]
+        room: list[Quantity] = [0.0] * len(columns)
+        for column, price in enumerate(columns):
+            if column // several == turn.begins:
+                room[column] = price.working
+            elif column // several == turn.ends:  # its own gradients and activations are counted as after it
+                own = price.states[Role.GRADIENT] * (1.0 - prices.held_room)
+                room[column] = price.working + price.saved + price.gathered * (1 - prices.pipelined) - own
+        yield [a + part * (b - a) for a, b, part in zip(running, ready, parts, strict=True)], room

@@ -8,16 +8,11 @@ Short chunks at the ends lack one layer: there a row counts it as its neighbour.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise, product
-
-import numpy as np
+from itertools import groupby, pairwise
 
 from planner.model import Block, numbered
 from strategies.layout import Layout
 from strategies.pipeline_parallel import FOLDED
-
-MOST_TURNS = 8
-"""Turns that are all looked at: as memory goes up and down in proportion, few of many can be the highest."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +51,14 @@ class Order:
 
     @property
     def turns(self) -> list[Turn]:
-        """Every turn of a backward through all rows; of many those that are extreme in some direction."""
+        """Every turn of a backward through all rows."""
         found, done = [], [0] * len(self.rows)
         runs = self.runs[::-1]
         for (kind, length), (following, _) in pairwise(runs):
             done[kind] += length
             parts = tuple(n / of for n, of in zip(done, self.counts, strict=True))
             found.append(Turn(parts, kind, following))
-        return found if len(found) <= MOST_TURNS else _extreme(found)
+        return found
 
     def split(self, counts: list[int]) -> list[tuple[int, ...]]:
         """Rows of each kind on each stage, where the stages hold ``counts`` rows."""
@@ -73,13 +68,6 @@ class Order:
             found.append(tuple(part.count(kind) for kind in range(len(self.rows))))
             start += count
         return found
-
-
-def _extreme(turns: list[Turn]) -> list[Turn]:
-    """Those where some weighted sum of what is done of each kind is largest, or smallest."""
-    points = np.array([turn.done for turn in turns])
-    weights = np.array(list(product((-4.0, -1.0, -0.25, 0.25, 1.0, 4.0), repeat=points.shape[1])))
-    return [turns[index] for index in sorted({int(index) for index in (points @ weights.T).argmax(axis=0)})]
 
 
 def layer_at(chunk: int, row: int, layers: int, chunks: int, schedule: str) -> int:

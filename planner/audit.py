@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib import import_module
@@ -24,6 +25,8 @@ from planner.specs import ClusterSpec, ModelSpec, TrainingSpec
 from planner.told import one_way
 from strategies.layout import Layout
 
+COUNTS = {"WORLD_SIZE", "NGPU", "NNODES"}
+"""Variables that say how many processes there are, wherever they are used."""
 MOST_BYTES = 2_000_000
 """Of one file of a launch configuration."""
 LEANER = 0.05
@@ -58,7 +61,7 @@ class Audit:
     """What came of it. ``problem`` says why nothing could be planned, where ``plan`` is None.
 
     ``settings`` are what an ``option`` of the advice, of a gain and of what is better is in the framework's
-    own words, where it can be told.
+    own words, where it can be told. ``none_better`` says why there is none.
     """
 
     imported: Imported
@@ -71,6 +74,7 @@ class Audit:
     gains: tuple[Gain, ...] = ()
     better: Better | None = None
     settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    none_better: str = ""
 
     @property
     def holds(self) -> bool:
@@ -134,14 +138,40 @@ def read_configuration(
         reader = import_module(module)
         if framework == name or reader.recognises(files):
             told = dict(given or {})
+            _check_variables(told, files)
             if getattr(reader, "COUNTS_GPUS", False) and not {"NGPU", "WORLD_SIZE"} & set(told):
                 told |= _processes(gpus)
             imported: Imported = reader.read(files, told)
             return imported
+    for name, text in files.items():
+        _broken(name, text)
     shown = ", ".join(named(Path(name)) for name in files)
     raise InputError(
         f"{shown}: no configuration of {', '.join(READERS)} that is known here: say which with --as"
     )
+
+
+def _broken(name: str, text: str) -> None:
+    """Raises InputError for a file that is nothing to audit, with what is wrong with it."""
+    import tomllib
+
+    from planner.export.structured import json_of, yaml_of
+
+    shown, kind = named(Path(name)), Path(name).suffix.lower()
+    found: Mapping[str, Any] = {}
+    if kind == ".json":
+        found = json_of(text, name)
+    elif kind in (".yaml", ".yml"):
+        found = yaml_of(text, name)
+    elif kind == ".toml":
+        try:
+            tomllib.loads(text)
+        except ValueError as error:
+            raise InputError(f"{shown}: not TOML: {plain(str(error))}") from None
+    if str(found.get("schema", "")).startswith("planner."):
+        raise InputError(f"{shown}: a file of planner's own: give it to planner check, report or export")
+    if "apiVersion" in found:
+        raise InputError(f"{shown}: a manifest of Kubernetes: give the script or configuration in it")
 
 
 SHAPE = (
@@ -188,6 +218,16 @@ def cluster_text(gpus: str | None, imported: Imported) -> str:
     return f"{count // each}x{each}x{gpus}" if each and count and not count % each else f"{count}x{gpus}"
 
 
+def _check_variables(given: Mapping[str, str], files: Mapping[str, str]) -> None:
+    """Raises InputError for a variable that no file has."""
+    named_in = {one for text in files.values() for one in re.findall(r"\$\{?([A-Za-z_]\w*)", text)}
+    for name in given:
+        if re.fullmatch(r"[A-Za-z_]\w*", name) and name not in named_in | COUNTS:
+            raise InputError(
+                f"--set {plain(name)}: no file has ${plain(name)}: {nearest_names(name, named_in)}"
+            )
+
+
 def _processes(gpus: str | None) -> dict[str, str]:
     if gpus is None or not _counts(gpus) or gpus.strip().lower().startswith("from-"):
         return {}
@@ -227,11 +267,15 @@ def audit(
     pays = gains(asked, plan) if plan.fits else {}
     best = better(asked, plan)
     others = {gain.option: there for gain, there in pays.items()}
-    if best:
+    if isinstance(best, Better):
         others[best.option] = best.plan
     for change in advice.changes if advice else []:
         if change.of != "gpus":
-            others[change.option] = api.estimate_of(change.asked)
+            with contextlib.suppress(PlannerError):
+                others[change.option] = api.estimate_of(change.asked)
+    settings = in_its_words(imported, Subject(model, cluster, plan), others)
+    told = tuple(unlike(pays, settings))
+    dropped = {gain.option for gain in pays} - {gain.option for gain in told}
     return Audit(
         imported,
         model,
@@ -239,20 +283,34 @@ def audit(
         tuple(findings),
         plan,
         advice=advice,
-        gains=tuple(pays),
-        better=best,
-        settings=in_its_words(imported.framework, Subject(model, cluster, plan), others),
+        gains=told,
+        better=best if isinstance(best, Better) else None,
+        settings={option: words for option, words in settings.items() if option not in dropped},
+        none_better="" if isinstance(best, Better) else best,
     )
 
 
-def in_its_words(framework: str, before: Subject, others: Mapping[str, Plan]) -> dict[str, tuple[str, ...]]:
+def unlike(pays: Iterable[Gain], settings: Mapping[str, tuple[str, ...]]) -> Iterator[Gain]:
+    """Gains that the framework can be told, each way to write it once; all where it has words for none."""
+    seen: set[tuple[str, ...]] = set()
+    for gain in pays:
+        words = settings.get(gain.option)
+        if not settings or (words and words not in seen):
+            yield gain
+        seen |= {words} if words else set()
+
+
+def in_its_words(
+    imported: Imported, before: Subject, others: Mapping[str, Plan]
+) -> dict[str, tuple[str, ...]]:
     """What makes each of other plans of one, as the framework is told it; not of those that it cannot be."""
     from planner.export.difference import changed, told
 
-    if (now := told(framework, before)) is None:
+    if (now := told(imported.target, before)) is None:
         return {}
-    exports = {name: told(framework, replace(before, plan=plan)) for name, plan in others.items()}
-    return {name: changed(now, made) for name, made in exports.items() if made and changed(now, made)}
+    exports = {name: told(imported.target, replace(before, plan=plan)) for name, plan in others.items()}
+    words = {name: changed(now, one, imported.settings) for name, one in exports.items() if one}
+    return {name: own for name, own in words.items() if own}
 
 
 def _of_world(imported: Imported, cluster: ClusterSpec) -> Iterator[Finding]:
@@ -333,7 +391,7 @@ def _other_options(asked: Asked) -> Iterator[tuple[str, Callable[[], Asked]]]:
     """The framework's options with each of their other values."""
     training, stack = asked.job.training, asked.job.stack
     for name, values in stack.options.items():
-        for value in values:
+        for value in values if name != "kernels" else ():  # other modules are another program
             if training.options.get(name) not in (None, value):
                 options = {**asked.training.options, name: value}
                 own = {name: None} if name in TrainingSpec.model_fields else {}
@@ -341,16 +399,19 @@ def _other_options(asked: Asked) -> Iterator[tuple[str, Callable[[], Asked]]]:
                 yield f"{name} {value}", partial(replace, asked, training=changed)
 
 
-def better(asked: Asked, plan: Plan) -> Better | None:
-    """The best layout that the framework can be told, if it is quicker, or fits where this one does not."""
+def better(asked: Asked, plan: Plan) -> Better | str:
+    """The best layout that the framework can be told, if it is quicker, or fits where this one does not.
+
+    Else why there is none.
+    """
     model, cluster = asked.model, asked.cluster
     training = asked.training.model_copy(update={"global_batch_size": asked.job.global_batch_size})
     try:
         told = api.search(model, cluster, training, top=1, choices=_choices(asked), time_limit=20)[0]
-    except PlannerError:
-        return None
+    except PlannerError as error:
+        return f"No better layout on the same GPUs was found: {error}"
     if plan.fits and told.step_time_s * (1 + step_time("tie").value) > plan.step_time_s:
-        return None
+        return "No layout on the same GPUs that the framework can be told is quicker."
     policy, first = one_way([stage.rows for stage in told.stages]) or ("auto", None)
     way = policy if first is None else f"{policy}:{first}"
     layers = tuple(stage.layers for stage in told.stages)

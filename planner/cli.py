@@ -93,7 +93,7 @@ app = typer.Typer(
 
 
 @app.callback()
-def main() -> None:
+def main(version: o.Version = False) -> None:
     """Nothing of its own: the commands are in ``COMMANDS``."""
 
 

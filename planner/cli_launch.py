@@ -126,8 +126,9 @@ def _show(subject: Subject, made: Export, output: str | None) -> None:
     folder = f"{output.rstrip('/')}/" if output else ""
     each = "the node" if subject.nodes == 1 else f"each of {subject.nodes} nodes"
     if made.submit:
-        words = (folder + word if word in made.files else word for word in made.submit)
-        typer.echo(f"\nTo start it: {quoted(words)}", err=True)
+        inside = f"cd {quoted([folder.rstrip('/')])} && " if folder and made.submit_inside else ""
+        words = (folder * (not inside) + word if word in made.files else word for word in made.submit)
+        typer.echo(f"\nTo start it: {inside}{quoted(words)}", err=True)
     elif "launch.sh" in made.files:
         rank = "0" if subject.nodes == 1 else f"0..{subject.nodes - 1}"
         typer.echo(f"\nOn {each}: NODE_RANK={rank} MASTER_ADDR=host {folder or './'}launch.sh", err=True)
@@ -135,7 +136,7 @@ def _show(subject: Subject, made: Export, output: str | None) -> None:
         command = quoted(made.on_node(subject, *_place(subject)))
         env = " ".join(f"{name}={quoted([value])}" for name, value in made.env.items())
         typer.echo(f"\nOn {each}: {env + ' ' if env else ''}{command}", err=True)
-    for note in made.notes:
+    for note in (*subject.doubts(), *made.notes):
         typer.echo(f"Note: {note}", err=True)
 
 

@@ -301,7 +301,8 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
     if "precision" not in given_fields:
         notes.append(f"precision {precision}")
     moments = f"moments of {recipe.moment:g}" if OPTIMIZERS[training.optimizer].typed else "the optimizer's"
-    states = f"{recipe.weight:g} + {recipe.gradient:g} + {recipe.master:g} + {moments}"
+    weight = f"{recipe.weight:g}" + f", of blocks' {recipe.cast_weight:g}" * recipe.cast_alone
+    states = f"{weight} + {recipe.gradient:g} + {recipe.master:g} + {moments}"
     of = "trained parameter" if training.adapters else "parameter"
     notes.append(f"{stack.version}; bytes per {of} (weight, gradient, master, moments): {states}")
     shown = {name: value for name, value in options.items() if name != "swiglu" or model.gated_mlp}
@@ -328,7 +329,7 @@ def resolve(model: ModelSpec, cluster: ClusterSpec, training: TrainingSpec) -> J
         f"step times: of 64 published runs that nothing was fitted to, four in five took {low:.2f} to "
         f"{high:.2f} times as long; layouts within {tie:.1%} of the first are ties (docs/time.md)"
     )
-    if stack.hidden_transfers:
+    if stack.hidden_transfers and options.get("overlap") != "off":
         notes.append(f"data-parallel messages overlap with compute, as with {stack.hidden_transfers}")
     overheads = (stack.context, stack.communicator, stack.allocator)
     for overhead in overheads:

@@ -107,7 +107,7 @@ def unsupported(stack: Stack, layout: Layout) -> list[str]:
     """
     notes: list[str] = []
     shardings, sharding = stack.shardings, layout.sharding
-    alone = sharding == "ddp" and layout.data_ranks == 1
+    alone = sharding == "ddp" and layout.data_ranks == 1 and stack.replicates
     if sharding not in shardings and not alone:
         notes.append(f"{stack.name} does not run {sharding}: use {', '.join(shardings)}")
     elif layout.pipeline_parallel > 1 and not shardings.get(sharding, any(shardings.values())):

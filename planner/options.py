@@ -384,3 +384,16 @@ def _command_line(command: str, asked: dict[str, Any], flags: dict[str, tuple[st
     from planner.jobs import command_line
 
     return command_line(command, asked, flags)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from planner import __version__
+
+        typer.echo(f"planner {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", help="The planner's version.", callback=_version, is_eager=True)
+]

@@ -196,11 +196,12 @@ class Plan(BaseModel):
 
     @model_validator(mode="after")
     def _whole(self) -> Plan:
-        own, stages = self.layout, len(self.stages)
+        own = self.layout
         taken = own.data_parallel * own.tensor_parallel * own.pipeline_parallel * own.context_parallel
-        if not 1 <= taken == self.num_gpus or own.pipeline_parallel != stages:
-            told = f"{self.num_gpus} and {stages}, the layout takes {taken} and {own.pipeline_parallel}"
-            raise ValueError(f"GPUs and stages are {told}")
+        if not 1 <= taken == self.num_gpus or own.pipeline_parallel != len(self.stages):
+            raise ValueError(f"its layout takes {taken} GPUs and {own.pipeline_parallel} stages")
+        if not self.least_bytes <= self.peak_bytes == max(one.peak_bytes for one in self.stages):
+            raise ValueError("peak_bytes is not that of the fullest stage")
         return self
 
     @property

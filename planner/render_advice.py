@@ -60,14 +60,18 @@ def _show_found(console: Console, changes: Sequence[Change]) -> None:
     console.print(table)
 
 
-def settings_heading(settings: Settings) -> str:
-    """What a column of :func:`written` is called."""
-    return "settings" if settings else "options"
-
-
-def written(option: str, settings: Settings) -> str:
-    """A change in the framework's own words, or else as an option of the planner's."""
-    return "\n".join(settings[option]) if option in settings else option
+def show_settings(console: Console, changes: Mapping[str, str], settings: Settings) -> None:
+    """What to write for changes, each with its option, in the framework's own words where it has them."""
+    console.print()
+    console.print(Text("What to write for them:", style="bold"))
+    for what, option in changes.items():
+        told = settings.get(option, (f"planner's {option}",))
+        if len(told) == 1:
+            console.print(Text(f"  {what}: {told[0]}"))
+            continue
+        console.print(Text(f"  {what}:"))
+        for one in told:
+            console.print(Text(f"    {one}"))
 
 
 def show_advice(console: Console, advice: Advice, settings: Settings = MappingProxyType({})) -> None:
@@ -89,23 +93,19 @@ def show_advice(console: Console, advice: Advice, settings: Settings = MappingPr
 
 
 def _show_changes(console: Console, changes: Sequence[Change], settings: Settings) -> None:
-    known = {change.option: settings[change.option] for change in changes if change.option in settings}
-    left = ("change", settings_heading(known))
+    spoken = any(change.option in settings for change in changes)
+    left = ("change",) if spoken else ("change", "options")
     numbers = ("GPUs", "peak GiB", "step", "of before")
     table = grid(*left, *numbers, left=left, wrap=left, spare=("GPUs", "peak GiB"))
     for change in changes:
         percent = round(100 * (change.step_time_ratio or 1)) - 100
         ratio = f"{percent:+}%" if percent else "0%"
         step = human_seconds(change.step_time_s)
-        table.add_row(
-            change.what,
-            written(change.option, settings),
-            str(change.num_gpus),
-            gib(change.peak_bytes),
-            step,
-            ratio,
-        )
+        words = (change.what,) if spoken else (change.what, change.option)
+        table.add_row(*words, str(change.num_gpus), gib(change.peak_bytes), step, ratio)
     console.print(table)
+    if spoken:
+        show_settings(console, {change.what: change.option for change in changes}, settings)
 
 
 def _show_tried(console: Console, tried: Sequence[Tried]) -> None:

@@ -8,8 +8,8 @@ from rich.text import Text
 from planner.audit import Audit
 from planner.export.imported import Finding
 from planner.render import grid, show_plan
-from planner.render_advice import settings_heading, written
-from planner.units import gib, human_seconds
+from planner.render_advice import show_settings
+from planner.units import gib, human_count, human_seconds
 
 WORDS = {"error": ("Wrong", "bold red"), "warning": ("Look at", "yellow"), "waste": ("Wasteful", "cyan")}
 SHOWN = 8
@@ -28,6 +28,14 @@ def show_audit(console: Console, audit: Audit, verbose: bool = False) -> None:
     if audit.findings:
         console.print()
     if audit.plan is not None:
+        model = audit.model
+        console.print(
+            Text(
+                f"Read as {model.name}: {model.num_hidden_layers} layers of width {model.hidden_size:,}, "
+                f"vocabulary {model.vocab_size:,}, {human_count(model.num_parameters)} parameters\n",
+                style="dim",
+            )
+        )
         show_plan(console, audit.plan, verbose)
     if audit.advice:
         from planner.render_advice import show_advice
@@ -50,23 +58,31 @@ def _line(finding: Finding) -> Text:
 
 def _show_gains(console: Console, audit: Audit) -> None:
     if not audit.gains:
+        if audit.plan and audit.plan.fits:
+            console.print(Text("\nNo single change that was tried pays."))
         return
     console.print()
     console.print(Text("Single changes that pay, each estimated:", style="bold"))
-    left = ("change", settings_heading(audit.settings))
+    spoken = bool(audit.settings)
+    left = ("change",) if spoken else ("change", "options")
     table = grid(*left, "step", "of before", "peak GiB", left=left, wrap=left, spare=("peak GiB",))
     assert audit.plan is not None
     for gain in audit.gains[:SHOWN]:
         percent = round(100 * gain.step_time_ratio) - 100
         step = human_seconds(audit.plan.step_time_s * gain.step_time_ratio)
         ratio = f"{percent:+}%" if percent else "0%"
-        words = (gain.what, written(gain.option, audit.settings))
+        words = (gain.what,) if spoken else (gain.what, gain.option)
         table.add_row(*words, step, ratio, gib(gain.peak_bytes))
     console.print(table)
+    if spoken:
+        show_settings(console, {gain.what: gain.option for gain in audit.gains[:SHOWN]}, audit.settings)
 
 
 def _show_better(console: Console, audit: Audit) -> None:
-    if audit.better is None or audit.plan is None:
+    if audit.plan is None:
+        return
+    if audit.better is None:
+        console.print(Text(f"\n{audit.none_better}"))
         return
     plan, ratio = audit.better.plan, audit.better.step_time_ratio
     gain = f"{1 / ratio:.2f} times as fast" if audit.plan.fits else "and it fits"
@@ -74,7 +90,8 @@ def _show_better(console: Console, audit: Audit) -> None:
     console.print(
         Text(
             f"Best launchable layout on the same GPUs: {plan.layout.to_layout().describe()}, {gain}: "
-            f"{human_seconds(plan.step_time_s)} a step, peak {gib(plan.peak_bytes)} GiB",
+            f"{human_seconds(plan.step_time_s)} a step, peak {gib(plan.peak_bytes)} GiB "
+            f"({gib(plan.least_bytes)} to {gib(plan.most_bytes)})",
             style="bold",
         )
     )

@@ -71,6 +71,6 @@ def _lengths(text: str) -> dict[str, int]:
         least = 0 if name == "tied" else 1
         digits = value.replace("_", "")
         if not (equals and digits.isascii() and digits.isdigit() and least <= int(digits[:20]) <= 10**9):
-            raise InputError(f"--model: {name}={value[:40]!r}: write a whole number, as in hidden=8192")
+            raise InputError(f"--model: {name}={value[:40]!r}: write a whole number, {least} or more")
         given[name] = int(digits)
     return given

@@ -333,7 +333,8 @@ def first_problem(error: ValidationError) -> str:
     field = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "missing":
         return f"{field} is missing"
-    value = repr(problem.get("input"))
+    value = problem.get("input")
+    value = "an object" if isinstance(value, dict) else "a list" if isinstance(value, list) else repr(value)
     message = str(problem["msg"]).removeprefix("Value error, ")
     if not field:
         return message

@@ -40,6 +40,7 @@ SCHEDULERS = {
     "dstack": "planner.schedulers.dstack",
 }
 """Schedulers, by name: the module that writes what is handed to them."""
+KUBERNETES = ("trainjob", "jobset", "volcano", "pytorchjob", "rayjob")
 USUAL = {
     "megatron": "megatron",
     "torchtitan": "torchtitan",
@@ -55,6 +56,8 @@ def module_of(name: str) -> Any:
     known = {**TARGETS, **SCHEDULERS}
     if name in USUAL and name not in known:
         raise InputError(f"--to {plain(name)}: plans of --framework {name} go to {USUAL[name]}")
+    if name in ("kubernetes", "k8s"):
+        raise InputError(f"--to {name}: name its kind of job: {', '.join(KUBERNETES)}")
     if name not in known:
         raise InputError(f"--to {plain(name)}: {nearest_names(name, known)}")
     return import_module(known[name])
@@ -69,6 +72,8 @@ def export(
     setting.
     """
     names = [name.strip().lower() for name in to.split(",") if name.strip()]
+    for name in names:
+        module_of(name)
     framework = [name for name in names if name not in SCHEDULERS]
     scheduler = [name for name in names if name in SCHEDULERS]
     if len(framework) > 1 or len(scheduler) > 1:
@@ -89,7 +94,8 @@ def export(
         return made
     module = module_of(scheduler[0])
     if not getattr(module, "BY_HAND", False):  # it has the words itself, and they are said once
-        made = replace(made, files={k: text for k, text in made.files.items() if k not in made.by_hand})
+        kept = {name: text for name, text in made.files.items() if name not in made.by_hand}
+        made = replace(made, files=kept, by_hand=())
     placed: Export = module.export(subject, made, given)
     return placed
 

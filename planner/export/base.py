@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil
@@ -91,6 +91,26 @@ class Subject:
         told = f"{target} recomputes the same layers on every stage: the plan has {shown}"
         raise NotExpressible(plain(told, 300), {"recompute": f"{policy}:{most}"})
 
+    def doubts(self) -> Iterator[str]:
+        """What speaks against the plan's own figures: those that its layout has today are others.
+
+        It was changed by hand then, or written by another version of the planner.
+        """
+        from planner.overheads import device_bytes
+        from planner.plan import priced_again
+        from planner.replay import StageReplay
+
+        prices, rows = priced_again(self.job, self.plan)
+        for index, stage in enumerate(self.plan.stages):
+            pools = StageReplay(prices, index, rows).run().pools
+            peak = float(device_bytes(self.job, self.layout, pools, "value"))
+            if abs(stage.peak_bytes - peak) > 0.001 * peak:
+                yield (
+                    f"stage {index} of the plan has a peak of {gib(stage.peak_bytes)} GiB, its layout one of "
+                    f"{gib(round(peak))}: it was changed, or is of another version: plan it again"
+                )
+                return
+
     @property
     def layers(self) -> tuple[int, ...]:
         """Layers on each stage."""
@@ -135,6 +155,12 @@ class Export:
     launcher_options: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     submit: tuple[str, ...] = ()  # what hands the files to a scheduler, which then starts the nodes
+    submit_inside: bool = False  # in their folder
+
+    def header(self, subject: Subject, comment: str = "# ") -> str:
+        """The header of what a scheduler is handed, with the version and with what the files cannot say."""
+        also = (f"for {self.target} {self.version}", *(f"note: {one}" for one in self.notes))
+        return subject.header(comment, also)
 
     def on_node(self, subject: Subject, node_rank: str, address: str, port: str = "29500") -> tuple[str, ...]:
         """The command that starts a node's processes, their ranks being ``node_rank`` times its GPUs and on.

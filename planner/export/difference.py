@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from planner.errors import InputError
 from planner.export import export
-from planner.export.base import Export, NotExpressible, Subject
-from planner.export.structured import HEADER, yaml_of
+from planner.export.base import Export, Subject
+from planner.export.structured import HEADER, dotted, yaml_of
 
 FILES = {"torchtitan": "0.2"}
 """Versions whose configuration is a file, where the usual one's is code."""
@@ -22,27 +23,80 @@ READ: Mapping[str, Callable[[str], Mapping[str, Any]]] = {
 }
 OURS = {HEADER, "run_name"}
 """Settings that say which plan it is."""
+DERIVED = {"--padded-vocab-size"}
+"""Settings that say what a framework makes of others by itself."""
+OTHER_NAMES = {
+    "zero_optimization.stage": "deepspeed_config.zero_stage",
+    "zero_optimization.offload_optimizer.device": "deepspeed_config.offload_optimizer_device",
+    "zero_optimization.offload_param.device": "deepspeed_config.offload_param_device",
+    "gradient_checkpointing": "activation_checkpointing",
+}
+"""Settings, and another place where the same is said."""
+RIVALS = (
+    (
+        "--recompute-activations",
+        "--recompute-granularity",
+        "--recompute-method",
+        "--recompute-num-layers",
+        "--recompute-modules",
+        "--moe-layer-recompute",
+    ),
+    (
+        "--num-layers-per-virtual-pipeline-stage",
+        "--num-virtual-stages-per-pipeline-rank",
+        "--pipeline-model-parallel-layout",
+        "--decoder-first-pipeline-num-layers",
+        "--decoder-last-pipeline-num-layers",
+    ),
+)
+"""Settings that say the same in several ways: where one is set, the others must go."""
 
 
-def told(framework: str, subject: Subject) -> Export | None:
-    """A plan as the framework's configuration; None where it cannot be told."""
+def told(target: str, subject: Subject) -> Export | None:
+    """A plan as a target's configuration; None where it cannot be told."""
     try:
-        return export(subject, framework, FILES.get(framework))
-    except NotExpressible:
+        return export(subject, target, FILES.get(target))
+    except InputError:
         return None
 
 
-def changed(before: Export, after: Export) -> tuple[str, ...]:
+def changed(before: Export, after: Export, given: Collection[str] | None = None) -> tuple[str, ...]:
     """What to set, or to leave out, for the configuration ``before`` to be ``after``; what to do beside it.
 
-    Flags are as a shell takes them, settings of JSON, TOML and YAML as ``section.name = value``.
+    Flags are as a shell takes them, settings of JSON, TOML and YAML as ``section.name = value``. ``given``
+    are the names of those that somebody's own configuration has: only these can be left out, and what it says
+    by another name is said by that.
     """
     old, new = settings_in(before), settings_in(after)
-    found = [text for name, text in new.items() if old.get(name) != text]
-    gone = [f"without {name}" for name in old if name not in new]
+    touched = {name for name in {*old, *new} if old.get(name) != new.get(name)}
+    gone = [name for name in old if name not in new]
+    if given is not None:
+        touched -= DERIVED - {*given}
+        ways = [name for group in RIVALS if touched & {*group} for name in group]
+        touched |= {name for name in ways if name in new and name not in given}
+        removed = (*(_own(name, given) for name in gone), *(name for name in ways if name not in new))
+        gone = [name for name in dict.fromkeys(removed) if name in given]
+    found = [text.replace(name, _own(name, given), 1) for name, text in new.items() if name in touched]
     notes = [note for note in after.notes if note not in before.notes]
-    over = [f"no longer: {note}" for note in before.notes if note not in after.notes]
-    return (*found, *gone, *notes, *over)
+    code = [f"no longer: {note}" for note in before.notes if "code" in note and note not in after.notes]
+    return (*found, *(f"without {name}" for name in _sections(gone, given or ())), *notes, *code)
+
+
+def _own(name: str, given: Collection[str] | None) -> str:
+    """The name by which a configuration says a setting."""
+    other = OTHER_NAMES.get(name, name)
+    return other if given and name not in given and other in given else name
+
+
+def _sections(names: Iterable[str], given: Collection[str]) -> list[str]:
+    """Names, those of a section that goes as a whole as that section."""
+    gone = list(names)
+    whole: dict[str, None] = {}
+    for name in gone:
+        section = f"{name.rpartition('.')[0]}."
+        inner = [one for one in given if one.startswith(section)]
+        whole[section[:-1] if section != "." and len(inner) > 1 and {*inner} <= {*gone} else name] = None
+    return list(whole)
 
 
 def settings_in(made: Export) -> dict[str, str]:
@@ -54,14 +108,17 @@ def settings_in(made: Export) -> dict[str, str]:
             lines = [line for line in text.splitlines() if line.startswith("--")]
             found |= {shlex.split(line)[0]: line for line in lines}
         elif kind in READ:
-            values = _flat(READ[kind](text))
-            found |= {key: f"{key} = {value}" for key, value in values if key not in OURS}
-    return found | {name: f"{name}={value}" for name, value in made.env.items()}
+            values = dotted(READ[kind](text))
+            found |= {key: f"{key} = {json.dumps(value)}" for key, value in values if key not in OURS}
+    return {**_flags(made.program), **found, **{name: f"{name}={value}" for name, value in made.env.items()}}
 
 
-def _flat(values: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{section}{key}.")
-        else:
-            yield f"{section}{key}", json.dumps(value)
+def _flags(words: Sequence[str]) -> dict[str, str]:
+    """Flags of a command line, each with its values."""
+    lines: list[list[str]] = []
+    for word in words:
+        if word.startswith("--"):
+            lines.append([word])
+        elif lines:
+            lines[-1].append(word)
+    return {line[0]: shlex.join(line) for line in lines}

@@ -45,7 +45,8 @@ class Imported:
     ``options`` are those of ``planner estimate`` by name (``tensor_parallel`` ...; ``option`` is a list of
     NAME=VALUE), as its command line would give them. ``model`` is None where the configuration does not say;
     ``world_size`` and ``per_node`` likewise. ``unread`` are settings that were given and that change nothing
-    that is planned, or that are not known here.
+    that is planned, or that are not known here. ``target`` is what such a configuration is exported as,
+    ``settings`` are the names of all that it gives: flags, and keys with their sections.
     """
 
     framework: str
@@ -55,3 +56,5 @@ class Imported:
     per_node: int | None = None
     findings: tuple[Finding, ...] = ()
     unread: tuple[str, ...] = field(default=())
+    target: str = ""
+    settings: frozenset[str] = frozenset()

@@ -54,7 +54,8 @@ def export(subject: Subject, version: str, settings: Mapping[str, str]) -> Expor
     values = values_of(subject, version, settings)
     script = setting_of(settings, "script", HYBRID[version][0] if is_hybrid(subject.model) else SCRIPT)
     told = tuple(notes(subject, settings))
-    header = subject.header(also=(f"for Megatron-LM with megatron-core {version}",))
+    version_of = f"for Megatron-LM with megatron-core {version}"
+    header = subject.header(also=(version_of, *(f"note: {one}" for one in told)))
     env = environment(subject)
     return Export(
         target="megatron",

@@ -77,7 +77,9 @@ def _of_world(found: Arguments, degrees: Mapping[str, int], world: int | None) -
             "--expert-model-parallel-size",
             f"{world} processes are no multiple of {etp * ep * pp}: expert tensor {etp} x expert {ep} x "
             f"pipeline {pp}",
-            f"start a multiple of {etp * ep * pp} processes, or lower a degree",
+            "add --expert-tensor-parallel-size 1"
+            if etp > 1 and not world % (ep * pp)
+            else f"start a multiple of {etp * ep * pp} processes, or lower a degree",
         )
 
 

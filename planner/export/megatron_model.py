@@ -46,9 +46,9 @@ SYMBOLS = {
 }
 """Layers of ``--hybrid-layer-pattern`` (core/models/hybrid/hybrid_layer_allocation.py)."""
 LEFT = (
-    "the base and scaling of rotary positions, norms' epsilon, initialisation and how a router scores and "
-    "balances are not in a plan: Megatron-LM's defaults hold unless flags are added, and no memory depends "
-    "on them"
+    "the base of rotary positions, norms' epsilon, initialisation and how a router scores and balances are "
+    "not in a plan: give --set rotary-base and norm-epsilon, add flags for the rest; Megatron-LM's defaults "
+    "hold else, and no memory depends on them"
 )
 
 

@@ -7,7 +7,7 @@ nobody reads (commands/launch.py, _validate_launch_command): those are errors he
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from planner.export.accelerate import COMMS, MIXED, STRATEGIES
 from planner.export.arguments import Arguments, arguments_in, model_of, structured
 from planner.export.imported import Finding, Imported
 from planner.export.launch_words import Launch, launch_of
-from planner.export.structured import is_on, keys_of, number_of, section_of
+from planner.export.structured import dotted, is_on, keys_of, number_of, section_of
 from planner.files import plain
 
 MARKS = frozenset(("distributed_type", "compute_environment"))
@@ -149,7 +149,18 @@ class _Configuration:
         unread = sorted(key for key in self.found if key in keys_of("accelerate")[""] - PLANNED)
         found = tuple(dict.fromkeys((*self.findings, *self.told.findings)))
         rest = tuple(map(plain, (*unread, *self.unread, *self.told.unread)))
-        return Imported(framework, options, model_of(self.told), self.world, per_node, found, rest)
+        model, names = model_of(self.told), frozenset(name for name, _ in dotted(self.found))
+        return Imported(
+            framework,
+            options,
+            model,
+            self.world,
+            per_node,
+            found,
+            rest,
+            "accelerate",
+            names | frozenset(self.told.given),
+        )
 
     def _check_keys(self) -> None:
         known = keys_of("accelerate")
@@ -368,7 +379,8 @@ class _Configuration:
         made = read_deepspeed.imported(
             found, self.told, self.world, per_node, self.launch, tuple(self.findings)
         )
-        return made
+        own = frozenset(name for name, _ in dotted(self.found)) | (made.settings if wanted else frozenset())
+        return replace(made, target="accelerate", settings=own | frozenset(self.told.given))
 
     def _inner(self) -> dict[str, Any]:
         """DeepSpeed's configuration as accelerate makes it of its own keys (utils/dataclasses.py)."""

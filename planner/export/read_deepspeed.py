@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.errors import InputError
+from planner.export.arguments import MARKS as TRAINER
 from planner.export.arguments import Arguments, arguments_in, model_of, structured
 from planner.export.deepspeed import DEVICES, PARAMETERS, SIZES, STAGES
 from planner.export.deepspeed_zero import zero_findings
@@ -20,6 +21,7 @@ from planner.export.imported import Finding, Imported
 from planner.export.launch_words import Launch, launch_of
 from planner.export.structured import (
     HEADER,
+    dotted,
     is_on,
     keys_of,
     number_of,
@@ -106,6 +108,8 @@ def imported(
         per_node,
         tuple(dict.fromkeys((*also, *told.findings, *one.findings))),
         tuple(map(plain, (*unread, *one.unread, *told.unread))),
+        "accelerate" if TRAINER & told.given.keys() else "deepspeed",
+        frozenset(name for name, _ in dotted(found)) | frozenset(told.given),
     )
 
 
@@ -177,10 +181,9 @@ class _Configuration:
 
     def _check_keys(self) -> None:
         removed, of_zero = removed_of("deepspeed")
-        for key in removed & self.found.keys():
-            self.finding("error", key, f"{key} was removed: DeepSpeed 0.19 refuses it", "leave it out")
-        for key in of_zero & self.zero.keys():
-            name = f"zero_optimization.{key}"
+        gone = {name: name for name in removed & self.found.keys()}
+        gone |= {f"zero_optimization.{name}": name for name in of_zero & self.zero.keys()}
+        for name, key in gone.items():
             self.finding("error", name, f"{key} was removed: DeepSpeed 0.19 refuses it", "leave it out")
         rest = {key: value for key, value in self.found.items() if key not in removed}
         rest["zero_optimization"] = {k: v for k, v in self.zero.items() if k not in of_zero}
@@ -191,7 +194,12 @@ class _Configuration:
         for name, key in (("bf16", "bfloat16"), ("bf16", "bf16"), ("fp16", "fp16")):
             section = section_of(self.found, key)
             enabled = section.get("enabled", False)
-            on[name] |= self.told.is_on(name) if enabled == "auto" else is_on(enabled)
+            said = bool(TRAINER & self.told.given.keys())
+            if enabled == "auto" and not said and name == "bf16":
+                text = "auto is what TrainingArguments say, which are not here: bf16 is planned"
+                self.finding("warning", f"{key}.enabled", text, "give them too, or --precision")
+            auto = self.told.is_on(name) or (name == "bf16" and not said)
+            on[name] |= auto if enabled == "auto" else is_on(enabled)
             for kept in ("bf16_master_weights_and_grads", "fp16_master_weights_and_grads"):
                 if is_on(section.get(kept)):
                     text = f"{kept} is not modelled: master weights are planned in fp32"
@@ -201,21 +209,17 @@ class _Configuration:
         if is_on(section_of(self.found, "torch_autocast").get("enabled")):
             text = "torch_autocast is not modelled: plain fp32 is planned"
             self.finding("warning", "torch_autocast.enabled", text)
-        whole: str = "tf32" if self.told.is_on("tf32") else "fp32"
-        precision = next((name for name, enabled in on.items() if enabled), whole)
+        usual: str = "tf32" if self.told.is_on("tf32") else "fp32"
+        precision = next((name for name, enabled in on.items() if enabled), usual)
         found: dict[str, Any] = {"precision": precision}
         given = section_of(self.found, "data_types").get("grad_accum_dtype")
         gradient = TYPES.get(str(given), str(given))
         if given not in (None, "auto") and gradient != precision.replace("tf32", "fp32"):
             found["gradient_dtype"] = gradient
             if precision != "bf16" or gradient != "fp32":
-                self.finding(
-                    "error",
-                    "data_types.grad_accum_dtype",
-                    f"gradients in {plain(gradient)} with {precision}: DeepSpeed's engine takes the model's "
-                    "type, or fp32 with bf16 and ZeRO",
-                    f"write {precision}",
-                )
+                takes = "DeepSpeed's engine takes the model's type, or fp32 with bf16 and ZeRO"
+                text = f"gradients in {plain(gradient)} with {precision}: {takes}"
+                self.finding("error", "data_types.grad_accum_dtype", text, f"write {precision}")
                 found.pop("gradient_dtype")
         return found
 

@@ -112,6 +112,8 @@ def read(files: Mapping[str, str], given: Mapping[str, str] | None = None) -> Im
         per_node=launch.per_node,
         findings=tuple(found.findings),
         unread=(*launch.notes, *_unread(found)),
+        target="megatron",
+        settings=frozenset(found.names.values()) | frozenset(launch.env or ()),
     )
 
 

@@ -280,7 +280,11 @@ def _kernels(found: Arguments, model: ModelSpec | None, made: dict[str, Any]) ->
     if found.on("--tp-comm-overlap"):
         yield "tp_comm_overlap", "on"
     if found.on("--fp8-param-gather") and found.get("--fp8-format") and made["sharding"] == "zero1":
-        yield "fp8_param_gather", "on"
+        if found.on("--optimizer-cpu-offload"):
+            text = "with --optimizer-cpu-offload weights in bf16 are planned beside those in 8 bits"
+            found.add("warning", "--fp8-param-gather", text)
+        else:
+            yield "fp8_param_gather", "on"
     if found.get("--mtp-num-layers") and (model is None or model.mtp_layers):
         yield "mtp", "on"
     if model is not None and model.experts:

@@ -90,6 +90,8 @@ class _Reading(Stages):
             self.per_node,
             tuple(self.findings),
             tuple(sorted(set(self.told) - self.used)),
+            FRAMEWORK,
+            frozenset(self.told),
         )
 
     def _number(self, name: str) -> int | None:

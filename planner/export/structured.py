@@ -123,6 +123,19 @@ def _checked(found: Any, shown: str) -> dict[str, Any]:
     return {str(key): value for key, value in found.items()}
 
 
+def dotted(values: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings within sections, as ``section.name``, and their values.
+
+    >>> dict(dotted({"a": {"b": 1}, "c": 2}))
+    {'a.b': 1, 'c': 2}
+    """
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from dotted(value, f"{section}{key}.")
+        else:
+            yield f"{section}{key}", value
+
+
 def number_of(value: Any, name: str, least: float = 0, whole: bool = True) -> float | None:
     """A number of a file; None for what is left to be filled in (``auto`` or nothing).
 

@@ -100,6 +100,8 @@ def model_from_config(data: Any, origin: str, name: str = "", source: str = "") 
         data = {"model_type": TEXT_PARTS[family]} | data["text_config"]
         source = source or f"the text part of a {family} model; its image part is left out"
         family = data["model_type"]
+    if family is None:
+        raise InputError(f"{origin}: no model_type in it: give a model's config.json")
     if not isinstance(family, str) or family not in FAMILIES:
         raise InputError(
             f"{origin}: model_type={str(family)[:60]!r} is not modelled; known are {', '.join(FAMILIES)}. "

@@ -84,7 +84,7 @@ def export(subject: Subject, made: Export, settings: Mapping[str, str]) -> Expor
         **({"fleets": [fleet]} if fleet else {}),
     }
     note = "nodes lie together in a fleet with placement: cluster: --set fleet names one"
-    files = {"task.dstack.yml": yaml_of([task], subject.header()), **files}
+    files = {"task.dstack.yml": yaml_of([task], made.header(subject)), **files}
     return replace(
         made,
         target=f"{made.target},dstack",

@@ -96,7 +96,7 @@ def setup(pods: Pods) -> dict[str, str]:
         _whole("LocalQueue", queue, {"clusterQueue": queue}),
     ]
     documents[-1]["metadata"]["namespace"] = pods.namespace or "default"
-    return {"kueue.yaml": yaml_of(documents, pods.subject.header())}
+    return {"kueue.yaml": yaml_of(documents, pods.made.header(pods.subject))}
 
 
 def _whole(kind: str, name: str, spec: dict[str, Any]) -> dict[str, Any]:

@@ -364,7 +364,7 @@ def finished(
     """The export of a kind of job: one manifest, and files beside it."""
     from planner.schedulers.manifests import yaml_of
 
-    file, header = f"{kind}.yaml", pods.subject.header()
+    file, header = f"{kind}.yaml", pods.made.header(pods.subject)
     cluster = pods.subject.cluster
     missing = {
         "gpu-product": f"any GPU is taken, the plan is for {cluster.gpu.name}",

@@ -74,7 +74,7 @@ def script(pods: Pods) -> str:
     words = pods.on_node(Shell("rank"), Shell("address"), Shell("port"))
     return rendered(
         f"{SCRIPT}.jinja",
-        header=pods.subject.header(),
+        header=pods.made.header(pods.subject),
         nodes=pods.nodes,
         gpus=pods.subject.per_node,
         folder=ascii(pods.workdir),

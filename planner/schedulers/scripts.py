@@ -26,7 +26,7 @@ def run_script(pods: Pods, words: Words) -> str:
     """A script for bash, which shellcheck passes. Raises NotExpressible if nodes are not whole."""
     return rendered(
         "node.sh.jinja",
-        header=pods.subject.header(),
+        header=pods.made.header(pods.subject),
         tool=words.tool,
         nodes=pods.nodes,
         gpus=pods.subject.per_node,

@@ -89,11 +89,12 @@ def export(subject: Subject, made: Export, settings: Mapping[str, str]) -> Expor
         "run": f"bash {folder}/{RUN}\n" if folder else f"bash {RUN}\n",
     }
     note = f"SkyPilot finds {gpu} of any make and anywhere: with --set infra it looks in one place"
-    files = {"sky.yaml": yaml_of([task], subject.header()), **files}
+    files = {"sky.yaml": yaml_of([task], made.header(subject)), **files}
     return replace(
         made,
         target=f"{made.target},skypilot",
         files=files,
         notes=pods.notes(note),
         submit=("sky", "launch", "sky.yaml"),
+        submit_inside=True,  # paths in it are from where sky is called
     )

@@ -200,7 +200,7 @@ def _script(
     return rendered(
         "job.sbatch.jinja",
         trim=True,
-        header=subject.header(),
+        header=made.header(subject),
         options=options,
         nodes=subject.nodes,
         each=subject.per_node,

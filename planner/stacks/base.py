@@ -231,6 +231,7 @@ class Stack:
     ``{heads}`` and ``{ring}`` for the degrees of two levels."""
     context_attention: tuple[str, ...] = ()  # the attention that these run; any, if empty
     rotated_bytes: float = 0.0  # of the gradients that PyTorch's own context parallelism sends round
+    replicates: bool = True  # one replica, or those of DDP, without anything that is shared out
     expert_parallel: bool = False
     expert_tensor_parallel: bool = False
     tensor_cuts_experts: bool = False  # where expert parallelism is off, the width of routed experts

@@ -249,6 +249,7 @@ RECIPES = {
 ALONE: dict[str, Any] = {
     "recipes": {name: replace(one, cast_alone=one.quantized_weights) for name, one in RECIPES.items()},
     "shardings": {"zero1": True},
+    "replicates": False,
     "offloading": {"zero1": Offloading(layers=ACTIVATIONS)},
 }
 

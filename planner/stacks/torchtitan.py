@@ -258,7 +258,12 @@ TORCHTITAN = Stack(
     # distributed/parallel_dims.py: a mesh of pp, dp_replicate, dp_shard, tp, outermost first.
     rank_orders={"tp-dp-pp": ""},
     # pipelining refuses to split the backward of a compiled stage (_check_torch_compile_compatibility).
-    variants={"compile:on": {"schedules": ("1f1b", "interleaved", "gpipe")}},
+    variants={
+        "compile:on": {
+            "schedules": ("1f1b", "interleaved", "gpipe"),
+            "version": "torchtitan 0.3.0, torch 2.13, compiled",
+        }
+    },
     # A checkpointed block is run again for each of its products' weight gradients (torch 2.13).
     split_policies=("none",),
     # torch.distributed.tensor.experimental: all-gathers keys and values unless told otherwise, and sends

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from planner import ClusterSpec, InputError, ModelSpec, estimate
@@ -134,10 +135,96 @@ def test_settings_of_a_file_are_named_by_their_sections(tmp_path: Path) -> None:
     assert "zero_optimization.stage = 1" in shown
 
 
-def test_what_a_framework_cannot_be_told_is_an_option(tmp_path: Path) -> None:
+def test_what_a_framework_cannot_be_told_is_no_gain(tmp_path: Path) -> None:
+    """Messages of tensor parallelism are hidden with sequence parallelism only, which is off here."""
     _, found = audited(tmp_path, FLAGS + "--tensor-model-parallel-size 4 --use-distributed-optimizer")
     gains = {one["option"] for one in found["gains"]}
-    assert gains - set(found["settings"]) == {"--option tp_comm_overlap=on"}
+    assert gains <= set(found["settings"])
+    assert not any("tp_comm_overlap" in option for option in gains)
+    assert len({tuple(found["settings"][option]) for option in gains}) == len(gains)
+
+
+ACCELERATE = {
+    "compute_environment": "LOCAL_MACHINE", "num_machines": 1, "num_processes": 8, "mixed_precision": "bf16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("more", "wanted"),
+    [
+        ({"distributed_type": "MULTI_GPU"}, "without gradient_checkpointing"),
+        (
+            {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 1,
+             "fsdp_sharding_strategy": "FULL_SHARD", "fsdp_activation_checkpointing": True}},
+            "fsdp_config.fsdp_activation_checkpointing = false",
+        ),
+        (
+            {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3}},
+            "deepspeed_config.zero_stage = 1",
+        ),
+    ],
+)  # fmt: skip
+def test_accelerates_files_are_audited_in_its_words(
+    tmp_path: Path, more: dict[str, Any], wanted: str
+) -> None:
+    arguments = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "bf16": True}
+    if "fsdp_config" not in more:
+        arguments["gradient_checkpointing"] = True
+    (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(ACCELERATE | more))
+    (tmp_path / "training_args.json").write_text(json.dumps(arguments))
+    files = [str(tmp_path / name) for name in ("accelerate.yaml", "training_args.json")]
+    status, output = run(*files, "--gpus", "H100", "-m", "llama-3.2-1b", "-s", "4096", "--json")
+    assert status == 0
+    found = json.loads(output)
+    assert wanted in {one for words in found["settings"].values() for one in words}
+    assert "no words" not in run(*files, "--gpus", "H100", "-m", "llama-3.2-1b", "-s", "4096")[1]
+
+
+def test_what_a_script_says_in_another_way_is_left_out_by_that_name(tmp_path: Path) -> None:
+    """Recomputation by its short flag, chunks by their layers: what is set replaces them."""
+    flags = FLAGS + (
+        "--tensor-model-parallel-size 1 --pipeline-model-parallel-size 4 --use-distributed-optimizer "
+        "--num-layers-per-virtual-pipeline-stage 4 --recompute-activations"
+    )
+    _, found = audited(tmp_path, flags)
+    better = found["settings"][found["better"]["option"]]
+    assert "without --recompute-activations" in better
+    assert not any(one.startswith("without --recompute-granularity") for one in better)
+    for words in found["settings"].values():
+        chunked = any(one.startswith("--num-virtual-stages-per-pipeline-rank") for one in words)
+        whole = any(one == "--pipeline-model-parallel-size 1" for one in words)
+        if chunked or whole:
+            assert "without --num-layers-per-virtual-pipeline-stage" in words
+
+
+def test_a_configuration_that_nothing_betters_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "plan.args").write_text(FLAGS + "--use-distributed-optimizer")
+    _, shown = run(str(tmp_path / "plan.args"), "--gpus", "8xA100")
+    assert "No layout on the same GPUs that the framework can be told is quicker." in shown
+    assert "Read as llama-2-7b: 32 layers of width 4,096, vocabulary 32,000, 6.74 B parameters" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.json", '{"a": ', "a.json: not JSON"),
+        ("a.yaml", "a: [1", "a.yaml, line 1: not YAML"),
+        ("a.toml", "[a", "a.toml: not TOML"),
+        ("plan.json", '{"schema": "planner.plans/1"}', "a file of planner's own"),
+        ("job.yaml", "apiVersion: v1\nkind: Pod", "a manifest of Kubernetes"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, name: str, text: str, said: str) -> None:
+    (tmp_path / name).write_text(text)
+    status, output = run(str(tmp_path / name), "--gpus", "8xA100")
+    assert status == 2
+    assert said in output
+
+
+def test_variables_that_no_script_has_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.sh").write_text(f"TP=${{TP:-2}}\ntorchrun pretrain_gpt.py {FLAGS} --lr $RATE\n")
+    _, output = run(str(tmp_path / "a.sh"), "--gpus", "8xA100", "--set", "tp=4")
+    assert "--set tp: no file has $tp: did you mean RATE or TP?" in output
 
 
 def test_what_cannot_be_planned_says_why(tmp_path: Path) -> None:

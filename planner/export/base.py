@@ -157,6 +157,12 @@ class Export:
     submit: tuple[str, ...] = ()  # what hands the files to a scheduler, which then starts the nodes
     submit_inside: bool = False  # in their folder
 
+    def needed(self) -> Iterator[str]:
+        """Files that are looked for where the job starts: the program, and those of ours that it names."""
+        words = (*self.launcher_options, *self.program)
+        yield from (name for name in self.files if any(name in word for word in words))
+        yield from (one for one in self.program[:1] if one not in self.files and one[:1] not in ("/", "-"))
+
     def header(self, subject: Subject, comment: str = "# ") -> str:
         """The header of what a scheduler is handed, with the version and with what the files cannot say."""
         also = (f"for {self.target} {self.version}", *(f"note: {one}" for one in self.notes))

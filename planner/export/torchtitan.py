@@ -136,6 +136,7 @@ def _told(
 def _parallelism(subject: Subject, head: str) -> dict[str, Any]:
     layout, options = subject.layout, subject.options()
     shards = layout.data_shards if layout.sharding == "fsdp" else 1
+    comm = layout.context_comm if layout.context_parallel > 1 else ""
     told: dict[str, Any] = {
         "data_parallel_replicate_degree": layout.data_parallel // shards,
         "data_parallel_shard_degree": shards,
@@ -143,7 +144,7 @@ def _parallelism(subject: Subject, head: str) -> dict[str, Any]:
         "tensor_parallel_degree": layout.tensor_parallel,
         "enable_async_tensor_parallel": options.get("async_tp") == "on",
         "context_parallel_degree": layout.context_parallel,
-        "context_parallel_rotate_method": CONTEXT.get(layout.context_comm, "allgather"),
+        "context_parallel_rotate_method": CONTEXT.get(comm, "allgather"),
         "expert_parallel_degree": layout.expert_parallel,
         "expert_tensor_parallel_degree": layout.expert_tensor_parallel,
         "pipeline_parallel_degree": layout.pipeline_parallel,

@@ -28,6 +28,7 @@ def run_script(pods: Pods, words: Words) -> str:
         "node.sh.jinja",
         header=pods.made.header(pods.subject),
         tool=words.tool,
+        needed=list(pods.made.needed()),
         nodes=pods.nodes,
         gpus=pods.subject.per_node,
         nodes_name=words.nodes,

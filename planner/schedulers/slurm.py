@@ -204,7 +204,7 @@ def _script(
         options=options,
         nodes=subject.nodes,
         each=subject.per_node,
-        files=quoted(_needed(made)),
+        files=quoted(made.needed()),
         order=quoted(placement.nodes) if placement else "",
         first=placement.nodes[0] if placement else "",
         suffix=given.get("host-suffix", ""),
@@ -228,14 +228,6 @@ def _lines(words: Sequence[str]) -> list[str]:
     return [quoted(line) for line in lines if line]
 
 
-def _needed(made: Export) -> Iterator[str]:
-    """Files that are looked for where the job starts: the program, and those of the export that it names."""
-    words = (*made.launcher_options, *made.program)
-    yield from (name for name in made.files if any(name in word for word in words))
-    if (program := made.program[0]) not in made.files and not program.startswith(("/", "-")):
-        yield program
-
-
 def _srun(given: Mapping[str, str], placement: Placement | None) -> Iterator[str]:
     """What srun is told, as words of a shell: all nodes end when one does."""
     yield from ("--kill-on-bad-exit=1", "--wait=60")
@@ -252,7 +244,7 @@ def _notes(
     subject: Subject, made: Export, given: Mapping[str, str], placement: Placement | None
 ) -> Iterator[str]:
     """What the script leaves to others."""
-    if (needed := list(_needed(made))) and "chdir" not in given:
+    if (needed := list(made.needed())) and "chdir" not in given:
         names = plain(", ".join(needed), 200)
         yield f"{SCRIPT} runs where it is submitted from, and looks there for {names}: --set chdir=..."
     for name, whose in (("partition", "the site's"), ("time", "the partition's")):

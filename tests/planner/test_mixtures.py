@@ -228,7 +228,7 @@ def test_context_parallelism_sends_keys_and_narrower_values() -> None:
         ("mixtral-8x7b", {"options": {"dispatcher": "flex"}}, "dispatcher=flex is not offered"),
         ("mixtral-8x7b", {"options": {"mla_up_proj": "recomputed"}}, "has no latent that it is of"),
         ("llama-3.1-8b", {"options": {"moe_act": "recomputed"}}, "has no experts that it is of"),
-        ("mixtral-8x7b", {"options": {"mtp": "on"}}, "has no mtp_layers that it is of"),
+        ("mixtral-8x7b", {"options": {"mtp": "on"}}, "has no mtp layers that it is of"),
         (
             "mixtral-8x7b",
             {"precision": "fp8-delayed", "options": {"moe_act": "recomputed"}},

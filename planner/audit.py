@@ -97,6 +97,7 @@ class Audit:
             "unread": list(self.imported.unread),
             "gains": [asdict(one) for one in self.gains],
             "better": better,
+            "none_better": self.none_better,
             "settings": self.settings,
             "document": document_of(self.model, self.cluster, plans, "", self.advice).to_json()
             if plans

@@ -61,7 +61,7 @@ class Audit:
     """What came of it. ``problem`` says why nothing could be planned, where ``plan`` is None.
 
     ``settings`` are what an ``option`` of the advice, of a gain and of what is better is in the framework's
-    own words, where it can be told. ``none_better`` says why there is none.
+    own words, where it can be told, ``untold`` why it cannot. ``none_better`` says why there is none.
     """
 
     imported: Imported
@@ -75,6 +75,7 @@ class Audit:
     better: Better | None = None
     settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     none_better: str = ""
+    untold: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def holds(self) -> bool:
@@ -99,6 +100,7 @@ class Audit:
             "better": better,
             "none_better": self.none_better,
             "settings": self.settings,
+            "untold": self.untold,
             "document": document_of(self.model, self.cluster, plans, "", self.advice).to_json()
             if plans
             else None,
@@ -274,7 +276,7 @@ def audit(
         if change.of != "gpus":
             with contextlib.suppress(PlannerError):
                 others[change.option] = api.estimate_of(change.asked)
-    settings = in_its_words(imported, Subject(model, cluster, plan), others)
+    settings, untold = in_its_words(imported, Subject(model, cluster, plan), others)
     told = tuple(unlike(pays, settings))
     dropped = {gain.option for gain in pays} - {gain.option for gain in told}
     return Audit(
@@ -288,6 +290,7 @@ def audit(
         better=best if isinstance(best, Better) else None,
         settings={option: words for option, words in settings.items() if option not in dropped},
         none_better="" if isinstance(best, Better) else best,
+        untold=untold,
     )
 
 
@@ -303,15 +306,17 @@ def unlike(pays: Iterable[Gain], settings: Mapping[str, tuple[str, ...]]) -> Ite
 
 def in_its_words(
     imported: Imported, before: Subject, others: Mapping[str, Plan]
-) -> dict[str, tuple[str, ...]]:
-    """What makes each of other plans of one, as the framework is told it; not of those that it cannot be."""
+) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+    """What makes each of other plans of one, as the framework is told it; why it cannot be told others."""
     from planner.export.difference import changed, told
 
-    if (now := told(imported.target, before)) is None:
-        return {}
+    if isinstance(now := told(imported.target, before), str):
+        return {}, dict.fromkeys(others, f"what is configured has no words in an export: {now}")
     exports = {name: told(imported.target, replace(before, plan=plan)) for name, plan in others.items()}
-    words = {name: changed(now, one, imported.settings) for name, one in exports.items() if one}
-    return {name: own for name, own in words.items() if own}
+    why = {name: one for name, one in exports.items() if isinstance(one, str)}
+    made = {name: one for name, one in exports.items() if not isinstance(one, str)}
+    words = {name: changed(now, one, imported.settings) for name, one in made.items()}
+    return {name: own for name, own in words.items() if own}, why
 
 
 def _of_world(imported: Imported, cluster: ClusterSpec) -> Iterator[Finding]:

@@ -95,6 +95,8 @@ def _show_better(console: Console, audit: Audit) -> None:
             style="bold",
         )
     )
+    if why := audit.untold.get(audit.better.option):
+        console.print(Text(f"  settings are not known: {why}"))
     if told := audit.settings.get(audit.better.option):
         console.print(Text("  as settings:"))
         for one in told:

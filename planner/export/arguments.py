@@ -72,7 +72,7 @@ class Arguments:
         if self.is_on("use_liger_kernel"):
             config = self.given.get("liger_kernel_config")
             usual = {"fused_linear_cross_entropy": True}
-            config = config if isinstance(config, Mapping) else usual
+            config = config if isinstance(config, Mapping) else _object(config) or usual
             for loss, kernel in LIGER.items():
                 if is_on(config.get(kernel)):
                     yield f"loss={loss}"
@@ -88,6 +88,14 @@ class Arguments:
             return {}
         text, quantize = lora_text(self.peft)
         return {"lora": text} | ({"quantize": quantize} if quantize else {})
+
+
+def _object(text: Any) -> Mapping[str, Any]:
+    """The JSON object of a word of a command line; empty where it is none."""
+    try:
+        return json_of(text, "liger_kernel_config") if isinstance(text, str) and text.startswith("{") else {}
+    except InputError:
+        return {}
 
 
 def structured(files: Mapping[str, str], strict: bool = False) -> dict[str, dict[str, Any]]:

@@ -13,6 +13,7 @@ from planner.errors import InputError
 from planner.export import export
 from planner.export.base import Export, Subject
 from planner.export.structured import HEADER, dotted, yaml_of
+from planner.export.torchtitan_schema import keys
 
 FILES = {"torchtitan": "0.2"}
 """Versions whose configuration is a file, where the usual one's is code."""
@@ -32,7 +33,12 @@ OTHER_NAMES = {
     "gradient_checkpointing": "activation_checkpointing",
 }
 """Settings, and another place where the same is said."""
+ALSO = {"gradient_accumulation_steps": ("deepspeed_config.gradient_accumulation_steps",)}
+"""Settings that are said in two places, which must agree."""
+OF_DEEPSPEED = ("zero_optimization.", "activation_checkpointing.", "sequence_parallel_size", "data_types.")
+"""Beginnings of settings that DeepSpeed's own file has."""
 RIVALS = (
+    ("fsdp_config.fsdp_activation_checkpointing", "gradient_checkpointing"),
     (
         "--recompute-activations",
         "--recompute-granularity",
@@ -52,12 +58,12 @@ RIVALS = (
 """Settings that say the same in several ways: where one is set, the others must go."""
 
 
-def told(target: str, subject: Subject) -> Export | None:
-    """A plan as a target's configuration; None where it cannot be told."""
+def told(target: str, subject: Subject) -> Export | str:
+    """A plan as a target's configuration, or why it cannot be told."""
     try:
         return export(subject, target, FILES.get(target))
-    except InputError:
-        return None
+    except InputError as error:
+        return str(error)
 
 
 def changed(before: Export, after: Export, given: Collection[str] | None = None) -> tuple[str, ...]:
@@ -72,14 +78,38 @@ def changed(before: Export, after: Export, given: Collection[str] | None = None)
     gone = [name for name in old if name not in new]
     if given is not None:
         touched -= DERIVED - {*given}
+        if any(name.startswith(("parallelism.", "training.")) for name in touched):
+            touched |= {name for name in new if name not in given and _unusual(name, new[name])}
         ways = [name for group in RIVALS if touched & {*group} for name in group]
         touched |= {name for name in ways if name in new and name not in given}
         removed = (*(_own(name, given) for name in gone), *(name for name in ways if name not in new))
         gone = [name for name in dict.fromkeys(removed) if name in given]
-    found = [text.replace(name, _own(name, given), 1) for name, text in new.items() if name in touched]
+    found = [
+        text.replace(name, own, 1)
+        for name, text in new.items()
+        if name in touched
+        for own in (_own(name, given), *(one for one in ALSO.get(name, ()) if one in (given or ())))
+        if given is None or not _elsewhere(own, given)
+    ]
     notes = [note for note in after.notes if note not in before.notes]
     code = [f"no longer: {note}" for note in before.notes if "code" in note and note not in after.notes]
     return (*found, *(f"without {name}" for name in _sections(gone, given or ())), *notes, *code)
+
+
+def _unusual(name: str, text: str) -> bool:
+    """Is a setting of torchtitan's degrees or batch other than its default, which holds if it is not said?"""
+    if not name.startswith(("parallelism.", "training.global_batch_size")):
+        return False
+    default = keys()[name][1] if name in keys() else None
+    return text != f"{name} = {json.dumps(default)}"
+
+
+def _elsewhere(name: str, given: Collection[str]) -> bool:
+    """Is a setting of a file that is not there: accelerate's, or DeepSpeed's where accelerate says it all?"""
+    if "distributed_type" not in given:
+        return name.startswith("deepspeed_config.")
+    inline = any(one.startswith("deepspeed_config.zero_stage") for one in given)
+    return inline and name.startswith(OF_DEEPSPEED)
 
 
 def _own(name: str, given: Collection[str] | None) -> str:

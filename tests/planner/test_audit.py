@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import yaml
 from typer.testing import CliRunner
 
@@ -178,6 +180,51 @@ def test_accelerates_files_are_audited_in_its_words(
     found = json.loads(output)
     assert wanted in {one for words in found["settings"].values() for one in words}
     assert "no words" not in run(*files, "--gpus", "H100", "-m", "llama-3.2-1b", "-s", "4096")[1]
+
+
+def test_torchtitans_batch_is_said_where_it_was_left_to_the_degrees(tmp_path: Path) -> None:
+    """What is set and read again gives the step and the peak that were named: the batch as well."""
+    toml = (
+        '[model]\nname = "llama3"\nflavor = "8B"\n[training]\nlocal_batch_size = 4\nseq_len = 4096\n'
+        "[parallelism]\ndata_parallel_shard_degree = 2\npipeline_parallel_degree = 4\n"
+        'pipeline_parallel_schedule = "1F1B"\n'
+        '[activation_checkpoint]\nmode = "selective"\nselective_ac_option = "op"\n'
+    )
+    path = tmp_path / "a.toml"
+    path.write_text(toml)
+    found = json.loads(run(str(path), "--gpus", "8xH100", "--json")[1])
+    before = found["document"]["plans"][0]
+    for gain in found["gains"]:
+        document = tomllib.loads(toml)
+        for words in found["settings"][gain["option"]]:
+            name, equals, value = words.partition(" = ")
+            section, _, key = name.removeprefix("without ").partition(".")
+            if equals:
+                document.setdefault(section, {})[key] = json.loads(value)
+            elif words.startswith("without "):
+                document[section].pop(key)
+        path.write_text(tomli_w.dumps(document))
+        plan = json.loads(run(str(path), "--gpus", "8xH100", "--json")[1])["document"]["plans"][0]
+        assert plan["peak_bytes"] == gain["peak_bytes"], gain["option"]
+        ratio = plan["step_time_s"] / before["step_time_s"]
+        assert ratio == pytest.approx(gain["step_time_ratio"]), gain["option"]
+    words = {one for own in found["settings"].values() for one in own}
+    assert {"training.global_batch_size = 8", "parallelism.pipeline_parallel_degree = 1"} <= words
+
+
+def test_checkpointing_of_the_trainer_goes_with_that_of_fsdp(tmp_path: Path) -> None:
+    fsdp = {"fsdp_version": 2, "fsdp_reshard_after_forward": True, "fsdp_activation_checkpointing": False}
+    files = {
+        "accelerate.yaml": yaml.safe_dump(ACCELERATE | {"distributed_type": "FSDP", "fsdp_config": fsdp}),
+        "training_args.json": json.dumps(
+            {"per_device_train_batch_size": 1, "bf16": True, "gradient_checkpointing": True}
+        ),
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    words = [str(tmp_path / name) for name in files]
+    found = json.loads(run(*words, "--gpus", "H100", "-m", "llama-3.1-8b", "-s", "4096", "--json")[1])
+    assert "without gradient_checkpointing" in found["settings"][found["better"]["option"]]
 
 
 def test_what_a_script_says_in_another_way_is_left_out_by_that_name(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def _broken(name: str, text: str) -> None:
     elif kind == ".toml":
         try:
             tomllib.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{shown}: not TOML: {plain(str(error))}") from None
     if str(found.get("schema", "")).startswith("planner."):
         raise InputError(f"{shown}: a file of planner's own: give it to planner check, report or export")

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from planner.stacks.base import ALWAYS, CAST, CAST_WEIGHT, COMPUTE, FP32, Row
+from planner.stacks.base import ALWAYS, BESIDE, CAST, CAST_WEIGHT, COMPUTE, FP32, Row
 from planner.weights import Weight, mtp_weights
 from strategies.base import Role, Term
 
@@ -30,14 +30,7 @@ JOINING = (
     Row("statistics of the joining norms", "batch seq residual:1", 2, FP32, ALWAYS, steps="joining"),
     Row("joined inputs", H, 2, COMPUTE, ALWAYS, "!quantized", steps="joining"),
     Row("joined inputs, quantized", H, 2, CAST, ALWAYS, "quantized", steps="joining"),
-    Row(
-        "joining weight, quantized",
-        "hidden joined",
-        1,
-        CAST_WEIGHT,
-        when="quantized !fp8_param_gather:on",
-        role=Role.BUFFER,
-    ),
+    Row("joining weight, quantized", "hidden joined", 1, CAST_WEIGHT, when=BESIDE, role=Role.BUFFER),
     Row(
         "joining weight, quantized columnwise",
         "hidden joined",

@@ -60,6 +60,12 @@ def _show_found(console: Console, changes: Sequence[Change]) -> None:
     console.print(table)
 
 
+def of_before(ratio: float) -> str:
+    """By how much a step is longer or shorter than before, in whole percent."""
+    percent = round(100 * ratio) - 100
+    return f"{percent:+}%" if percent else "0%"
+
+
 def show_settings(console: Console, changes: Mapping[str, str], settings: Settings) -> None:
     """What to write for changes, each with its option, in the framework's own words where it has them."""
     console.print()
@@ -98,8 +104,7 @@ def _show_changes(console: Console, changes: Sequence[Change], settings: Setting
     numbers = ("GPUs", "peak GiB", "step", "of before")
     table = grid(*left, *numbers, left=left, wrap=left, spare=("GPUs", "peak GiB"))
     for change in changes:
-        percent = round(100 * (change.step_time_ratio or 1)) - 100
-        ratio = f"{percent:+}%" if percent else "0%"
+        ratio = of_before(change.step_time_ratio or 1)
         step = human_seconds(change.step_time_s)
         words = (change.what,) if spoken else (change.what, change.option)
         table.add_row(*words, str(change.num_gpus), gib(change.peak_bytes), step, ratio)

@@ -8,7 +8,7 @@ from rich.text import Text
 from planner.audit import Audit
 from planner.export.imported import Finding
 from planner.render import grid, show_plan
-from planner.render_advice import show_settings
+from planner.render_advice import of_before, show_settings
 from planner.units import gib, human_count, human_seconds
 
 WORDS = {"error": ("Wrong", "bold red"), "warning": ("Look at", "yellow"), "waste": ("Wasteful", "cyan")}
@@ -68,9 +68,8 @@ def _show_gains(console: Console, audit: Audit) -> None:
     table = grid(*left, "step", "of before", "peak GiB", left=left, wrap=left, spare=("peak GiB",))
     assert audit.plan is not None
     for gain in audit.gains[:SHOWN]:
-        percent = round(100 * gain.step_time_ratio) - 100
         step = human_seconds(audit.plan.step_time_s * gain.step_time_ratio)
-        ratio = f"{percent:+}%" if percent else "0%"
+        ratio = of_before(gain.step_time_ratio)
         words = (gain.what,) if spoken else (gain.what, gain.option)
         table.add_row(*words, step, ratio, gib(gain.peak_bytes))
     console.print(table)

@@ -198,6 +198,20 @@ def quoted(words: Iterable[str]) -> str:
     return " ".join(f'"{word}"' if isinstance(word, Shell) else shlex.quote(word) for word in words)
 
 
+def by_flags(words: Iterable[str]) -> list[list[str]]:
+    """A command's words, each flag with its values; before the first flag what comes first.
+
+    >>> by_flags(["train.py", "--lr", "1e-4", "--bf16"])
+    [['train.py'], ['--lr', '1e-4'], ['--bf16']]
+    """
+    lines: list[list[str]] = [[]]
+    for word in words:
+        if word.startswith("--"):
+            lines.append([])
+        lines[-1].append(word)
+    return [line for line in lines if line]
+
+
 def setting_of(settings: Mapping[str, str], name: str, default: str = "", most: int = 500) -> str:
     """What somebody set, of one line of bounded length. Raises InputError."""
     value = settings.get(name, default)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 import tomllib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import PurePath
 from typing import Any
 
 from planner.errors import InputError
 from planner.export import export
-from planner.export.base import Export, Subject
+from planner.export.base import Export, Subject, by_flags
 from planner.export.structured import HEADER, dotted, yaml_of
 from planner.export.torchtitan_schema import keys
 
@@ -130,25 +130,10 @@ def _sections(names: Iterable[str], given: Collection[str]) -> list[str]:
 
 
 def settings_in(made: Export) -> dict[str, str]:
-    """Everything that an export's files and environment set, by name."""
-    found: dict[str, str] = {}
+    """Everything that an export's program, files and environment set, by name."""
+    found = {line[0]: shlex.join(line) for line in by_flags(made.program) if line[0].startswith("--")}
     for name, text in made.files.items():
-        kind = PurePath(name).suffix
-        if kind == ".args":
-            lines = [line for line in text.splitlines() if line.startswith("--")]
-            found |= {shlex.split(line)[0]: line for line in lines}
-        elif kind in READ:
+        if (kind := PurePath(name).suffix) in READ:
             values = dotted(READ[kind](text))
             found |= {key: f"{key} = {json.dumps(value)}" for key, value in values if key not in OURS}
-    return {**_flags(made.program), **found, **{name: f"{name}={value}" for name, value in made.env.items()}}
-
-
-def _flags(words: Sequence[str]) -> dict[str, str]:
-    """Flags of a command line, each with its values."""
-    lines: list[list[str]] = []
-    for word in words:
-        if word.startswith("--"):
-            lines.append([word])
-        elif lines:
-            lines[-1].append(word)
-    return {line[0]: shlex.join(line) for line in lines}
+    return found | {name: f"{name}={value}" for name, value in made.env.items()}

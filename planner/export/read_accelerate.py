@@ -17,7 +17,7 @@ from planner.export.accelerate import COMMS, MIXED, STRATEGIES
 from planner.export.arguments import Arguments, arguments_in, model_of, structured
 from planner.export.imported import Finding, Imported
 from planner.export.launch_words import Launch, launch_of
-from planner.export.structured import dotted, is_on, keys_of, number_of, section_of
+from planner.export.structured import is_on, keys_of, names_in, number_of, section_of
 from planner.files import plain
 
 MARKS = frozenset(("distributed_type", "compute_environment"))
@@ -149,17 +149,16 @@ class _Configuration:
         unread = sorted(key for key in self.found if key in keys_of("accelerate")[""] - PLANNED)
         found = tuple(dict.fromkeys((*self.findings, *self.told.findings)))
         rest = tuple(map(plain, (*unread, *self.unread, *self.told.unread)))
-        model, names = model_of(self.told), frozenset(name for name, _ in dotted(self.found))
         return Imported(
             framework,
             options,
-            model,
+            model_of(self.told),
             self.world,
             per_node,
             found,
             rest,
             "accelerate",
-            names | frozenset(self.told.given),
+            names_in(self.found) | frozenset(self.told.given),
         )
 
     def _check_keys(self) -> None:
@@ -379,7 +378,7 @@ class _Configuration:
         made = read_deepspeed.imported(
             found, self.told, self.world, per_node, self.launch, tuple(self.findings)
         )
-        own = frozenset(name for name, _ in dotted(self.found)) | (made.settings if wanted else frozenset())
+        own = names_in(self.found) | (made.settings if wanted else frozenset())
         return replace(made, target="accelerate", settings=own | frozenset(self.told.given))
 
     def _inner(self) -> dict[str, Any]:

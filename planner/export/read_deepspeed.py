@@ -21,9 +21,9 @@ from planner.export.imported import Finding, Imported
 from planner.export.launch_words import Launch, launch_of
 from planner.export.structured import (
     HEADER,
-    dotted,
     is_on,
     keys_of,
+    names_in,
     number_of,
     removed_of,
     section_of,
@@ -109,7 +109,7 @@ def imported(
         tuple(dict.fromkeys((*also, *told.findings, *one.findings))),
         tuple(map(plain, (*unread, *one.unread, *told.unread))),
         "accelerate" if TRAINER & told.given.keys() else "deepspeed",
-        frozenset(name for name, _ in dotted(found)) | frozenset(told.given),
+        names_in(found) | frozenset(told.given),
     )
 
 

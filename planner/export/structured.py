@@ -136,6 +136,11 @@ def dotted(values: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, 
             yield f"{section}{key}", value
 
 
+def names_in(values: Mapping[str, Any]) -> frozenset[str]:
+    """The names of all settings, with their sections."""
+    return frozenset(name for name, _ in dotted(values))
+
+
 def number_of(value: Any, name: str, least: float = 0, whole: bool = True) -> float | None:
     """A number of a file; None for what is left to be filled in (``auto`` or nothing).
 

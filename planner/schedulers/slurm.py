@@ -14,7 +14,7 @@ from math import ceil
 from typing import NamedTuple
 
 from planner.errors import InputError
-from planner.export.base import Export, NotExpressible, Shell, Subject, quoted, setting_of
+from planner.export.base import Export, NotExpressible, Shell, Subject, by_flags, quoted, setting_of
 from planner.export.rendering import rendered
 from planner.files import plain
 from planner.placement import Placement, block_nodes, place_on, unit_nodes
@@ -214,18 +214,8 @@ def _script(
         srun=" ".join(_srun(given, placement)),
         task=quoted([f'exec {quoted(task[: -len(made.program)])} "$@"']),
         launcher=quoted(task[:1]),
-        program=_lines(made.program),
+        program=[quoted(line) for line in by_flags(made.program)],
     )
-
-
-def _lines(words: Sequence[str]) -> list[str]:
-    """The words of a program, a flag with its values a line."""
-    lines: list[list[str]] = [[]]
-    for word in words:
-        if word.startswith("--"):
-            lines.append([])
-        lines[-1].append(word)
-    return [quoted(line) for line in lines if line]
 
 
 def _srun(given: Mapping[str, str], placement: Placement | None) -> Iterator[str]:

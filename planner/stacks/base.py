@@ -29,6 +29,8 @@ CAST, CAST_WEIGHT = "cast", "cast weight"
 """Element types of a row; ``compute`` is the precision that the matrix products run in, ``gradient``
 that in which autograd makes the gradients of the weights, ``cast`` that of operands that are quantized for
 products of 8 or 4 bits, with their scales."""
+BESIDE = "quantized !fp8_param_gather:on"
+"""When a quantized copy lies beside the weight that it is of."""
 
 WIDTHS = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0}
 """Bytes of an element."""

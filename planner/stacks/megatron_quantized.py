@@ -16,14 +16,12 @@ not with delayed scaling, whose scales are gone by then.
 from __future__ import annotations
 
 from planner.stacks import traffic
-from planner.stacks.base import CAST, CAST_WEIGHT, COMPUTE, UNTIL_FULL, Row
+from planner.stacks.base import BESIDE, CAST, CAST_WEIGHT, COMPUTE, UNTIL_FULL, Row
 from planner.stacks.megatron_experts import KR, QK, QR, UP, VO, H, S, X, Y, module
 from strategies.base import Role
 
 AD, KD, F = "batch seq heads head_dim", "batch seq kv_heads head_dim", "batch seq ffn"
 TRANSIENT, BUFFER = Role.TRANSIENT, Role.BUFFER
-BESIDE = "quantized !fp8_param_gather:on"
-"""Where a quantized copy lies beside the weight that it is of."""
 
 
 def _weight(name: str, dims: str, count: float, when: str) -> tuple[Row, ...]:

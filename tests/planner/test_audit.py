@@ -257,6 +257,7 @@ def test_a_configuration_that_nothing_betters_is_told_so(tmp_path: Path) -> None
         ("a.json", '{"a": ', "a.json: not JSON"),
         ("a.yaml", "a: [1", "a.yaml, line 1: not YAML"),
         ("a.toml", "[a", "a.toml: not TOML"),
+        ("a.toml", "a = " + "[" * 100_000, "a.toml: not TOML"),
         ("plan.json", '{"schema": "planner.plans/1"}', "a file of planner's own"),
         ("job.yaml", "apiVersion: v1\nkind: Pod", "a manifest of Kubernetes"),
     ],

@@ -169,7 +169,9 @@ def _broken(name: str, text: str) -> None:
     elif kind == ".toml":
         try:
             tomllib.loads(text)
-        except (ValueError, RecursionError) as error:
+        except RecursionError:
+            raise InputError(f"{shown}: not TOML: it is nested too deep") from None
+        except ValueError as error:
             raise InputError(f"{shown}: not TOML: {plain(str(error))}") from None
     if str(found.get("schema", "")).startswith("planner."):
         raise InputError(f"{shown}: a file of planner's own: give it to planner check, report or export")
@@ -226,9 +228,8 @@ def _check_variables(given: Mapping[str, str], files: Mapping[str, str]) -> None
     named_in = {one for text in files.values() for one in re.findall(r"\$\{?([A-Za-z_]\w*)", text)}
     for name in given:
         if re.fullmatch(r"[A-Za-z_]\w*", name) and name not in named_in | COUNTS:
-            raise InputError(
-                f"--set {plain(name)}: no file has ${plain(name)}: {nearest_names(name, named_in)}"
-            )
+            nearest = nearest_names(name, named_in or COUNTS)
+            raise InputError(f"--set {plain(name)}: no file has ${plain(name)}: {nearest}")
 
 
 def _processes(gpus: str | None) -> dict[str, str]:

@@ -273,6 +273,9 @@ def test_variables_that_no_script_has_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.sh").write_text(f"TP=${{TP:-2}}\ntorchrun pretrain_gpt.py {FLAGS} --lr $RATE\n")
     _, output = run(str(tmp_path / "a.sh"), "--gpus", "8xA100", "--set", "tp=4")
     assert "--set tp: no file has $tp: did you mean RATE or TP?" in output
+    (tmp_path / "plan.args").write_text(FLAGS)
+    _, output = run(str(tmp_path / "plan.args"), "--gpus", "8xA100", "--set", "WORLDSIZE=8")
+    assert "--set WORLDSIZE: no file has $WORLDSIZE: did you mean NGPU, NNODES or WORLD_SIZE?" in output
 
 
 def test_what_cannot_be_planned_says_why(tmp_path: Path) -> None:
